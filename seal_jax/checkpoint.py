@@ -1,0 +1,334 @@
+"""Checkpoints that are verified: Orbax writes them, hashes of our own prove them.
+
+Orbax has no checksum on array data, casts to another dtype without a word and refuses strings,
+scalars and empty arrays as leaves. So every pytree is saved flat, {key path: array}, beside a
+JSON item with the position of the run, the hash, dtype and shape of every leaf, and the leaves
+that Orbax refuses. A step is restored only if all of that agrees; else the one before it is.
+
+    manager = make_manager(folder, keep=2)
+    restored = restore(manager, {"policy": params, "opt_state": opt_state})  # None in a new folder
+    save(manager, step, {"policy": params, "opt_state": opt_state}, {"step": step})
+    wait(manager)
+"""
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import absl.logging
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import xxhash
+from jax.experimental import multihost_utils
+
+PyTree = Any
+Position = dict[str, Any]
+
+_JSON_ITEM = "position"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written, or restored into what the run asks for."""
+
+
+def make_manager(folder: str | os.PathLike, keep: int) -> ocp.CheckpointManager:
+    """Open a folder of checkpoints for writing, and clear what a kill left half written.
+
+    Args:
+      folder: created if absent.
+      keep: how many of the latest steps stay; with 1 nothing is left to fall back on.
+    """
+    return _open(folder, max_to_keep=keep, cleanup_tmp_directories=True)
+
+
+def save(
+    manager: ocp.CheckpointManager, step: int, pytrees: Mapping[str, PyTree], position: Position
+) -> None:
+    """Save a step, in the background once the arrays are copied from the devices.
+
+    All processes call it with the same step. An earlier save is finished first, and if that
+    failed (a full disk), this raises its error; `wait` finishes the last one.
+
+    Args:
+      manager: from `make_manager`.
+      step: above every step that the folder has.
+      pytrees: what to save, by name; a leaf is an array, a number or a string.
+      position: JSON values that say where the run is.
+
+    Raises:
+      CheckpointError: the folder already has this step or a later one.
+      ValueError: `position` is not JSON, by a NaN for example, or a leaf cannot be saved.
+    """
+    if _JSON_ITEM in pytrees:
+        raise ValueError(f"{_JSON_ITEM!r} is the name of the JSON item, not of a pytree")
+    try:
+        record = json.loads(json.dumps({"position": position}, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"position of step {step} is not JSON: {error}") from error
+    flat = {name: _flatten(tree) for name, tree in pytrees.items()}
+    record["leaves"] = {
+        name: {path: _describe(f"{name}{path}", leaf) for path, leaf in leaves.items()}
+        for name, leaves in flat.items()
+    }
+    items: dict[str, Any] = {
+        _JSON_ITEM: ocp.args.JsonSave({"record": record, "hash": _hash_json(record)})
+    }
+    for name, leaves in flat.items():
+        arrays = {
+            path: leaf
+            for path, leaf in leaves.items()
+            if "value" not in record["leaves"][name][path]
+        }
+        if arrays:
+            items[name] = ocp.args.StandardSave(arrays)
+    if not manager.save(step, args=ocp.args.Composite(**items)):
+        raise CheckpointError(
+            f"step {step} was not saved: {manager.directory} has steps {manager.all_steps()}"
+        )
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Return when every save is on disk; raise the error of one that failed."""
+    manager.wait_until_finished()
+
+
+def restore(
+    source: ocp.CheckpointManager | str | os.PathLike,
+    templates: Mapping[str, PyTree],
+    step: int | None = None,
+) -> tuple[int, dict[str, PyTree], Position] | None:
+    """Restore the newest step whose hashes verify.
+
+    A damaged step is reported by a warning that names the step's folder and the leaf. If `source`
+    is a manager, it is also set aside in `damaged/`, so that the step can be saved again.
+
+    Args:
+      source: a manager, or the folder of one, which is then only read.
+      templates: for each pytree wanted, one of its structure: a leaf is an array or a
+        `jax.ShapeDtypeStruct` (its sharding is where the leaf goes, by default the first device;
+        the number of devices may differ from when it was saved), a number or a string.
+      step: this step and no other.
+
+    Returns:
+      (step, pytrees, position), or None if there are no checkpoints at all.
+
+    Raises:
+      CheckpointError: there are checkpoints but none is good, `step` is not one of them, or a
+        leaf is absent or of another dtype or shape than its template.
+    """
+    if isinstance(source, ocp.CheckpointManager):
+        return _restore(source, templates, step, is_writer=True)
+    with _open(source, read_only=True) as reader:
+        return _restore(reader, templates, step, is_writer=False)
+
+
+def tree_hash(pytree: PyTree) -> str:
+    """Return 16 hex digits that name a pytree's values bit for bit, with paths and dtypes."""
+    leaves = _flatten(pytree)
+    return _hash_json({path: _describe(path, leaf) for path, leaf in leaves.items()})
+
+
+def _open(folder: str | os.PathLike, **options: Any) -> ocp.CheckpointManager:
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax logs some twenty lines a save
+    folder = os.fspath(folder)
+    if "://" not in folder:
+        folder = os.path.abspath(folder)
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(**options))
+
+
+def _restore(
+    manager: ocp.CheckpointManager,
+    templates: Mapping[str, PyTree],
+    step: int | None,
+    is_writer: bool,
+) -> tuple[int, dict[str, PyTree], Position] | None:
+    steps = sorted(manager.all_steps(read=True), reverse=True)
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{manager.directory} has no step {step}, only {steps}")
+    damaged = []
+    for candidate in steps if step is None else [step]:
+        pytrees, position, complaint = _restore_step(manager, candidate, templates)
+        if not complaint:
+            if is_writer and damaged:
+                _set_aside(manager, damaged)
+            return candidate, pytrees, position
+        path = manager.directory / str(candidate)
+        warnings.warn(f"damaged checkpoint {path}: {complaint}", stacklevel=3)
+        damaged.append(candidate)
+    if damaged:
+        raise CheckpointError(f"no good checkpoint in {manager.directory}: {damaged} damaged")
+    return None
+
+
+def _restore_step(
+    manager: ocp.CheckpointManager, step: int, templates: Mapping[str, PyTree]
+) -> tuple[dict[str, PyTree], Position, str]:
+    """Return (pytrees, position, '') or ({}, {}, what is damaged)."""
+    record, complaint = _read(lambda: _restore_record(manager, step))
+    if complaint:
+        return {}, {}, complaint
+    flat = {name: _flatten(template) for name, template in templates.items()}
+    for name, leaves in flat.items():
+        _check_templates(name, record["leaves"].get(name, {}), leaves)
+    leaves, complaint = _read(lambda: _restore_leaves(manager, step, record["leaves"], flat))
+    if complaint:
+        return {}, {}, complaint
+    pytrees = {
+        name: jax.tree.unflatten(jax.tree.structure(template), leaves[name])
+        for name, template in templates.items()
+    }
+    return pytrees, record["position"], ""
+
+
+def _read(read: Callable[[], Any]) -> tuple[Any, str]:
+    """Return (`read()`, '') or, on every process if it failed on any, (None, why)."""
+    value, complaint = None, ""
+    try:
+        value = read()
+    except Exception as error:  # a damaged file fails in any way; Orbax raises bare Exception too
+        cause = _root_cause(error)
+        # Running out of memory is no damage, and must not send a run back a step.
+        if isinstance(cause, RuntimeError | MemoryError):
+            raise
+        complaint = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+    if jax.process_count() > 1:
+        if not np.all(multihost_utils.process_allgather(np.array(not complaint))):
+            return None, complaint or "damaged as another process reads it"
+    return (None, complaint) if complaint else (value, "")
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _restore_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    items = manager.restore(step, args=ocp.args.Composite(**{_JSON_ITEM: ocp.args.JsonRestore()}))
+    item = items[_JSON_ITEM]
+    if _hash_json(item["record"]) != item["hash"]:
+        raise ValueError(f"{_JSON_ITEM}: its hash does not verify")
+    return item["record"]
+
+
+def _restore_leaves(
+    manager: ocp.CheckpointManager,
+    step: int,
+    records: Mapping[str, Any],
+    templates: Mapping[str, Mapping[str, Any]],
+) -> dict[str, list[Any]]:
+    """Return each pytree's leaves in order; raise ValueError if a hash does not verify."""
+    items = {}
+    for name, flat in templates.items():
+        targets = {
+            path: _target(t) for path, t in flat.items() if "value" not in records[name][path]
+        }
+        if targets:
+            items[name] = ocp.args.StandardRestore(targets)
+    arrays = manager.restore(step, args=ocp.args.Composite(**items)) if items else {}
+    leaves: dict[str, list[Any]] = {name: [] for name in templates}
+    for name, flat in templates.items():
+        for path, template in flat.items():
+            record = records[name][path]
+            leaf = _decode(record, template) if "value" in record else arrays[name][path]
+            if _describe(path, leaf)["hash"] != record["hash"]:
+                raise ValueError(f"leaf {name}{path}: its hash does not verify")
+            leaves[name].append(leaf)
+    return leaves
+
+
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _dtype_and_shape(leaf: Any) -> tuple[str, list[int]]:
+    if isinstance(leaf, str):
+        return "str", []
+    array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return str(array.dtype), list(array.shape)
+
+
+def _describe(path: str, leaf: Any) -> dict[str, Any]:
+    """Return a leaf's dtype, shape and hash, and its value if Orbax would refuse the leaf."""
+    dtype, shape = _dtype_and_shape(leaf)
+    if isinstance(leaf, str):
+        return {"dtype": dtype, "shape": shape, "hash": _hash(leaf.encode()), "value": leaf}
+    if 0 in shape:
+        data = np.zeros(0, np.uint8)
+    elif dtype.startswith(("object", "<U", "key<")):
+        raise ValueError(f"leaf {path} of type {type(leaf).__name__} ({dtype}) cannot be saved")
+    else:
+        data = np.ascontiguousarray(_to_host(leaf)).view(np.uint8)
+    description = {"dtype": dtype, "shape": shape, "hash": _hash(data)}
+    if 0 in shape or not isinstance(leaf, jax.Array | np.ndarray):
+        description["value"] = data.tobytes().hex()
+    return description
+
+
+def _decode(record: Mapping[str, Any], template: Any) -> Any:
+    """Return a leaf that was kept in the JSON item, as what its template is."""
+    if isinstance(template, str):
+        return str(record["value"])
+    data = bytes.fromhex(record["value"])
+    array = np.ndarray(record["shape"], np.dtype(record["dtype"]), buffer=data).copy()
+    if isinstance(template, np.ndarray):
+        return array
+    if isinstance(template, jax.Array | jax.ShapeDtypeStruct):
+        return jax.device_put(array, _target(template).sharding)
+    return array[()] if isinstance(template, np.generic) else array.item()
+
+
+def _target(template: Any) -> Any:
+    """Return what Orbax is to restore for a template: a numpy array, or a placed jax one."""
+    if isinstance(template, np.ndarray):
+        return template
+    sharding = getattr(template, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(template.shape, template.dtype, sharding=sharding)
+
+
+def _check_templates(name: str, record: Mapping[str, Any], templates: Mapping[str, Any]) -> None:
+    for path in [*templates, *record]:
+        saved, wanted = "absent", "absent"
+        if path in record:
+            saved = f"{record[path]['dtype']}{record[path]['shape']}"
+        if path in templates:
+            dtype, shape = _dtype_and_shape(templates[path])
+            wanted = f"{dtype}{shape}"
+        if saved != wanted:
+            raise CheckpointError(f"{name}{path}: the checkpoint's is {saved}, the run's {wanted}")
+
+
+def _to_host(leaf: Any) -> np.ndarray:
+    """Return the whole of a leaf, also where its shards lie on several processes."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        if leaf.is_fully_replicated:
+            return jax.device_get(leaf.addressable_data(0))
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(jax.device_get(leaf))
+
+
+def _hash(data: Any) -> str:
+    return xxhash.xxh64_hexdigest(data)
+
+
+def _hash_json(value: Any) -> str:
+    return _hash(json.dumps(value, sort_keys=True, allow_nan=False).encode())
+
+
+def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
+    """Move damaged steps out of the manager's sight, as it never overwrites one."""
+    if jax.process_index() == 0:
+        folder = manager.directory / "damaged"
+        folder.mkdir(exist_ok=True)
+        for step in steps:
+            (manager.directory / str(step)).rename(folder / f"{step}.{time.time_ns()}")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+    manager.reload()

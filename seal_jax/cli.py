@@ -1,0 +1,135 @@
+"""`seal-jax`: train, eval, generate."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from seal_jax.config import ConfigError, load_config
+
+_TRAIN = """\
+example:
+  seal-jax train --config configs/quickstart.py --workdir runs/quickstart
+  seal-jax train --config configs/quickstart.py --workdir runs/lion --set inner.optax_name=lion
+
+The same command resumes an interrupted run, or says that it is done."""
+_EVAL = """\
+examples:
+  seal-jax eval --config configs/quickstart.py --workdir runs/again \\
+      --policy runs/quickstart/checkpoints
+  seal-jax eval --config configs/quickstart.py --workdir runs/other --policy path/to/model
+
+Prints the table of the base model, the passage, its own self-edit, and the policy's."""
+_GENERATE = """\
+examples:
+  seal-jax generate --config configs/quickstart.py --passages my_passages.json
+  seal-jax generate --config configs/quickstart.py --passages my_passages.json \\
+      --adapter runs/quickstart/checkpoints --out edits.jsonl
+
+A passage file is a JSON list of {"title": ..., "context": ...}, or a .txt file."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="seal-jax",
+        description="Language models that write their own training text, and learn to write it.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help_text: str, epilog: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--config", required=True, help="a Python file with get_config()")
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            dest="overrides",
+            help="change a key of the config; may be repeated",
+        )
+        return sub
+
+    train = command("train", "Train a policy with SEAL and compare it with its controls.", _TRAIN)
+    train.add_argument("--workdir", required=True, help="the run's folder")
+    evaluate = command("eval", "Compare a policy with the base model on held-out problems.", _EVAL)
+    evaluate.add_argument("--workdir", required=True, help="where the table is written")
+    evaluate.add_argument(
+        "--policy", required=True, help="a run's checkpoints folder, or a model folder or .gguf"
+    )
+    generate = command("generate", "Write self-edits for the passages of a file.", _GENERATE)
+    generate.add_argument("--passages", required=True, help="a .json or .txt file")
+    generate.add_argument("--adapter", help="a checkpoints folder whose LoRA adapter is applied")
+    generate.add_argument("--out", help="a JSON-lines file; without it they are printed")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. Bad input is one message on stderr and code 2."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        return _COMMANDS[arguments.command](arguments)
+    except (ConfigError, ValueError, FileNotFoundError, FloatingPointError) as error:
+        if os.environ.get("SEAL_JAX_TRACEBACK"):
+            raise
+        print(f"seal-jax {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command resumes the run", file=sys.stderr)
+        return 130
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    from seal_jax.start import start_jax
+
+    start_jax()
+    from seal_jax.train import is_done, train
+
+    done = is_done(config, arguments.workdir)
+    if not done:
+        train(config, arguments.workdir)
+    with open(os.path.join(arguments.workdir, "summary.md")) as file:
+        print("\n" + file.read())
+    if done:
+        print(
+            f"{arguments.workdir} is done already; nothing was run. Another --workdir runs again."
+        )
+    print(f"Files in {arguments.workdir}: summary.md, summary.json, edits.jsonl (every self-edit),")
+    print("metrics.jsonl, config.json, checkpoints/ (the policy), random/ (the control's run).")
+    return 0
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    from seal_jax.start import start_jax
+
+    start_jax()
+    from seal_jax.train import evaluate_policy
+
+    evaluate_policy(config, arguments.workdir, arguments.policy)
+    with open(os.path.join(arguments.workdir, "summary.md")) as file:
+        print("\n" + file.read())
+    return 0
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    from seal_jax.tasks.sources import load_passages
+
+    problems = load_passages(arguments.passages)
+    from seal_jax.start import start_jax
+
+    start_jax()
+    from seal_jax.train import generate_edits
+
+    generate_edits(config, problems, adapter=arguments.adapter, out=arguments.out)
+    return 0
+
+
+_COMMANDS = {"train": run_train, "eval": run_eval, "generate": run_generate}

@@ -1,0 +1,155 @@
+"""The paper's comparison on held-out problems, with the control that it lacks, as one table.
+
+Every arm answers the same questions without the passage:
+  base       the base model as it is
+  passage    trained on the passage
+  own edit   passage + the base policy's own self-edit
+  seal       passage + the self-edit of the SEAL-trained policy, applied to that policy
+  random     the same for the policy that was trained on randomly chosen self-edits
+
+Intervals are of a paired bootstrap: problems are drawn with replacement, and all arms share each draw.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from seal_jax.keys import EVAL_STEP
+from seal_jax.metrics import progress, write_json, write_text
+from seal_jax.record import outcomes_of
+from seal_jax.stages import Edit, Stages, baseline_accuracy, inner_runs, parse, write_edits
+from seal_jax.tasks.task import Exam, Problem, Rejected
+from seal_jax.types import Params
+
+TITLES = {
+    "base": "base model",
+    "passage": "trained on the passage",
+    "own": "passage + own self-edit",
+    "seal": "passage + self-edit of the SEAL policy",
+    "random": "passage + self-edit of the random-control policy",
+}
+
+
+def compare(
+    stages: Stages,
+    policies: Mapping[str, Params],
+    problems: Sequence[tuple[Problem, Exam]],
+    workdir: str,
+) -> dict[str, Any]:
+    """Test every arm on the problems; write summary.json and summary.md, and return the former.
+
+    Args:
+      policies: 'base', and where they exist 'seal' and 'random'.
+    """
+    config, base = stages.config, policies["base"]
+    accuracy = {"base": np.array(baseline_accuracy(stages, base, problems))}
+    edits = [[stages.task.passage_only(problem)] for problem, _ in problems]
+    accuracy["passage"], _ = test_arm(stages, base, problems, edits, "passage", workdir)
+    num_rejected = {}
+    for name, params in policies.items():
+        arm = "own" if name == "base" else name
+        label = f"held-out, {TITLES[arm]}"
+        _, texts = write_edits(stages, params, problems, EVAL_STEP, config.eval.num_edits, label)
+        edits = parse(stages, problems, texts)
+        accuracy[arm], num_rejected[arm] = test_arm(stages, params, problems, edits, arm, workdir)
+    summary = {
+        "num_problems": len(problems),
+        "num_questions": sum(len(exam.questions) for _, exam in problems),
+        "num_edits": config.eval.num_edits,
+        "num_seeds": config.eval.num_seeds,
+        "rejected_self_edits": num_rejected,
+        "arms": bootstrap(accuracy, config.eval.num_bootstrap, config.seed),
+        "accuracy_by_problem": {
+            problem.id: {arm: float(values[p]) for arm, values in accuracy.items()}
+            for p, (problem, _) in enumerate(problems)
+        },
+    }
+    write_json(os.path.join(workdir, "summary.json"), summary)
+    write_text(os.path.join(workdir, "summary.md"), to_markdown(summary))
+    return summary
+
+
+def test_arm(
+    stages: Stages,
+    params: Params,
+    problems: Sequence[tuple[Problem, Exam]],
+    edits: Sequence[Sequence[Edit]],
+    arm: str,
+    workdir: str,
+) -> tuple[np.ndarray, int]:
+    """Return the accuracy of each problem, f64[P], and how many self-edits were rejected.
+
+    A rejected self-edit, or one whose training was not finite, has answered nothing: it counts as 0.
+    """
+    runs = inner_runs(problems, edits, EVAL_STEP, stages.config.eval.num_seeds)
+    bar = progress(len(runs), f"held-out, {TITLES[arm]}: inner runs", "run")
+    ledger = os.path.join(workdir, f"eval_{arm}.jsonl")
+    outcomes = stages.evaluate(params, runs, ledger, bar.update)
+    bar.close()
+    accuracy = np.zeros(len(problems))
+    for p, (problem, _) in enumerate(problems):
+        for r in range(len(edits[p])):
+            found = [o.accuracy if o.finite else 0.0 for o in outcomes_of(problem.id, r, outcomes)]
+            accuracy[p] += float(np.mean(found or [0.0])) / len(edits[p])
+    return accuracy, sum(isinstance(edit, Rejected) for row in edits for edit in row)
+
+
+def bootstrap(
+    accuracy: Mapping[str, np.ndarray], num_samples: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Return each arm's mean accuracy and its difference to 'own', with 95 % intervals.
+
+    Args:
+      accuracy: f64[P] for each arm, of the same problems in the same order.
+    """
+    num_problems = len(next(iter(accuracy.values())))
+    rng = np.random.default_rng([seed, num_samples])
+    draws = rng.integers(num_problems, size=(num_samples, num_problems))
+
+    def interval(values: np.ndarray) -> list[float]:
+        return np.percentile(values[draws].mean(axis=1), [2.5, 97.5]).tolist()
+
+    arms = {}
+    for arm, values in accuracy.items():
+        arms[arm] = {"accuracy": float(values.mean()), "interval": interval(values)}
+        if arm != "own":
+            difference = values - accuracy["own"]
+            arms[arm] |= {
+                "minus_own": float(difference.mean()),
+                "minus_own_interval": interval(difference),
+            }
+    return arms
+
+
+def to_markdown(summary: Mapping[str, Any]) -> str:
+    """Return the table, with what it can and cannot show."""
+
+    def percent(value: float, interval: Sequence[float], sign: str = "") -> str:
+        low, high = (f"{100 * x:{sign}.1f}" for x in interval)
+        return f"{100 * value:{sign}.1f} [{low}, {high}]"
+
+    lines = [
+        "| method | accuracy, % [95 % interval] | minus own self-edit, points |",
+        "|---|---|---|",
+    ]
+    for arm, row in summary["arms"].items():
+        versus = ""
+        if "minus_own" in row:
+            versus = percent(row["minus_own"], row["minus_own_interval"], "+")
+        lines.append(f"| {TITLES[arm]} | {percent(row['accuracy'], row['interval'])} | {versus} |")
+    num = summary["num_problems"]
+    lines += [
+        "",
+        f"{num} held-out passages, {summary['num_questions']} questions, asked without the passage;"
+        f" {summary['num_edits']} self-edit(s) x {summary['num_seeds']} seed(s) for each. Intervals:"
+        " paired bootstrap over passages.",
+    ]
+    if num < 50:
+        lines.append(
+            f"With {num} passages the intervals are wide: a difference whose interval includes 0 is"
+            " not shown by this run."
+        )
+    lines.append(f"Rejected self-edits (counted as 0): {summary['rejected_self_edits']}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,282 @@
+"""Test adapted models: train a wave of adapters, ask them without the passage, grade the answers.
+
+  for wave of runs:  adapters = inner_update(params, adapters0, pack(runs));  grade(answer(adapters))
+
+A run is one self-edit with one seed. Its outcome is written to a ledger as soon as its wave ends, so that an
+interrupted run repeats one wave at most. A wave always has the same number of adapters (A, filled up with
+idle ones), and each has its own prompts, so few programs serve all waves.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xxhash
+
+from seal_jax import keys, lora
+from seal_jax.metrics import append_json, read_jsonl
+from seal_jax.models.config import ModelConfig
+from seal_jax.models.transformer import hidden_states, text_mask, token_logp
+from seal_jax.rewards import Outcome
+from seal_jax.sample import check_lengths, generate, pad_prompts
+from seal_jax.self_edit import (
+    Job,
+    Text,
+    bucket_of,
+    job_losses,
+    make_job,
+    pack,
+    row_length,
+    text_of,
+    useful_tokens,
+)
+from seal_jax.sharding import leading, replicated, to_device, to_host
+from seal_jax.tasks.task import Exam, Problem, SelfEdit
+from seal_jax.types import Adapters, Params
+
+
+class Run(NamedTuple):
+    """One inner run to make: a self-edit with one seed."""
+
+    name: tuple[str, int, int]  # problem id, which self-edit, which seed: unique in its ledger
+    step: int  # the outer step, for the randomness
+    problem: Problem
+    exam: Exam
+    edit: SelfEdit
+
+    def path(self, seed: int, purpose: int) -> tuple[int, ...]:
+        problem, edit, seed_index = self.name
+        return (seed, purpose, self.step, keys.number_of(problem), edit, seed_index)
+
+
+def exam_prompts(model, task, problem: Problem, exam: Exam, chat: bool) -> list[list[int]]:
+    """Return the tokens of an exam's questions, each asked without the passage."""
+    prompts = [task.answer_prompt(problem, q.question) for q in exam.questions]
+    return [model.tokenizer.encode_prompt(prompt, chat) for prompt in prompts]
+
+
+def make_evaluate(
+    model,
+    task,
+    inner_update: Callable,
+    *,
+    mesh,
+    seed: int,
+    chat: bool,
+    inner: Mapping[str, Any],
+    answers: Mapping[str, Any],
+    with_log_likelihood: bool,
+) -> Callable[..., dict[tuple, Outcome]]:
+    """Return `evaluate(params, runs, ledger, show) -> {run.name: outcome}`.
+
+    Args:
+      inner: rank, alpha, targets, learning_rate, num_epochs, batch_size, max_adapters, tokens_per_step,
+        steps_per_call.
+      answers: max_tokens and max_rows.
+    """
+    num_adapters = inner["max_adapters"]
+    init = jax.jit(
+        partial(
+            lora.init_adapters,
+            model.config,
+            rank=inner["rank"],
+            alpha=inner["alpha"],
+            targets=inner["targets"],
+        )
+    )
+
+    def job_of(run: Run) -> Job:
+        edit = run.edit
+        texts = [text_of(model.tokenizer.encode(text)) for text in edit.training_texts]
+        return make_job(
+            [text for text in texts if len(text.tokens) > 1],
+            num_epochs=edit.num_epochs or inner["num_epochs"],
+            batch_size=inner["batch_size"],
+            learning_rate=edit.learning_rate or inner["learning_rate"],
+            key=run.path(seed, keys.SHUFFLE),
+        )
+
+    def gold_texts(run: Run, prompts: list[list[int]]) -> list[Text]:
+        golds = [model.tokenizer.encode(q.answer, start=False) for q in run.exam.questions]
+        return [text_of([*p, *g], len(p)) for p, g in zip(prompts, golds, strict=True)]
+
+    def wave(params: Params, runs: Sequence[Run], jobs: Sequence[Job]):
+        idle = num_adapters - len(runs)
+        paths = [run.path(seed, keys.ADAPTER) for run in runs] + [(0,) * 6] * idle
+        jobs = [*jobs, *[Job((), 0.0)] * idle]
+        batches = pack(
+            jobs,
+            tokens_per_step=inner["tokens_per_step"],
+            steps_per_call=inner["steps_per_call"],
+            pad_id=model.tokenizer.pad_id,
+        )
+        adapters, losses = inner_update(
+            params,
+            to_device(init(keys.fold(paths)), leading(mesh, "adapter", num_adapters)),
+            to_device(batches, replicated(mesh)),
+        )
+        losses = job_losses(batches, to_host(losses), num_adapters)
+        prompts = [exam_prompts(model, task, run.problem, run.exam, chat) for run in runs] + [
+            []
+        ] * idle
+        written = answer(model, params, adapters, prompts, mesh=mesh, **answers)
+        logps: list = [None] * len(runs)
+        if with_log_likelihood:
+            golds = [gold_texts(run, p) for run, p in zip(runs, prompts, strict=False)]
+            logps = mean_logp(model, params, adapters, golds + [[]] * idle, mesh=mesh)
+        trained = useful_tokens(batches)[1] / len(runs)
+        return [
+            _outcome(task, run, inner["num_epochs"], *parts)._replace(trained_tokens=trained)
+            for run, *parts in zip(runs, jobs, losses, written, logps, strict=False)
+        ]
+
+    def evaluate(
+        params: Params, runs: Sequence[Run], ledger: str, show: Callable[[int], None]
+    ) -> dict[tuple, Outcome]:
+        outcomes = read_ledger(ledger, runs)
+        show(len(outcomes))
+        missing = [(run, job_of(run)) for run in runs if run.name not in outcomes]
+        # The longest first, so that those of a wave end together.
+        missing.sort(key=lambda pair: -sum(map(row_length, pair[1].rows)))
+        for start in range(0, len(missing), num_adapters):
+            chosen, jobs = zip(*missing[start : start + num_adapters], strict=True)
+            for run, outcome in zip(chosen, wave(params, chosen, jobs), strict=True):
+                outcomes[run.name] = outcome
+                append_json(ledger, _ledger_entry(run, outcome))
+            show(len(chosen))
+        return outcomes
+
+    return evaluate
+
+
+def _outcome(task, run: Run, num_epochs: int, job: Job, losses, answers, logps) -> Outcome:
+    questions = run.exam.questions
+    grades = [task.grade(q, a) for q, a in zip(questions, answers, strict=True)]
+    per_epoch = len(job.rows) // (run.edit.num_epochs or num_epochs)
+    return Outcome(
+        accuracy=float(np.mean(grades)),
+        log_likelihood=None if logps is None else float(np.mean(logps)),
+        loss_before=float(np.mean(losses[:per_epoch])),
+        loss_after=float(np.mean(losses[-per_epoch:])),
+        answers=tuple(answers),
+        useful_tokens=sum(map(row_length, job.rows)),
+    )
+
+
+def _ledger_entry(run: Run, outcome: Outcome) -> dict[str, Any]:
+    entry = {"name": list(run.name), "step": run.step, "text": _digest(run), **outcome._asdict()}
+    for field in ("loss_before", "loss_after", "log_likelihood"):
+        if entry[field] is not None and not np.isfinite(entry[field]):
+            entry[field] = "nan"  # JSON has none
+    return entry
+
+
+def _digest(run: Run) -> str:
+    return xxhash.xxh64_hexdigest("\0".join(run.edit.training_texts).encode())
+
+
+def read_ledger(ledger: str, runs: Sequence[Run]) -> dict[tuple, Outcome]:
+    """Return the outcomes that the ledger has of these runs: of the same texts in the same step."""
+    if not os.path.exists(ledger):
+        return {}
+    wanted = {run.name: (run.step, _digest(run)) for run in runs}
+    outcomes = {}
+    for entry in read_jsonl(ledger):
+        name = tuple(entry.pop("name"))
+        if wanted.get(name) != (entry.pop("step"), entry.pop("text")):
+            continue
+        for field in ("loss_before", "loss_after", "log_likelihood"):
+            entry[field] = float("nan") if entry[field] == "nan" else entry[field]
+        outcomes[name] = Outcome(**entry | {"answers": tuple(entry["answers"])})
+    return outcomes
+
+
+def answer(
+    model,
+    params: Params,
+    adapters: Adapters | None,
+    prompts: Sequence[Sequence[Sequence[int]]],
+    *,
+    mesh,
+    max_tokens: int,
+    max_rows: int,
+) -> list[list[str]]:
+    """Return the greedy answers of adapter i (or of the base) to prompts[i]."""
+    tokenizer, num_adapters = model.tokenizer, len(prompts)
+    flat = [p for group in prompts for p in group]
+    check_lengths(model.config, flat, max_tokens)
+    most = max(len(group) for group in prompts)
+    per_call = max(1, min(most, max_rows // num_adapters))
+    stop_ids = np.asarray(tokenizer.stop_ids, np.int32)
+    settings = to_device((stop_ids, np.float32(0), np.float32(1)), replicated(mesh))
+    length = max(len(p) for p in flat)
+    answers: list[list[str]] = [[] for _ in prompts]
+    for start in range(0, most, per_call):
+        # The longest prompt of all calls decides the bucket, so that all share a program.
+        rows = [(*g[start : start + per_call], *[()] * per_call)[:per_call] for g in prompts]
+        tokens, mask = pad_prompts([r for group in rows for r in group], tokenizer.pad_id, length)
+        num_rows = len(tokens)
+        samples = generate(
+            model.config,
+            params,
+            adapters,
+            *to_device((tokens, mask), leading(mesh, "rows", num_rows)),
+            keys.fold([(0,)] * num_rows),
+            *settings,
+            max_tokens=max_tokens,
+            pad_id=tokenizer.pad_id,
+        )
+        tokens, mask = to_host((samples.tokens, samples.mask))
+        for i, group in enumerate(rows):
+            for q, prompt in enumerate(group):
+                if prompt:
+                    row = i * per_call + q
+                    answers[i].append(tokenizer.decode(tokens[row][mask[row]].tolist()).strip())
+    return answers
+
+
+@partial(jax.jit, static_argnames="config")
+def _mean_logp(
+    config: ModelConfig,
+    params: Params,
+    adapters: Adapters | None,
+    tokens: jax.Array,
+    segments: jax.Array,
+    loss_mask: jax.Array,
+) -> jax.Array:
+    B, T = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    hidden, _ = hidden_states(config, params, tokens, positions, text_mask(segments), adapters)
+    hidden, targets = hidden[:, :-1].reshape(B * (T - 1), -1), tokens[:, 1:].reshape(-1)
+    logp = token_logp(config, params, hidden, targets).reshape(B, T - 1) * loss_mask[:, 1:]
+    return logp.sum(axis=1) / jnp.maximum(loss_mask[:, 1:].sum(axis=1), 1)
+
+
+def mean_logp(
+    model,
+    params: Params,
+    adapters: Adapters | None,
+    texts: Sequence[Sequence[Text]],
+    *,
+    mesh,
+) -> list[list[float]]:
+    """Return the mean log-probability per token, over each text's loss mask, under adapter i."""
+    most = max(len(group) for group in texts)
+    T = bucket_of(max(len(text.tokens) for group in texts for text in group))
+    shape = (len(texts) * most, T)
+    tokens = np.full(shape, model.tokenizer.pad_id, np.int32)
+    segments, loss_mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for i, group in enumerate(texts):
+        for j, text in enumerate(group):
+            row, length = i * most + j, len(text.tokens)
+            tokens[row, :length] = text.tokens
+            segments[row, :length] = 1
+            loss_mask[row, :length] = text.loss_mask
+    arrays = to_device((tokens, segments, loss_mask), leading(mesh, "rows", shape[0]))
+    logp = to_host(_mean_logp(model.config, params, adapters, *arrays))
+    logp = logp.reshape(len(texts), most)
+    return [logp[i, : len(group)].tolist() for i, group in enumerate(texts)]

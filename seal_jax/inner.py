@@ -1,0 +1,132 @@
+"""The inner loop: many short LoRA fine-tunes side by side, as a pure function of arrays.
+
+For every adapter, and whatever shares the step with it:
+
+  for row in its rows:  loss = -mean log p(row's text);  adapter -= optimizer(learning_rate(step), grad)
+
+A step takes some of the population's adapters, one per lane (see self_edit.py). The base is frozen and
+shared. Learning rate and number of steps are data, so programs differ only by bucket.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from seal_jax.models.config import ModelConfig
+from seal_jax.models.transformer import hidden_states, text_mask, token_logp
+from seal_jax.optim import Optimizer, scheduled_rate
+from seal_jax.types import Adapters, InnerBatch, InnerState, Params
+
+
+def lane_losses(
+    config: ModelConfig, params: Params, adapters: Adapters, batch: InnerBatch
+) -> jax.Array:
+    """Return the mean negative log-likelihood f32[W] of each lane's row [W T]; 0 for an empty lane."""
+    hidden, _ = hidden_states(
+        config, params, batch.tokens, batch.positions, text_mask(batch.segments), adapters
+    )
+    targets, counts = batch.tokens[:, 1:], batch.loss_mask[:, 1:].astype(jnp.float32)
+    hidden = hidden[:, :-1]
+    logp = token_logp(config, params, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+    logp = logp.reshape(targets.shape) * counts
+    return -logp.sum(axis=1) / jnp.maximum(counts.sum(axis=1), 1)
+
+
+def inner_step(
+    config: ModelConfig,
+    optimizer: Optimizer,
+    schedule: str,
+    params: Params,
+    state: InnerState,
+    batch: InnerBatch,
+) -> tuple[InnerState, jax.Array]:
+    """Take one step: lanes [W], tokens [W T], learning_rate and num_steps [A].
+
+    Returns:
+      The new state, and the losses f32[W] before the step. A lane whose loss or update is not finite keeps
+      its adapter and reports NaN.
+    """
+    num_adapters = state.step.shape[0]
+    lane = jnp.maximum(batch.lanes, 0)
+    scale = state.adapters.scale[lane]
+    weights = jax.tree.map(lambda x: x[lane], state.adapters.weights)
+    opt_state = jax.tree.map(lambda x: x[lane], state.opt_state)
+
+    def total(weights: Params) -> tuple[jax.Array, jax.Array]:
+        losses = lane_losses(config, params, Adapters(weights, scale), batch)
+        return losses.sum(), losses
+
+    grads, losses = jax.grad(total, has_aux=True)(weights)
+
+    def apply(grads, opt_state, weights, learning_rate, step, num_steps):
+        rate = scheduled_rate(schedule, learning_rate, step, num_steps)
+        updates, opt_state = optimizer(rate).update(grads, opt_state, weights)
+        return jax.tree.map(lambda w, u: w + u.astype(w.dtype), weights, updates), opt_state
+
+    rate, num_steps = batch.learning_rate[lane], batch.num_steps[lane]
+    new = jax.vmap(apply)(grads, opt_state, weights, rate, state.step[lane], num_steps)
+    finite = jnp.isfinite(losses)
+    for x in jax.tree.leaves(new[0]):
+        finite &= jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+
+    # An index out of range is dropped: empty and failed lanes write nothing.
+    used = batch.lanes >= 0
+    target = jnp.where(used & finite, lane, num_adapters)
+
+    def put(population: jax.Array, lanes: jax.Array) -> jax.Array:
+        return population.at[target].set(lanes.astype(population.dtype), mode="drop")
+
+    weights, opt_state = jax.tree.map(put, (state.adapters.weights, state.opt_state), new)
+    taken = jnp.where(used, lane, num_adapters)
+    state = InnerState(
+        state.adapters._replace(weights=weights),
+        opt_state,
+        state.step.at[taken].add(1, mode="drop"),
+    )
+    return state, jnp.where(finite, losses, jnp.nan)
+
+
+def make_inner_update(
+    config: ModelConfig, optimizer: Optimizer, schedule: str = "linear"
+) -> Callable[[Params, Adapters, Sequence[InnerBatch]], tuple[Adapters, list[jax.Array]]]:
+    """Return `inner_update(params, adapters, batches) -> adapters, losses`.
+
+    `inner_update` is pure: batches in their order, each one device call that scans over its steps with the
+    whole population as (donated) carry. losses[i] is f32[I W] for batches[i], NaN where a lane's step was not
+    finite.
+    """
+
+    @jax.jit
+    def start(adapters: Adapters) -> InnerState:
+        opt_state = jax.vmap(optimizer(jnp.float32(0)).init)(adapters.weights)
+        # The caller keeps its adapters, and the steps donate theirs: nothing is shared.
+        adapters = jax.tree.map(jnp.copy, adapters)
+        return InnerState(adapters, opt_state, jnp.zeros(adapters.scale.shape, jnp.int32))
+
+    @partial(jax.jit, donate_argnums=1)
+    def run_batch(params: Params, state: InnerState, batch: InnerBatch):
+        active = (batch.lanes >= 0).any(axis=1)
+        step = partial(inner_step, config, optimizer, schedule, params)
+
+        def take_step(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
+            return step(state, InnerBatch(*(x[i] for x in batch[:5]), *batch[5:]))
+
+        def skip(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
+            del i
+            return state, jnp.zeros(batch.lanes.shape[1], jnp.float32)
+
+        def body(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
+            return jax.lax.cond(active[i], take_step, skip, state, i)
+
+        return jax.lax.scan(body, state, jnp.arange(batch.lanes.shape[0]))
+
+    def inner_update(params: Params, adapters: Adapters, batches: Sequence[InnerBatch]):
+        state, losses = start(adapters), []
+        for batch in batches:
+            state, loss = run_batch(params, state, batch)
+            losses.append(loss)
+        return state.adapters, losses
+
+    return inner_update

@@ -1,0 +1,105 @@
+"""LoRA adapters as pytrees: init, stack, take, merge, count.
+
+An adapter is a value beside the base parameters, never a change of them:
+y = x @ W + (alpha / rank) * (x @ A) @ B, with W frozen, A random and B zero at the start, so that a new
+adapter is exactly the base model. A and B are float32 over any base dtype. (Hu et al., arXiv 2106.09685)
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from seal_jax.models.config import ModelConfig
+from seal_jax.types import Adapters, Params
+
+TARGETS = {
+    "q_proj": "attn",
+    "k_proj": "attn",
+    "v_proj": "attn",
+    "o_proj": "attn",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+    "down_proj": "mlp",
+}
+
+
+def target_shapes(config: ModelConfig, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Return {target: (in, out)} of the adapted kernels.
+
+    Raises:
+      ValueError: no target, or one that is not a linear map of the model.
+    """
+    unknown = sorted(set(targets) - set(TARGETS))
+    if unknown or not targets:
+        raise ValueError(f"LoRA targets must be some of {', '.join(TARGETS)}; got {list(targets)}")
+    D, F, H = config.embed_dim, config.mlp_dim, config.head_dim
+    q, kv = config.num_heads * H, config.num_kv_heads * H
+    shapes = {
+        "q_proj": (D, q),
+        "k_proj": (D, kv),
+        "v_proj": (D, kv),
+        "o_proj": (q, D),
+        "gate_proj": (D, F),
+        "up_proj": (D, F),
+        "down_proj": (F, D),
+    }
+    return {target: shapes[target] for target in TARGETS if target in targets}
+
+
+def init_adapter(
+    config: ModelConfig, rng: jax.Array, *, rank: int, alpha: float, targets: Sequence[str]
+) -> Adapters:
+    """Return one adapter (A = 1): a uniform in +-1/sqrt(in), as PEFT initializes it, and b zero."""
+    L = config.num_layers
+    weights: Params = {}
+    for i, (target, (fan_in, fan_out)) in enumerate(target_shapes(config, targets).items()):
+        bound = fan_in**-0.5
+        key = jax.random.fold_in(rng, i)
+        a = jax.random.uniform(key, (1, L, fan_in, rank), jnp.float32, -bound, bound)
+        b = jnp.zeros((1, L, rank, fan_out), jnp.float32)
+        weights.setdefault(TARGETS[target], {})[target] = {"a": a, "b": b}
+    return Adapters(weights, jnp.full((1,), alpha / rank, jnp.float32))
+
+
+def init_adapters(
+    config: ModelConfig, rngs: jax.Array, *, rank: int, alpha: float, targets: Sequence[str]
+) -> Adapters:
+    """Return a stack of adapters, one for each key of rngs [A]; each depends on its own key alone."""
+
+    def one(rng: jax.Array) -> Adapters:
+        return take(init_adapter(config, rng, rank=rank, alpha=alpha, targets=targets), 0)
+
+    return jax.vmap(one)(rngs)
+
+
+def stack(adapters: Sequence[Adapters]) -> Adapters:
+    """Put stacks of adapters behind one another."""
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *adapters)
+
+
+def take(adapters: Adapters, index) -> Adapters:
+    """Return the adapters at `index` (an int drops the axis, a slice or an array keeps it)."""
+    return jax.tree.map(lambda x: x[index], adapters)
+
+
+def count(adapters: Adapters) -> int:
+    """Return the number of parameters of one adapter of the stack."""
+    return sum(x[0].size for x in jax.tree.leaves(adapters.weights))
+
+
+def merge(params: Params, adapters: Adapters, index: int = 0) -> Params:
+    """Return params with adapter `index` added to its kernels; the sum is made in float32."""
+    merged = dict(params)
+    num_layers = jax.tree.leaves(adapters.weights)[0].shape[1]
+    for i in range(num_layers):
+        layer = dict(merged[f"layers_{i}"])
+        for block, targets in adapters.weights.items():
+            layer[block] = dict(layer[block])
+            for target, ab in targets.items():
+                kernel = layer[block][target]["kernel"]
+                delta = adapters.scale[index] * (ab["a"][index, i] @ ab["b"][index, i])
+                total = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+                layer[block][target] = {"kernel": total}
+        merged[f"layers_{i}"] = layer
+    return merged

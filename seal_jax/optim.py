@@ -1,0 +1,77 @@
+"""Optimizers by optax name or by function, for both loops.
+
+An optimizer here is a function `learning_rate -> optax.GradientTransformation`. The learning rate that it
+gets is a traced scalar, the schedule's value at this step: a self-edit chooses its own rate and number of
+steps, and still a hundred self-edits share one compiled program.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Optimizer = Callable[[jax.Array], optax.GradientTransformation]
+
+
+def find_factory(optax_name: str) -> Callable[..., optax.GradientTransformation]:
+    """Return optax's function of that (dotted) name, as 'adamw' or 'contrib.muon'.
+
+    Raises:
+      ValueError: optax has no such name.
+    """
+    factory: Any = optax
+    for part in optax_name.split("."):
+        factory = getattr(factory, part, None)
+    if not callable(factory):
+        raise ValueError(f"optax_name={optax_name!r}: optax has no function of that name")
+    return factory
+
+
+def make_optimizer(
+    *,
+    optax_name: str = "adamw",
+    optax_kwargs: Mapping[str, Any] | None = None,
+    optimizer: Optimizer | None = None,
+    grad_clip: float | None = 1.0,
+) -> Optimizer:
+    """Return `learning_rate -> GradientTransformation`.
+
+    Args:
+      optax_name: the name of an optax function whose first argument is the learning rate.
+      optax_kwargs: its other arguments.
+      optimizer: a function of the learning rate, used in place of the name.
+      grad_clip: clips the gradient of one adapter (or of the policy) to this global norm; None does not.
+    """
+    if optimizer is None:
+        factory, kwargs = find_factory(optax_name), dict(optax_kwargs or {})
+
+        def optimizer(learning_rate: jax.Array) -> optax.GradientTransformation:
+            return factory(learning_rate, **kwargs)
+
+    def clipped(learning_rate: jax.Array) -> optax.GradientTransformation:
+        tx = optax.with_extra_args_support(optimizer(learning_rate))
+        if grad_clip is None:
+            return tx
+        return optax.chain(optax.clip_by_global_norm(grad_clip), tx)
+
+    return clipped
+
+
+def scheduled_rate(
+    schedule: str, learning_rate: jax.Array, step: jax.Array, num_steps: jax.Array
+) -> jax.Array:
+    """Return the learning rate at `step` of `num_steps`; all of them may be traced.
+
+    'linear' falls to 0 after the last step, as the Trainer of Hugging Face does it; 'cosine' likewise.
+    """
+    done = step.astype(jnp.float32) / jnp.maximum(num_steps, 1).astype(jnp.float32)
+    factors = {
+        "constant": jnp.ones_like(done),
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+    }
+    if schedule not in factors:
+        raise ValueError(f"schedule={schedule!r}: expected one of {', '.join(factors)}")
+    return learning_rate * jnp.maximum(factors[schedule], 0.0)

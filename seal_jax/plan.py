@@ -1,0 +1,62 @@
+"""What a run is going to do, and about how long it takes, said before it starts."""
+
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seal_jax.models.transformer import Params
+from seal_jax.stages import Stages
+
+EFFICIENCY = 0.6  # of the measured matmul rate, over a whole run: attention, adapters, compilation
+WRITTEN = 1.0  # expected length of a self-edit, as a multiple of its passage's
+
+
+def matmul_rate(size: int = 1024, seconds: float = 0.5) -> float:
+    """Return the FLOP/s of a float32 matmul on the default device, measured now."""
+    x = jnp.ones((size, size), jnp.float32)
+    multiply = jax.jit(lambda x: x @ x / size)
+    jax.block_until_ready(multiply(x))
+    start, count = time.monotonic(), 0
+    while time.monotonic() - start < seconds:
+        jax.block_until_ready(multiply(x))
+        count += 1
+    return 2 * size**3 * count / (time.monotonic() - start)
+
+
+def num_params(params: Params) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+
+
+def describe(stages: Stages, training: Sequence, held_out: Sequence) -> str:
+    """Return a few lines: the model, the inner runs, the tokens, and an estimate of the time."""
+    config, tokenizer = stages.config, stages.model.tokenizer
+    outer, inner = config.outer, config.inner
+    used = training[: outer.problems_per_step * outer.num_steps]
+    length = np.mean([len(tokenizer.encode(problem.passage)) for problem, _ in used])
+    runs = len(used) * config.sample.num_edits * inner.num_seeds if outer.select != "random" else 0
+    arms = 3 if config.eval.random_control else 2
+    tests = len(held_out) * config.eval.num_edits * config.eval.num_seeds
+    passages = len(held_out) * config.eval.num_seeds
+    edited = (runs + arms * tests) * length * (1 + WRITTEN)
+    tokens = inner.num_epochs * (edited + passages * length)
+    rows = outer.num_steps * outer.problems_per_step * outer.num_epochs * (arms - 1)
+    tokens += rows * length * (2 + WRITTEN)
+    count = num_params(stages.model.params)
+    minutes = 4 * count * tokens / (matmul_rate() * EFFICIENCY) / 60
+    control = " (and once more for the random control)" if config.eval.random_control else ""
+    device = jax.devices()[0]
+    return "\n".join(
+        [
+            f"SEAL on {config.model.source}: {count / 1e6:.0f}M parameters, {config.model.dtype},"
+            f" on {jax.device_count()} x {device.device_kind}",
+            f"  {outer.num_steps} round(s) of {config.outer.objective}{control}:"
+            f" {outer.problems_per_step} passages x {config.sample.num_edits} self-edits x"
+            f" {inner.num_seeds} seed(s) = {runs} inner runs",
+            f"  then {len(held_out)} held-out passages: the base model and {arms + 1} ways to adapt it,"
+            f" {arms * tests + passages} inner runs",
+            f"  about {tokens / 1e3:.0f} thousand training tokens, about {minutes:.0f} minutes here",
+        ]
+    )

@@ -1,0 +1,91 @@
+"""Where arrays live: the mesh, ONE table of logical axis rules, and the two ways across the border.
+
+Strings live on the host, arrays on devices. `to_device` and `to_host` are the only crossings, and they are
+explicit, so the loop runs under `jax.transfer_guard('disallow')`.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from seal_jax.types import Params
+
+# Logical axis -> mesh axis. Models never name the mesh.
+RULES = {
+    "adapter": "data",
+    "rows": "data",
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "mlp": "tensor",
+}
+# The logical axes of each kernel [in out], by the name of its linear map.
+KERNELS = {
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "heads"),
+    "v_proj": ("embed", "heads"),
+    "o_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"),
+    "up_proj": ("embed", "mlp"),
+    "down_proj": ("mlp", "embed"),
+    "embed": ("vocab", "embed"),
+    "lm_head": ("embed", "vocab"),
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """Return the mesh (data, fsdp, tensor) over all devices; one size may be -1, the rest of them.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    sizes, num_devices = [data, fsdp, tensor], jax.device_count()
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if sizes.count(-1) == 1 and num_devices % known == 0:
+        sizes[sizes.index(-1)] = num_devices // known
+    if int(np.prod(sizes)) != num_devices or -1 in sizes:
+        raise ValueError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {num_devices} devices"
+        )
+    # Auto: the compiler propagates shardings. Explicit axes, the default, refuse plain indexing.
+    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
+
+
+def param_shardings(mesh: Mesh, params: Params, rules: Mapping[str, str] | None = None):
+    """Return the sharding of every parameter; a dimension that its axis does not divide is whole."""
+    rules = rules or RULES
+
+    def one(path, leaf) -> NamedSharding:
+        names = [entry.key for entry in path]
+        axes = next((KERNELS[name] for name in names if name in KERNELS), None)
+        if axes is None or len(leaf.shape) != len(axes):
+            return NamedSharding(mesh, PartitionSpec())
+        spec = [
+            rules.get(axis) if size % mesh.shape[rules.get(axis)] == 0 else None
+            for axis, size in zip(axes, leaf.shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def leading(mesh: Mesh, logical: str, size: int) -> NamedSharding:
+    """Return the sharding of arrays whose first axis is `logical`, whole where it does not divide."""
+    axis = RULES[logical]
+    return NamedSharding(mesh, PartitionSpec(axis if size % mesh.shape[axis] == 0 else None))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def to_device(tree, sharding):
+    """Put host arrays on the devices: the one way in."""
+    return jax.device_put(tree, sharding)
+
+
+def to_host(tree):
+    """Return arrays as numpy: the one way out."""
+    return jax.device_get(tree)

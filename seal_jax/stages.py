@@ -1,0 +1,151 @@
+"""The stages that the outer loop and the final comparison share, built once from the config.
+
+Text and numbers come in and go out; arrays stay inside. Only this module, train.py and compare.py know the
+config.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from seal_jax import keys
+from seal_jax.config import task_arguments
+from seal_jax.evaluate import Run, answer, exam_prompts, make_evaluate
+from seal_jax.inner import make_inner_update
+from seal_jax.metrics import progress
+from seal_jax.models import Model, load_model
+from seal_jax.optim import make_optimizer
+from seal_jax.sample import write_self_edits
+from seal_jax.self_edit import BUCKETS
+from seal_jax.sharding import make_mesh, param_shardings, to_device
+from seal_jax.tasks import make_task
+from seal_jax.tasks.task import Rejected, SelfEdit, Task
+from seal_jax.types import Params, Rollout
+
+Edit = SelfEdit | Rejected
+
+
+class Stages(NamedTuple):
+    """What every outer step calls, built once from the config."""
+
+    config: ConfigDict
+    model: Model  # its params are the base, on the host
+    task: Task
+    mesh: jax.sharding.Mesh
+    evaluate: Any  # see evaluate.make_evaluate
+
+
+def make_stages(config: ConfigDict) -> Stages:
+    """Load the model, place the mesh and build the stages that both loops and the table share."""
+    model = load_model(config.model.source, config.model.dtype)
+    task = make_task(**task_arguments(config))
+    inner = config.inner.to_dict()
+    optimizer = make_optimizer(**optimizer_arguments(inner))
+    mesh = make_mesh(**config.mesh)
+    evaluate = make_evaluate(
+        model,
+        task,
+        make_inner_update(model.config, optimizer, inner["schedule"]),
+        mesh=mesh,
+        seed=config.seed,
+        chat=config.model.chat,
+        inner=inner,
+        answers=config.answer.to_dict(),
+        with_log_likelihood=config.reward.kind == "log_likelihood",
+    )
+    return Stages(config, model, task, mesh, evaluate)
+
+
+def optimizer_arguments(section: dict[str, Any]) -> dict[str, Any]:
+    names = ("optax_name", "optax_kwargs", "optimizer", "grad_clip")
+    return {name: section[name] for name in names}
+
+
+def place_params(stages: Stages, params: Params) -> Params:
+    return to_device(params, param_shardings(stages.mesh, params))
+
+
+def write_edits(
+    stages: Stages, params: Params, batch: Sequence, step: int, num_edits: int, label: str
+) -> tuple[Rollout, list[str]]:
+    """Let the policy write `num_edits` self-edits for each problem, the problem's next to each other."""
+    config = stages.config
+    sample = config.sample.to_dict()
+    del sample["num_edits"]
+    prompts, paths = [], []
+    for problem, _ in batch:
+        tokens = stages.model.tokenizer.encode_prompt(
+            stages.task.edit_prompt(problem), config.model.chat
+        )
+        prompts += [tokens] * num_edits
+        number = keys.number_of(problem.id)
+        paths += [(config.seed, keys.SAMPLE, step, number, r) for r in range(num_edits)]
+    bar = progress(len(prompts), f"{label}: self-edits", "edit")
+    written = write_self_edits(
+        stages.model,
+        params,
+        prompts,
+        paths,
+        mesh=stages.mesh,
+        show=bar.update,
+        **sample,
+    )
+    bar.close()
+    return written
+
+
+def parse(stages: Stages, batch: Sequence, texts: Sequence[str]) -> list[list[Edit]]:
+    """Return [P][R] self-edits; one whose texts exceed the model's context is rejected too."""
+    num_edits = len(texts) // len(batch)
+    limit = min(stages.model.config.max_length, BUCKETS[-1] // stages.config.inner.batch_size)
+    edits: list[list[Edit]] = []
+    for p, (problem, _) in enumerate(batch):
+        row: list[Edit] = []
+        for text in texts[p * num_edits : (p + 1) * num_edits]:
+            edit = stages.task.parse(problem, text)
+            if isinstance(edit, SelfEdit):
+                edit = reject_long(stages, edit, limit)
+            row.append(edit)
+        edits.append(row)
+    return edits
+
+
+def reject_long(stages: Stages, edit: SelfEdit, limit: int) -> Edit:
+    longest = max(len(stages.model.tokenizer.encode(text)) for text in edit.training_texts)
+    if longest <= limit:
+        return edit
+    reason = f"too long: a training text of {longest:,} tokens, at most {limit:,}"
+    return Rejected(edit.problem_id, edit.prompt, edit.text, reason)
+
+
+def inner_runs(
+    batch: Sequence, edits: Sequence[Sequence[Edit]], step: int, num_seeds: int
+) -> list[Run]:
+    """Return the inner runs of an outer step: every self-edit that was not rejected, with each seed."""
+    return [
+        Run((problem.id, r, e), step, problem, exam, edit)
+        for (problem, exam), row in zip(batch, edits, strict=True)
+        for r, edit in enumerate(row)
+        if isinstance(edit, SelfEdit)
+        for e in range(num_seeds)
+    ]
+
+
+def baseline_accuracy(stages: Stages, params: Params, batch: Sequence) -> list[float]:
+    """Return the accuracy of the policy itself, unadapted, on each problem: asked once per policy."""
+    config = stages.config
+    prompts = [
+        prompt
+        for problem, exam in batch
+        for prompt in exam_prompts(stages.model, stages.task, problem, exam, config.model.chat)
+    ]
+    answers = iter(
+        answer(stages.model, params, None, [prompts], mesh=stages.mesh, **config.answer)[0]
+    )
+    return [
+        float(np.mean([stages.task.grade(q, next(answers)) for q in exam.questions]))
+        for _, exam in batch
+    ]

@@ -1,0 +1,365 @@
+"""Where problems come from: the built-in passages, JSON files, `datasets`, `tensorflow_datasets`.
+
+    load_problems('builtin', 'train')                      the passages that ship with the package
+    load_problems('json:my.json', 'eval')                  also plain 'my.json'
+    load_problems('hf:rajpurkar/squad', 'train')           the Hugging Face hub, or a local copy
+    load_problems('tfds:squad@/data/tfds', 'eval')         TensorFlow Datasets, without TensorFlow
+
+Every source is brought to items of one of two shapes, and items to problems:
+
+    grouped   {title, context, questions: [{question, answer}]}
+    rows      {title, context, question, answers: {text: [...]}}      one question each, as SQuAD
+
+Whoever brings their own file makes mistakes in it, so an error names the file, the index and the
+field, and says what was expected.
+"""
+
+import hashlib
+import importlib
+import importlib.resources
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from seal_jax.tasks.task import Exam, Problem, Question
+
+# The first of these that a library's dataset has is the one that is read.
+SPLIT_NAMES = {"train": ("train",), "eval": ("validation", "eval", "test", "dev")}
+FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+def load_problems(source: str, split: str) -> list[tuple[Problem, Exam]]:
+    """Load the problems of a split with their exams, in the order in which the source has them.
+
+    Passages that occur more than once become one problem with all their questions; a question that
+    is repeated keeps its first answer; SQuAD 2.0's questions without an answer are left out.
+
+    Args:
+        source: 'builtin', 'json:PATH' (or a path ending in .json), 'hf:NAME_OR_PATH[:CONFIG]' or
+            'tfds:NAME[@DATA_DIR]'. A JSON list, or a file without splits, serves both splits.
+        split: 'train' or 'eval'. For a library, 'eval' is 'validation', else 'eval', 'test', 'dev'.
+
+    Raises:
+        ValueError: the source, the split or an item is not what is described above.
+        FileNotFoundError: there is no such file or dataset.
+    """
+    if split not in SPLIT_NAMES:
+        raise ValueError(f"unknown split {split!r}: expected 'train' or 'eval'")
+    kind, colon, rest = source.partition(":")
+    if source == "builtin":
+        text = (
+            importlib.resources.files("seal_jax.tasks").joinpath("passages.json").read_text("utf-8")
+        )
+        items = _json_items(_parse_json(text, "builtin"), "builtin", split)
+    elif kind == "json" and colon:
+        items = _json_items(_parse_json(_read_text(rest), rest), rest, split)
+    elif kind == "hf" and rest:
+        items = _hf_items(rest, split)
+    elif kind == "tfds" and rest:
+        items = _tfds_items(rest, split)
+    elif source.endswith(".json"):
+        items = _json_items(_parse_json(_read_text(source), source), source, split)
+    else:
+        raise ValueError(
+            f"unknown source {source!r}: expected 'builtin', 'json:PATH', "
+            "'hf:NAME_OR_PATH[:CONFIG]' or 'tfds:NAME[@DATA_DIR]'"
+        )
+    problems = _group(items)
+    if not problems:
+        raise ValueError(f"{source}: the {split!r} split holds no problem with a question")
+    return problems
+
+
+def load_passages(path: str) -> list[Problem]:
+    """Load passages to write self-edits about: no questions needed.
+
+    Args:
+        path: a JSON file with a list of {title, context}, or a .txt file that holds one passage,
+            which is then titled by its file name.
+
+    Raises:
+        ValueError: the file is not of that form.
+        FileNotFoundError: there is no such file.
+    """
+    text = _read_text(path)
+    if path.endswith(".txt"):
+        items = [{"title": Path(path).stem.replace("_", " "), "context": text}]
+    else:
+        items = _parse_json(text, path)
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"{path}: expected a list of {{title, context}}, found {_describe(items)}")
+    problems = (_problem(item, f"{path}: [{index}]") for index, item in enumerate(items))
+    return list({problem.id: problem for problem in problems}.values())
+
+
+def make_problem(title: str, passage: str) -> Problem:
+    """Return a problem with an id made of its title and a hash of its text.
+
+    The id is the same wherever the passage stands in a file, so results can be joined on it.
+    """
+    slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:40]
+    digest = hashlib.sha256(f"{title}\0{passage}".encode()).hexdigest()[:10]
+    return Problem(f"{slug}-{digest}" if slug else digest, title, passage)
+
+
+# ------------------------------------------------------------------------ items -> problems
+
+
+def _group(items: Iterable[tuple[str, Any]]) -> list[tuple[Problem, Exam]]:
+    """Merge (where, item) pairs into problems, in the order in which they first appear."""
+    problems: dict[str, Problem] = {}
+    answers: dict[str, dict[str, str]] = {}
+    for where, item in items:
+        problem = _problem(item, where)
+        asked = answers.setdefault(problem.id, {})
+        for question, answer in _questions(item, where):
+            asked.setdefault(question, answer)
+        if asked:
+            problems.setdefault(problem.id, problem)
+    return [
+        (problem, Exam(key, tuple(Question(*pair) for pair in answers[key].items())))
+        for key, problem in problems.items()
+    ]
+
+
+def _problem(item: Any, where: str) -> Problem:
+    if not isinstance(item, Mapping):
+        raise ValueError(f"{where}: expected {{title, context, ...}}, found {_describe(item)}")
+    title = _text(item, "title", where)
+    if "answers" in item:  # SQuAD writes its titles as they stand in a URL: Super_Bowl_50
+        title = unquote(title).replace("_", " ")
+    return make_problem(title, _text(item, "context", where))
+
+
+def _questions(item: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
+    """Return (question, answer) pairs of a grouped item or of a row."""
+    if "questions" not in item:
+        if "question" not in item:
+            raise ValueError(f"{where}: no field 'questions'; found {_describe(item)}")
+        return _question(item, where)
+    questions = item["questions"]
+    if isinstance(questions, Mapping):
+        questions = _records(questions, f"{where}.questions")
+    if not isinstance(questions, (list, tuple)):
+        raise ValueError(f"{where}: field 'questions' is {_describe(questions)}, expected a list")
+    if not questions:
+        raise ValueError(f"{where}: field 'questions' is empty, expected at least one question")
+    return [
+        pair
+        for index, entry in enumerate(questions)
+        for pair in _question(entry, f"{where}.questions[{index}]")
+    ]
+
+
+def _question(entry: Any, where: str) -> list[tuple[str, str]]:
+    """Return the pair of one entry, or nothing where SQuAD 2.0 says that there is no answer."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where}: expected {{question, answer}}, found {_describe(entry)}")
+    question = _text(entry, "question", where)
+    if "answers" not in entry:
+        return [(question, _text(entry, "answer", where))]
+    answers = entry["answers"]
+    if isinstance(answers, Mapping):  # rows: {text: [...]}
+        texts = answers.get("text", answers)
+        answers = [{"text": text} for text in texts] if isinstance(texts, (list, tuple)) else texts
+    if not isinstance(answers, (list, tuple)):
+        raise ValueError(
+            f"{where}: field 'answers' is {_describe(entry['answers'])}, "
+            f"expected {{text: [...]}} or [{{text}}]"
+        )
+    if not answers:
+        return []
+    if not isinstance(answers[0], Mapping):
+        raise ValueError(f"{where}.answers[0]: expected {{text}}, found {_describe(answers[0])}")
+    return [(question, _text(answers[0], "text", f"{where}.answers[0]"))]
+
+
+def _records(columns: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """Return records for columns, into which both libraries can turn a list of records."""
+    for name, column in columns.items():
+        if not isinstance(column, (list, tuple)):
+            raise ValueError(f"{where}: field {name!r} is {_describe(column)}, expected a list")
+    if len(set(map(len, columns.values()))) > 1:
+        raise ValueError(f"{where}: the columns {', '.join(columns)} differ in length")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _text(item: Mapping[str, Any], field: str, where: str) -> str:
+    """Return a field that must hold text, without the white space around it."""
+    if field not in item:
+        raise ValueError(f"{where}: no field {field!r}; found {_describe(item)}")
+    value = item[field]
+    try:
+        if isinstance(value, bytes):  # tensorflow_datasets hands out bytes
+            value = value.decode()
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: field {field!r} is {_describe(value)}, expected text")
+        value.encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
+    except UnicodeError as error:
+        raise ValueError(f"{where}: field {field!r} is not valid Unicode: {error}") from error
+    if not value.strip():
+        raise ValueError(f"{where}: field {field!r} is empty")
+    return value.strip()
+
+
+def _describe(value: Any) -> str:
+    """Say what a value is, briefly, in JSON's words."""
+    if isinstance(value, Mapping):
+        return f"an object with fields {', '.join(map(str, list(value)[:8])) or '(none)'}"
+    if isinstance(value, (list, tuple)):
+        return f"a list of {len(value)}"
+    if isinstance(value, str):
+        return "text"
+    if value is None:
+        return "null"
+    return f"{type(value).__name__} {str(value)[:40]}"
+
+
+# ------------------------------------------------------------------------ files
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text, at byte {error.start}") from error
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder, expected a JSON file") from None
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+    except RecursionError:
+        raise ValueError(f"{where}: not JSON that can be read: nested too deeply") from None
+
+
+def _json_items(content: Any, where: str, split: str) -> list[tuple[str, Any]]:
+    """Return (where, item) pairs of a JSON file of any of the three accepted forms."""
+    name = ""
+    if isinstance(content, Mapping) and "data" in content:
+        return _squad_items(content["data"], where)
+    if isinstance(content, Mapping) and SPLIT_NAMES.keys() & content.keys():
+        if split not in content:
+            raise ValueError(f"{where}: no split {split!r}; found {_describe(content)}")
+        name, content = split, content[split]
+    if not isinstance(content, list):
+        raise ValueError(
+            f"{where}: expected a list of {{title, context, questions}}, an object with 'train' "
+            f"and 'eval' lists of them, or SQuAD's {{data: [...]}}; found {_describe(content)}"
+        )
+    return [(f"{where}: {name}[{index}]", item) for index, item in enumerate(content)]
+
+
+def _squad_items(data: Any, where: str) -> list[tuple[str, Any]]:
+    """Flatten SQuAD's own files: data[].paragraphs[].qas[]."""
+    items = []
+    for i, article in enumerate(_list(data, f"{where}: data")):
+        there = f"{where}: data[{i}]"
+        if not isinstance(article, Mapping) or "paragraphs" not in article:
+            raise ValueError(f"{there}: expected {{title, paragraphs}}, found {_describe(article)}")
+        title = unquote(_text(article, "title", there)).replace("_", " ")
+        for j, paragraph in enumerate(_list(article["paragraphs"], f"{there}.paragraphs")):
+            spot = f"{there}.paragraphs[{j}]"
+            if not isinstance(paragraph, Mapping) or "qas" not in paragraph:
+                raise ValueError(f"{spot}: expected {{context, qas}}, found {_describe(paragraph)}")
+            item = {"title": title, "questions": paragraph["qas"]}
+            if "context" in paragraph:
+                item["context"] = paragraph["context"]
+            items.append((spot, item))
+    return items
+
+
+def _list(value: Any, where: str) -> list:
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: expected a list, found {_describe(value)}")
+    return value
+
+
+# ------------------------------------------------------------------------ libraries
+
+
+def _library(name: str, source: str) -> Any:
+    """Import lazily: importing `datasets` takes seconds, and neither is needed by most runs."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{source}: reading it needs {error.name}: pip install {name}", name=error.name
+        ) from error
+
+
+def _pick_split(available: Iterable[str], split: str, source: str) -> str:
+    available = list(available)
+    for name in SPLIT_NAMES[split]:
+        if name in available:
+            return name
+    raise ValueError(
+        f"{source}: no split for {split!r}: looked for {', '.join(SPLIT_NAMES[split])}; "
+        f"it has {', '.join(available) or 'none'}"
+    )
+
+
+def _hf_items(reference: str, split: str) -> Iterable[tuple[str, Any]]:
+    source = f"hf:{reference}"
+    datasets = _library("datasets", source)
+    name, _, config = reference.rpartition(":")
+    if not name or Path(reference).exists():
+        name, config = reference, ""
+    path = Path(name)
+    if not path.exists() and (name[0] in "./~" or path.suffix in FILE_KINDS):
+        raise FileNotFoundError(f"{source}: no such file or folder: {name}")
+    try:
+        if path.is_file():
+            if path.suffix not in FILE_KINDS:
+                raise ValueError(f"{source}: expected a file ending in {', '.join(FILE_KINDS)}")
+            kind = FILE_KINDS[path.suffix]
+            loaded = datasets.load_dataset(kind, data_files=name, split="train")
+        elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name, config or None)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(f"{source}: {error}") from error
+    except datasets.exceptions.DatasetsError as error:
+        raise ValueError(f"{source}: {error.__cause__ or error}") from error
+    if isinstance(loaded, dict):  # a DatasetDict; a Dataset has no splits and serves both
+        split = _pick_split(loaded, split, source)
+        loaded = loaded[split]
+    return ((f"{source}: {split}[{index}]", row) for index, row in enumerate(loaded))
+
+
+def _tfds_items(reference: str, split: str) -> Iterable[tuple[str, Any]]:
+    """Read through a data source, which needs no TensorFlow, unlike `tfds.load`.
+
+    It reads what is stored as array_record or parquet, not as tfrecord. A dataset that is not yet
+    there is downloaded and stored as array_record.
+    """
+    source = f"tfds:{reference}"
+    tfds = _library("tensorflow_datasets", source)
+    name, _, data_dir = reference.partition("@")
+    if data_dir and not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"{source}: no such folder: {data_dir}")
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None)
+        if not builder.is_prepared():
+            builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+            builder.download_and_prepare()
+        name = _pick_split(builder.info.splits, split, source)
+        rows = builder.as_data_source(name)
+    except tfds.core.DatasetNotFoundError as error:
+        raise FileNotFoundError(f"{source}: {str(error).strip().splitlines()[0]}") from error
+    except OSError as error:
+        raise FileNotFoundError(f"{source}: could not be read or downloaded: {error}") from error
+    except NotImplementedError as error:
+        raise ValueError(f"{source}: {error}") from error
+    return ((f"{source}: {name}[{index}]", rows[index]) for index in range(len(rows)))

@@ -1,0 +1,82 @@
+"""What a task is: the host side of SEAL, text in and text or numbers out.
+
+A task turns a `Problem` into a prompt, the policy's text into a `SelfEdit` (or a `Rejected` with its
+reason), and an answer into a verdict. `Problem` is what the policy may see; `Exam` is what only the
+grader sees. They are two types so that a question cannot reach the policy by accident.
+Nothing below `tasks/` imports jax.
+"""
+
+from typing import NamedTuple, Protocol
+
+
+class Problem(NamedTuple):
+    """What the policy may see."""
+
+    id: str  # unique in its split; names the problem in every log
+    title: str  # the topic, which prefixes training texts and questions
+    passage: str
+
+
+class Question(NamedTuple):
+    """One question about a problem and its gold answer."""
+
+    question: str
+    answer: str
+
+
+class Exam(NamedTuple):
+    """What only the grader sees: the questions asked without the passage in context."""
+
+    problem_id: str
+    questions: tuple[Question, ...]
+
+
+class SelfEdit(NamedTuple):
+    """A parsed self-edit: data and hyperparameters for one inner-loop run.
+
+    `None` for a hyperparameter means the config's value.
+    """
+
+    problem_id: str
+    prompt: str  # what the policy was shown
+    text: str  # what the policy wrote
+    training_texts: tuple[str, ...]
+    learning_rate: float | None = None
+    num_epochs: int | None = None
+
+
+class Rejected(NamedTuple):
+    """A self-edit that cannot be applied, and why. It is counted and logged, never fatal."""
+
+    problem_id: str
+    prompt: str
+    text: str
+    reason: str
+
+
+class Task(Protocol):
+    """What the loop asks of a task. No base class: any object with these methods is one."""
+
+    def load(self, split: str) -> list[tuple[Problem, Exam]]:
+        """Return the problems of `split` ('train' or 'eval') with their exams, in a fixed order."""
+        ...
+
+    def edit_prompt(self, problem: Problem) -> str:
+        """Return the prompt that asks the policy for a self-edit."""
+        ...
+
+    def parse(self, problem: Problem, text: str) -> SelfEdit | Rejected:
+        """Turn what the policy wrote, which is untrusted, into a self-edit or a reason."""
+        ...
+
+    def passage_only(self, problem: Problem) -> SelfEdit:
+        """Return the control that trains on the problem itself, with nothing written by a policy."""
+        ...
+
+    def answer_prompt(self, problem: Problem, question: str) -> str:
+        """Return the prompt that asks a question, without the passage."""
+        ...
+
+    def grade(self, question: Question, prediction: str) -> bool:
+        """Return whether `prediction` answers `question` correctly."""
+        ...

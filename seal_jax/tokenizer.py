@@ -1,0 +1,302 @@
+"""Text to token ids and back: Hugging Face tokenizers, GGUF's, and bytes for tests.
+
+Text is untrusted: a user's or a model's text that spells a special token, say "<|im_start|>", is
+encoded as the plain characters it is. Special tokens come only from the chat template.
+"""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+# Tokens that end a turn or a text, in the families that are supported.
+END_TOKENS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<eos>",
+    "</s>",
+)
+BYTE_FILE = "byte_tokenizer.json"
+# Stands for the user's message while the chat template is rendered.
+_MARK = "\ue000message\ue000"
+# Llama 3's template prints the date; prompts must not depend on the day they are made.
+_DATE = "26 Jul 2024"
+
+
+class Tokenizer(Protocol):
+    """What the other stages ask of a tokenizer."""
+
+    vocab_size: int  # every id is below it; the model's V may be larger
+    pad_id: int  # may equal a stop id: mask by length, not by value
+    stop_ids: tuple[int, ...]  # the first one ends a text; any of them ends an answer
+    bos: int | None  # put in front of plain text, because the model was trained so
+
+    def encode(self, text: str, start: bool = True) -> list[int]:
+        """Return the ids of plain text, `bos` in front where `start` and the model wants it."""
+        ...
+
+    def encode_prompt(self, text: str, chat: bool) -> list[int]:
+        """Return the ids of a prompt, as one user message of the chat template if `chat`."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`, without special tokens and ids outside the vocabulary."""
+        ...
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write what `load_tokenizer` reads."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes and five special tokens: for tests, and for models trained from nothing."""
+
+    vocab_size = 261
+    pad_id = 256
+    bos = 257
+    stop_ids = (258,)
+    user_id = 259
+    assistant_id = 260
+
+    def encode(self, text: str, start: bool = True) -> list[int]:
+        """Return `text` as bytes; a lone surrogate becomes '?'."""
+        return [self.bos] * start + list(text.encode("utf-8", "replace"))
+
+    def encode_prompt(self, text: str, chat: bool) -> list[int]:
+        """Return bos and bytes, between user and assistant marks if `chat`."""
+        if not chat:
+            return self.encode(text)
+        return [self.bos, self.user_id, *self.encode(text, start=False), self.assistant_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the bytes among `ids` as text, invalid UTF-8 replaced."""
+        return bytes(i for i in map(int, ids) if 0 <= i < 256).decode("utf-8", "replace")
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write a marker file that tells `load_tokenizer` to use bytes."""
+        Path(folder, BYTE_FILE).write_text(json.dumps({"tokenizer": "bytes"}) + "\n")
+
+
+class HFTokenizer:
+    """A fast Hugging Face tokenizer whose special tokens cannot be spelled by text.
+
+    Args:
+        fast: a `transformers.PreTrainedTokenizerFast`.
+        stop_ids: ids that end an answer, beside the tokenizer's own eos and `END_TOKENS`.
+
+    Raises:
+        ValueError: no fast backend, no eos token, or plain text can produce special tokens.
+    """
+
+    def __init__(self, fast: Any, stop_ids: Iterable[int] = ()):
+        from tokenizers import Tokenizer as Backend
+
+        if not getattr(fast, "is_fast", False):
+            raise ValueError(
+                f"{type(fast).__name__} has no fast (Rust) backend; supported: a tokenizer.json."
+            )
+        self._fast = fast
+        self._text = Backend.from_str(fast.backend_tokenizer.to_str())  # encodes untrusted text
+        self._template = Backend.from_str(fast.backend_tokenizer.to_str())  # encodes the template
+        for backend in (self._text, self._template):
+            backend.no_truncation()
+            backend.no_padding()
+        self._text.encode_special_tokens = True
+        self.vocab_size = len(fast)
+        self.stop_ids = self._stop_ids(stop_ids)
+        self.pad_id = self.stop_ids[0] if fast.pad_token_id is None else fast.pad_token_id
+        # Whether text starts with bos is known only to the tokenizer's post-processor.
+        first = self._template.encode("").ids[:1]
+        self.bos = fast.bos_token_id if first == [fast.bos_token_id] else None
+        self._check_plain()
+
+    def encode(self, text: str, start: bool = True) -> list[int]:
+        """Return the ids of `text`; special tokens spelled in it are plain characters."""
+        ids = self._plain(text)
+        return [self.bos, *ids] if start and self.bos is not None else ids
+
+    def encode_prompt(self, text: str, chat: bool) -> list[int]:
+        """Return the ids of a prompt, as one user message of the chat template if `chat`.
+
+        Raises:
+            ValueError: `chat`, and the tokenizer has no chat template that takes one message.
+        """
+        if not chat:
+            return self.encode(text)
+        head, before, after, tail, strips = self._chat_parts
+        return head + self._plain(before + (text.strip() if strips else text) + after) + tail
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`, without special tokens and ids outside the vocabulary."""
+        known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
+        return self._text.decode(known, skip_special_tokens=True)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write tokenizer.json and its companions."""
+        self._fast.save_pretrained(folder)
+
+    def _plain(self, text: str) -> list[int]:
+        text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become '?'
+        return self._text.encode(text, add_special_tokens=False).ids
+
+    def _stop_ids(self, more: Iterable[int]) -> tuple[int, ...]:
+        ids = [] if self._fast.eos_token_id is None else [self._fast.eos_token_id]
+        special = {*self._fast.all_special_ids, *self._special}
+        for token in END_TOKENS:
+            token_id = self._text.token_to_id(token)
+            if token_id in special:
+                ids.append(token_id)
+        ids = tuple(dict.fromkeys([*ids, *more]))
+        if not ids:
+            raise ValueError("the tokenizer has no eos token: no answer would ever end.")
+        return ids
+
+    def _check_plain(self) -> None:
+        """Raise ValueError if the text of a special token can become that token."""
+        control = {*self._special, *self._fast.all_special_ids} - {self._fast.unk_token_id}
+        for token_id in control:
+            token = self._text.id_to_token(token_id)
+            if token is not None and control.intersection(self._plain(token)):
+                raise ValueError(f"text can inject the special token {token!r} of this tokenizer.")
+
+    @functools.cached_property
+    def _special(self) -> dict[int, str]:
+        added = self._text.get_added_tokens_decoder()
+        return {token_id: token.content for token_id, token in added.items() if token.special}
+
+    @functools.cached_property
+    def _chat_parts(self) -> tuple[list[int], str, str, list[int], bool]:
+        """The template around a message: ids, text, (message), text, ids; and if it is stripped.
+
+        The plain text next to the message is kept as text, since tokens can span the border.
+        """
+        rendered = self._render(f" {_MARK} ")
+        strips = f" {_MARK} " not in rendered
+        before, mark, after = rendered.partition(_MARK if strips else f" {_MARK} ")
+        if not mark or _MARK in after:
+            raise ValueError("the chat template does not show a user message exactly once.")
+        tokens = sorted(self._special.values(), key=len, reverse=True)
+        pattern = "|".join(map(re.escape, tokens)) or "(?!)"
+        last = max((match.end() for match in re.finditer(pattern, before)), default=0)
+        match = re.search(pattern, after)
+        first = len(after) if match is None else match.start()
+        head = self._template.encode(before[:last], add_special_tokens=False).ids
+        tail = self._template.encode(after[first:], add_special_tokens=False).ids
+        parts = (head, before[last:], after[:first], tail, strips)
+        expected = self._template.encode(self._render("Hello 1"), add_special_tokens=False).ids
+        if head + self._plain(f"{parts[1]}Hello 1{parts[2]}") + tail != expected:
+            raise ValueError("the chat template cannot be split around a user message.")
+        return parts
+
+    def _render(self, message: str) -> str:
+        """Return the template's text for one user message, generation prompt included."""
+        if not self._fast.chat_template:
+            raise ValueError(
+                "chat=True, but the tokenizer has no chat template; use chat=False for this model."
+            )
+        return self._fast.apply_chat_template(
+            [{"role": "user", "content": message}],
+            tokenize=False,
+            add_generation_prompt=True,
+            date_string=_DATE,
+        )
+
+
+def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
+    """Load the tokenizer of a local folder; code that comes with a model is never run.
+
+    Raises:
+        FileNotFoundError: the folder holds no tokenizer.
+        ValueError: the tokenizer is damaged or has no fast backend.
+    """
+    folder = Path(folder)
+    if (folder / BYTE_FILE).is_file():
+        return ByteTokenizer()
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{folder}: no tokenizer.json, so no tokenizer to load.")
+    # Not AutoTokenizer: transformers 5 rebuilds some tokenizers from their class and vocabulary and
+    # drops the rest of tokenizer.json. SmolLM2, for one, would no longer split numbers into digits.
+    fast_class = _transformers().PreTrainedTokenizerFast
+    try:
+        fast = fast_class.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the Rust parser raises bare Exception
+        raise ValueError(f"{folder}: cannot load the tokenizer: {error}") from error
+    return HFTokenizer(fast, _generation_stop_ids(folder / "generation_config.json"))
+
+
+def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> HFTokenizer:
+    """Build the byte-level BPE tokenizer that GGUF metadata describe.
+
+    Raises:
+        ValueError: another tokenizer model or pre-tokenizer, or metadata that do not fit together.
+    """
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    kinds = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
+    if kinds != ("gpt2", "smollm"):
+        raise ValueError(
+            f"{where}: unsupported GGUF tokenizer (model, pre) = {kinds}; supported: "
+            "('gpt2', 'smollm'), or the same model as a Hugging Face folder."
+        )
+    try:
+        tokens = metadata["tokenizer.ggml.tokens"]
+        types = metadata["tokenizer.ggml.token_type"]
+        merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+        special_ids = {
+            name: tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
+            for name, key in (("eos_token", "eos"), ("bos_token", "bos"), ("pad_token", "padding"))
+            if f"tokenizer.ggml.{key}_token_id" in metadata
+        }
+        vocab = {token: i for i, token in enumerate(tokens)}
+        if len(vocab) != len(tokens):
+            raise ValueError(f"{len(tokens) - len(vocab)} tokens are listed twice")
+        backend = Backend(models.BPE(vocab=vocab, merges=merges))
+        special = [token for token, kind in zip(tokens, types, strict=True) if kind == 3]
+    except Exception as error:  # the Rust constructor raises bare Exception
+        raise ValueError(f"{where}: damaged tokenizer metadata: {error!r}") from error
+    # SmolLM2 splits numbers into digits, then follows GPT-2.
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    fast = _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special_ids,
+    )
+    return HFTokenizer(fast)
+
+
+def _transformers() -> Any:
+    """Import transformers without its advice to install PyTorch, which nothing here uses."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
+
+
+def _generation_stop_ids(path: Path) -> tuple[int, ...]:
+    """Return the eos ids of a generation_config.json, of which chat models list several."""
+    if not path.is_file():
+        return ()
+    try:
+        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a JSON object: {error}") from error
+    found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(i, int) for i in found):
+        raise ValueError(f"{path}: eos_token_id must be an id or a list of ids, found {eos!r}.")
+    return tuple(found)

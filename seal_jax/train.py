@@ -1,0 +1,311 @@
+"""The outer loop of SEAL.
+
+  for step in range(num_steps):
+    problems = next(task_iter)                               # host    P problems
+    rollout  = sample(params, prompts(problems), R)          # device  [P R T]
+    edits    = parse(problems, rollout)                      # host    malformed ones are rejected
+    batches  = pack(edits)                                   # host    fixed shapes, little padding
+    adapters = inner_update(params, adapters0, batches)      # device  A adapters at once
+    answers  = answer(params, adapters, questions)           # device  greedy
+    rewards  = reward(grade(problems, answers))              # host    f32[P R]
+    state    = policy_update(state, rollout, rewards)        # device  ReST-EM
+    checkpoint(step, state, adapters, rewards)               # disk    Orbax
+
+The four lines from pack to grade run wave by wave, in `evaluate`. The control that the paper lacks, a policy
+trained on randomly chosen self-edits, is the same loop with another objective, in WORKDIR/random.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from seal_jax import checkpoint, keys, lora
+from seal_jax.compare import compare
+from seal_jax.config import diff, to_json
+from seal_jax.metrics import append_json, append_metrics, progress, truncate_after, write_text
+from seal_jax.models import load_model
+from seal_jax.objectives import OBJECTIVES, Objective
+from seal_jax.optim import make_optimizer
+from seal_jax.plan import describe
+from seal_jax.policy import init_train_state, make_policy_update
+from seal_jax.record import Clock, log_edits, summarize, tabulate
+from seal_jax.rewards import Outcome
+from seal_jax.sharding import replicated, to_host
+from seal_jax.stages import (
+    Stages,
+    baseline_accuracy,
+    inner_runs,
+    make_stages,
+    optimizer_arguments,
+    parse,
+    place_params,
+    write_edits,
+)
+from seal_jax.tasks.task import Exam, Problem
+from seal_jax.types import Adapters, Params, TrainState
+
+
+def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Train the policy, and its control, and compare them on held-out problems.
+
+    The same call resumes what was interrupted, and returns at once where everything is done.
+
+    Args:
+      config: see config_table.py.
+      workdir: the run's folder; it holds everything the run writes.
+
+    Returns:
+      What summary.json holds.
+
+    Raises:
+      ValueError: the folder belongs to another config, or the data do not fit the config.
+    """
+    claim_workdir(config, workdir)
+    stages = make_stages(config)
+    train_problems, eval_problems = split_problems(stages)
+    print(describe(stages, train_problems, eval_problems), flush=True)
+    with jax.transfer_guard("disallow"):
+        base = place_params(stages, stages.model.params)
+        objective = OBJECTIVES[config.outer.objective]
+        arms = {"base": base}
+        arms["seal"] = run_outer_loop(
+            stages,
+            objective(config.outer.select, config.outer.threshold),
+            base,
+            train_problems,
+            folder=workdir,
+            label="SEAL",
+        ).params
+        if config.eval.random_control:
+            arms["random"] = run_outer_loop(
+                stages,
+                objective("random"),
+                base,
+                train_problems,
+                folder=os.path.join(workdir, "random"),
+                label="random control",
+            ).params
+        return compare(stages, arms, eval_problems, workdir)
+
+
+def is_done(config: ConfigDict, workdir: str) -> bool:
+    """Return whether `workdir` holds the finished run of this config; no device is touched.
+
+    Raises:
+      ValueError: the folder belongs to another config.
+    """
+    claim_workdir(config, workdir)
+    return os.path.exists(os.path.join(workdir, "summary.json"))
+
+
+def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> dict[str, Any]:
+    """Compare a policy with the base model; see `compare` for what is written.
+
+    Args:
+      policy: a folder of checkpoints, or any model source.
+    """
+    claim_workdir(config, workdir)
+    stages = make_stages(config)
+    _, held_out = split_problems(stages)
+    with jax.transfer_guard("disallow"):
+        base = place_params(stages, stages.model.params)
+        policies = {"base": base, "seal": load_policy(stages, base, policy)}
+        return compare(stages, policies, held_out, workdir)
+
+
+def load_policy(stages: Stages, base: Params, policy: str) -> Params:
+    """Return the params of a checkpoints folder, or of a model of the same architecture."""
+    if is_checkpoints(policy):
+        return checkpoint.restore(policy, {"policy": base})[1]["policy"]
+    model = load_model(policy, stages.config.model.dtype)
+    if model.config != stages.model.config:
+        raise ValueError(
+            f"{policy} is another architecture than {stages.config.model.source}:"
+            f" found {model.config}, expected {stages.model.config}"
+        )
+    return place_params(stages, model.params)
+
+
+def is_checkpoints(folder: str) -> bool:
+    return os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder))
+
+
+def load_adapter(stages: Stages, folder: str) -> Adapters:
+    """Return the LoRA adapter of the newest checkpoint in `folder`."""
+    if not is_checkpoints(folder):
+        raise FileNotFoundError(f"{folder}: expected a checkpoints folder, as a run's checkpoints/")
+    outer = stages.config.outer
+    template = jax.eval_shape(
+        lambda key: lora.init_adapter(
+            stages.model.config, key, rank=outer.rank, alpha=outer.alpha, targets=outer.targets
+        ),
+        jax.random.key(0),
+    )
+    template = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(stages.mesh)), template
+    )
+    return checkpoint.restore(folder, {"adapters": template})[1]["adapters"]
+
+
+def generate_edits(
+    config: ConfigDict, problems: Sequence[Problem], *, adapter: str | None, out: str | None
+) -> None:
+    """Write `sample.num_edits` self-edits for each problem, to `out` as JSON lines or to stdout."""
+    stages = make_stages(config)
+    params = place_params(stages, stages.model.params)
+    if adapter is not None:
+        params = jax.jit(lora.merge)(params, load_adapter(stages, adapter))
+    batch = [(problem, None) for problem in problems]
+    num_edits = config.sample.num_edits
+    _, texts = write_edits(stages, params, batch, 0, num_edits, "generate")
+    for (problem, _), edits in zip(batch, parse(stages, batch, texts), strict=True):
+        for r, edit in enumerate(edits):
+            entry = {"title": problem.title, "problem": problem.id, "edit": r, "text": edit.text}
+            entry["rejected"] = getattr(edit, "reason", None)
+            entry["training_texts"] = list(getattr(edit, "training_texts", ()))
+            if out is not None:
+                append_json(out, entry)
+            else:
+                print(f"=== {problem.title}, self-edit {r + 1}\n{edit.text.strip()}\n")
+
+
+def run_outer_loop(
+    stages: Stages,
+    objective: Objective,
+    base: Params,
+    problems: Sequence[tuple[Problem, Exam]],
+    *,
+    folder: str,
+    label: str,
+) -> TrainState:
+    """Run the outer loop from its last good checkpoint in `folder` on; returns the final state."""
+    config, outer = stages.config, stages.config.outer
+    optimizer = make_optimizer(**optimizer_arguments(outer.to_dict()))
+    lora = {"rank": outer.rank, "alpha": outer.alpha, "targets": outer.targets}
+    policy_update = make_policy_update(
+        stages.model.config,
+        objective,
+        optimizer,
+        mesh=stages.mesh,
+        seed=config.seed,
+        update=outer.update,
+        schedule=outer.schedule,
+        learning_rate=outer.learning_rate,
+        num_epochs=outer.num_epochs,
+        batch_size=outer.batch_size,
+        microbatch_size=outer.microbatch_size,
+        **lora,
+    )
+    os.makedirs(folder, exist_ok=True)
+    manager = checkpoint.make_manager(os.path.join(folder, "checkpoints"), config.checkpoint.keep)
+    state = init_train_state(stages.model.config, base, optimizer, update=outer.update, **lora)
+    state = restore_state(manager, state, folder)
+    for step in range(int(to_host(state.step)), outer.num_steps):
+        clock = Clock()
+        batch = take_problems(problems, step, outer.problems_per_step)
+        rollout, texts = write_edits(
+            stages, state.params, batch, step, config.sample.num_edits, f"{label} step {step}"
+        )
+        edits = parse(stages, batch, texts)
+        clock.lap("sample")
+        outcomes: dict[tuple, Outcome] = {}
+        if objective.needs_rewards:
+            baseline = baseline_accuracy(stages, state.params, batch)
+            runs = inner_runs(batch, edits, step, config.inner.num_seeds)
+            bar = progress(len(runs), f"{label} step {step}: inner runs", "run")
+            ledger = os.path.join(folder, f"pending_{step}.jsonl")
+            outcomes = stages.evaluate(state.params, runs, ledger, bar.update)
+            bar.close()
+        clock.lap("inner")
+        rewards, valid = tabulate(edits, outcomes, **config.reward)
+        rng = np.random.default_rng([config.seed, keys.SELECT, step])
+        advantages = objective.advantages(rewards, valid, rng)
+        state, metrics = policy_update(state, rollout, advantages.reshape(-1))
+        clock.lap("policy")
+        metrics |= summarize(edits, outcomes, rewards, valid, advantages, rollout) | clock.laps
+        if objective.needs_rewards:
+            metrics["reward/baseline_accuracy"] = float(np.mean(baseline))
+        append_metrics(os.path.join(folder, "metrics.jsonl"), step, metrics)
+        log_edits(folder, step, batch, edits, outcomes, rewards, advantages)
+        save_state(manager, state, step, rewards)
+        checkpoint.wait(manager)
+        if os.path.exists(os.path.join(folder, f"pending_{step}.jsonl")):
+            os.remove(os.path.join(folder, f"pending_{step}.jsonl"))
+    manager.close()
+    return state
+
+
+def claim_workdir(config: ConfigDict, workdir: str) -> None:
+    """Write config.json into a new folder; refuse one that belongs to another config."""
+    path = os.path.join(workdir, "config.json")
+    os.makedirs(workdir, exist_ok=True)
+    if os.path.exists(path):
+        with open(path) as file:
+            difference = diff(file.read(), config)
+        if difference:
+            raise ValueError(
+                f"{workdir} belongs to another config; this one differs in\n{difference}\n"
+                "Choose another --workdir, or go back to that config."
+            )
+    elif os.listdir(workdir):
+        raise ValueError(f"{workdir} is not empty and has no config.json: choose another --workdir")
+    write_text(path, to_json(config))
+
+
+def split_problems(stages: Stages) -> tuple[list, list]:
+    """Return train and evaluation problems, as many as the config asks for.
+
+    Raises:
+      ValueError: the source has fewer.
+    """
+    config = stages.config
+    training, held_out = stages.task.load("train"), stages.task.load("eval")
+    wanted = config.outer.problems_per_step * config.outer.num_steps
+    if len(training) < wanted:
+        raise ValueError(
+            f"outer.num_steps x outer.problems_per_step asks for {wanted} training problems;"
+            f" the task has {len(training)}"
+        )
+    if len(held_out) < config.eval.num_problems:
+        raise ValueError(
+            f"eval.num_problems = {config.eval.num_problems}; the task has {len(held_out)}"
+        )
+    return training, held_out[: config.eval.num_problems]
+
+
+def take_problems(problems: Sequence, step: int, count: int) -> Sequence:
+    """Return the problems of an outer step: fresh ones in each."""
+    return problems[step * count : (step + 1) * count]
+
+
+def save_state(manager, state: TrainState, step: int, rewards: np.ndarray) -> None:
+    """Save the state after `step`, the LoRA adapter apart, so that it can be used alone."""
+    trees = {"policy": state.params, "opt_state": state.opt_state}
+    if state.adapters is not None:
+        trees["adapters"] = state.adapters
+    position = {"next_step": step + 1, "rewards": rewards.tolist()}
+    checkpoint.save(manager, step + 1, trees, position)
+
+
+def restore_state(manager, state: TrainState, folder: str) -> TrainState:
+    """Return the newest good checkpoint's state, or `state`; drop the log of steps to be redone."""
+    templates = {"policy": state.params, "opt_state": state.opt_state}
+    if state.adapters is not None:
+        templates["adapters"] = state.adapters
+    restored = checkpoint.restore(manager, templates)
+    next_step = restored[2]["next_step"] if restored else 0
+    for name in ("metrics.jsonl", "edits.jsonl"):
+        truncate_after(os.path.join(folder, name), next_step - 1)
+    if restored is None:
+        return state
+    trees = restored[1]
+    return TrainState(
+        jax.device_put(np.int32(next_step)),
+        trees["policy"],
+        trees.get("adapters"),
+        trees["opt_state"],
+    )

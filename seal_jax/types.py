@@ -1,0 +1,65 @@
+"""The axis letters, and the NamedTuples that cross from one stage of the loop to the next.
+
+Axis letters, used in every einsum and shape comment:
+  P problems, R self-edits per problem, E seeds per self-edit, A adapters, W lanes (adapters that train
+  in one step), I inner steps, B rows, T tokens (query), S key/value length, N query heads, K kv heads,
+  G = N / K, H head dim, D model dim, F feed-forward dim, V vocabulary, L layers, r LoRA rank.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+Params = dict[str, Any]  # the base model or the policy: nested dict of arrays
+
+
+class Adapters(NamedTuple):
+    """A stack of LoRA adapters: values, never state.
+
+    weights['attn']['q_proj'] is {'a': f32[A L in r], 'b': f32[A L r out]} and adds scale * (x @ a) @ b to
+    that linear map; likewise the other targets. The layers share an array because a loop that carries every
+    matrix of every layer by itself takes XLA minutes to compile.
+    """
+
+    weights: Params
+    scale: jax.Array  # f32[A] alpha / rank
+
+
+class InnerState(NamedTuple):
+    """What the inner loop carries from step to step, for a population of A adapters."""
+
+    adapters: Adapters
+    opt_state: Any  # of the adapters' weights, every leaf with a leading [A]
+    step: jax.Array  # i32[A] steps that each adapter has taken
+
+
+class InnerBatch(NamedTuple):
+    """Steps of one length bucket. A lane is an adapter's place in a step; -1 marks an empty one.
+
+    Learning rate and step count come from the self-edit, so they are data: one program serves all.
+    """
+
+    lanes: jax.Array  # i32[I W] which adapter takes the lane
+    tokens: jax.Array  # i32[I W T]
+    segments: jax.Array  # i32[I W T] 0 is padding, 1.. are texts packed in one row
+    positions: jax.Array  # i32[I W T] restart with each text
+    loss_mask: jax.Array  # bool[I W T] whether predicting this token counts
+    learning_rate: jax.Array  # f32[A] at the first step
+    num_steps: jax.Array  # i32[A] at whose end the schedule ends
+
+
+class Rollout(NamedTuple):
+    """What the policy wrote, with its prompts; one row per self-edit, P * R rows."""
+
+    tokens: jax.Array  # i32[B T] prompt and self-edit, padded on the right
+    logp: jax.Array  # f32[B T] of each written token under the policy that wrote it, else 0
+    loss_mask: jax.Array  # bool[B T] the written tokens
+
+
+class TrainState(NamedTuple):
+    """The outer loop's state. Randomness is never carried: keys are folded from (seed, step, ...)."""
+
+    step: jax.Array  # i32[] outer steps taken
+    params: Params  # the policy
+    adapters: Adapters | None  # the LoRA that the last outer step merged into params; None if full
+    opt_state: Any

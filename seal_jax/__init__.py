@@ -1,7 +1,7 @@
 """SEAL, self-adapting language models, in JAX. The loop is in `seal_jax.train`.
 
-Public names are imported when they are first used, so that `import seal_jax` (and the task side, and the
-config's checks) touches no accelerator.
+Public names are imported when they are first used, so that `import seal_jax` (and the task side,
+and the config's checks) touches no accelerator.
 """
 
 import importlib

@@ -7,7 +7,8 @@ Every arm answers the same questions without the passage:
   seal       passage + the self-edit of the SEAL-trained policy, applied to that policy
   random     the same for the policy that was trained on randomly chosen self-edits
 
-Intervals are of a paired bootstrap: problems are drawn with replacement, and all arms share each draw.
+Intervals are of a paired bootstrap: problems are drawn with replacement, and all arms share each
+draw.
 """
 
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from seal_jax.keys import EVAL_STEP
-from seal_jax.metrics import progress, write_json, write_text
+from seal_jax.metrics import write_json, write_text
 from seal_jax.record import outcomes_of
 from seal_jax.stages import Edit, Stages, baseline_accuracy, inner_runs, parse, write_edits
 from seal_jax.tasks.task import Exam, Problem, Rejected
@@ -81,13 +82,11 @@ def test_arm(
 ) -> tuple[np.ndarray, int]:
     """Return the accuracy of each problem, f64[P], and how many self-edits were rejected.
 
-    A rejected self-edit, or one whose training was not finite, has answered nothing: it counts as 0.
+    A rejected self-edit, or one whose training was not finite, answered nothing: it counts as 0.
     """
     runs = inner_runs(problems, edits, EVAL_STEP, stages.config.eval.num_seeds)
-    bar = progress(len(runs), f"held-out, {TITLES[arm]}: inner runs", "run")
     ledger = os.path.join(workdir, f"eval_{arm}.jsonl")
-    outcomes = stages.evaluate(params, runs, ledger, bar.update)
-    bar.close()
+    outcomes = stages.evaluate(params, runs, ledger, f"held-out, {TITLES[arm]}")
     accuracy = np.zeros(len(problems))
     for p, (problem, _) in enumerate(problems):
         for r in range(len(edits[p])):
@@ -142,9 +141,9 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
     num = summary["num_problems"]
     lines += [
         "",
-        f"{num} held-out passages, {summary['num_questions']} questions, asked without the passage;"
-        f" {summary['num_edits']} self-edit(s) x {summary['num_seeds']} seed(s) for each. Intervals:"
-        " paired bootstrap over passages.",
+        f"{num} held-out passages, {summary['num_questions']} questions asked without the passage;"
+        f" {summary['num_edits']} self-edit(s) x {summary['num_seeds']} seed(s) for each."
+        " Intervals: paired bootstrap over passages.",
     ]
     if num < 50:
         lines.append(

@@ -1,10 +1,11 @@
 """Test adapted models: train a wave of adapters, ask them without the passage, grade the answers.
 
-  for wave of runs:  adapters = inner_update(params, adapters0, pack(runs));  grade(answer(adapters))
+  for wave of runs:
+    adapters = inner_update(params, adapters0, pack(runs));  grade(answer(adapters))
 
-A run is one self-edit with one seed. Its outcome is written to a ledger as soon as its wave ends, so that an
-interrupted run repeats one wave at most. A wave always has the same number of adapters (A, filled up with
-idle ones), and each has its own prompts, so few programs serve all waves.
+A run is one self-edit with one seed. Its outcome is written to a ledger as soon as its wave ends,
+so that an interrupted run repeats one wave at most. A wave always has the same number of adapters
+(A, filled up with idle ones), and each has its own prompts, so few programs serve all waves.
 """
 
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import xxhash
 
 from seal_jax import keys, lora
-from seal_jax.metrics import append_json, read_jsonl
+from seal_jax.metrics import append_json, progress, read_jsonl
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import hidden_states, text_mask, token_logp
 from seal_jax.rewards import Outcome
@@ -71,11 +72,11 @@ def make_evaluate(
     answers: Mapping[str, Any],
     with_log_likelihood: bool,
 ) -> Callable[..., dict[tuple, Outcome]]:
-    """Return `evaluate(params, runs, ledger, show) -> {run.name: outcome}`.
+    """Return `evaluate(params, runs, ledger, label) -> {run.name: outcome}`.
 
     Args:
-      inner: rank, alpha, targets, learning_rate, num_epochs, batch_size, max_adapters, tokens_per_step,
-        steps_per_call.
+      inner: rank, alpha, targets, learning_rate, num_epochs, batch_size, max_adapters,
+        tokens_per_step, steps_per_call.
       answers: max_tokens and max_rows.
     """
     num_adapters = inner["max_adapters"]
@@ -104,7 +105,9 @@ def make_evaluate(
         golds = [model.tokenizer.encode(q.answer, start=False) for q in run.exam.questions]
         return [text_of([*p, *g], len(p)) for p, g in zip(prompts, golds, strict=True)]
 
-    def wave(params: Params, runs: Sequence[Run], jobs: Sequence[Job]):
+    def wave(
+        params: Params, runs: Sequence[Run], jobs: Sequence[Job], show: Callable[[int], None]
+    ) -> list[Outcome]:
         idle = num_adapters - len(runs)
         paths = [run.path(seed, keys.ADAPTER) for run in runs] + [(0,) * 6] * idle
         jobs = [*jobs, *[Job((), 0.0)] * idle]
@@ -118,6 +121,7 @@ def make_evaluate(
             params,
             to_device(init(keys.fold(paths)), leading(mesh, "adapter", num_adapters)),
             to_device(batches, replicated(mesh)),
+            show,
         )
         losses = job_losses(batches, to_host(losses), num_adapters)
         prompts = [exam_prompts(model, task, run.problem, run.exam, chat) for run in runs] + [
@@ -135,19 +139,21 @@ def make_evaluate(
         ]
 
     def evaluate(
-        params: Params, runs: Sequence[Run], ledger: str, show: Callable[[int], None]
+        params: Params, runs: Sequence[Run], ledger: str, label: str
     ) -> dict[tuple, Outcome]:
         outcomes = read_ledger(ledger, runs)
-        show(len(outcomes))
         missing = [(run, job_of(run)) for run in runs if run.name not in outcomes]
+        num_steps = sum(len(job.rows) for _, job in missing)
+        bar = progress(num_steps, f"{label}: {len(missing)} inner runs", "step")
         # The longest first, so that those of a wave end together.
         missing.sort(key=lambda pair: -sum(map(row_length, pair[1].rows)))
         for start in range(0, len(missing), num_adapters):
             chosen, jobs = zip(*missing[start : start + num_adapters], strict=True)
-            for run, outcome in zip(chosen, wave(params, chosen, jobs), strict=True):
+            finished = wave(params, chosen, jobs, bar.update)
+            for run, outcome in zip(chosen, finished, strict=True):
                 outcomes[run.name] = outcome
                 append_json(ledger, _ledger_entry(run, outcome))
-            show(len(chosen))
+        bar.close()
         return outcomes
 
     return evaluate

@@ -2,10 +2,11 @@
 
 For every adapter, and whatever shares the step with it:
 
-  for row in its rows:  loss = -mean log p(row's text);  adapter -= optimizer(learning_rate(step), grad)
+  for row in its rows:
+    loss = -mean log p(row's text);  adapter -= optimizer(learning_rate(step), grad)
 
-A step takes some of the population's adapters, one per lane (see self_edit.py). The base is frozen and
-shared. Learning rate and number of steps are data, so programs differ only by bucket.
+A step takes some of the population's adapters, one per lane (see self_edit.py). The base is frozen
+and shared. Learning rate and number of steps are data, so programs differ only by bucket.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from seal_jax.types import Adapters, InnerBatch, InnerState, Params
 def lane_losses(
     config: ModelConfig, params: Params, adapters: Adapters, batch: InnerBatch
 ) -> jax.Array:
-    """Return the mean negative log-likelihood f32[W] of each lane's row [W T]; 0 for an empty lane."""
+    """Return the mean negative log-likelihood f32[W] of the rows [W T]; 0 for an empty lane."""
     hidden, _ = hidden_states(
         config, params, batch.tokens, batch.positions, text_mask(batch.segments), adapters
     )
@@ -45,8 +46,8 @@ def inner_step(
     """Take one step: lanes [W], tokens [W T], learning_rate and num_steps [A].
 
     Returns:
-      The new state, and the losses f32[W] before the step. A lane whose loss or update is not finite keeps
-      its adapter and reports NaN.
+      The new state, and the losses f32[W] before the step. A lane whose loss or update is not
+      finite keeps its adapter and reports NaN.
     """
     num_adapters = state.step.shape[0]
     lane = jnp.maximum(batch.lanes, 0)
@@ -90,12 +91,12 @@ def inner_step(
 
 def make_inner_update(
     config: ModelConfig, optimizer: Optimizer, schedule: str = "linear"
-) -> Callable[[Params, Adapters, Sequence[InnerBatch]], tuple[Adapters, list[jax.Array]]]:
+) -> Callable[..., tuple[Adapters, list[jax.Array]]]:
     """Return `inner_update(params, adapters, batches) -> adapters, losses`.
 
-    `inner_update` is pure: batches in their order, each one device call that scans over its steps with the
-    whole population as (donated) carry. losses[i] is f32[I W] for batches[i], NaN where a lane's step was not
-    finite.
+    `inner_update` is pure: batches in their order, each one device call that scans over its steps
+    with the whole population as (donated) carry. losses[i] is f32[I W] for batches[i], NaN where a
+    lane's step was not finite.
     """
 
     @jax.jit
@@ -122,11 +123,20 @@ def make_inner_update(
 
         return jax.lax.scan(body, state, jnp.arange(batch.lanes.shape[0]))
 
-    def inner_update(params: Params, adapters: Adapters, batches: Sequence[InnerBatch]):
+    def inner_update(
+        params: Params,
+        adapters: Adapters,
+        batches: Sequence[InnerBatch],
+        show: Callable[[int], None] | None = None,
+    ) -> tuple[Adapters, list[jax.Array]]:
         state, losses = start(adapters), []
         for batch in batches:
             state, loss = run_batch(params, state, batch)
             losses.append(loss)
+            if show is not None:
+                num_steps = (jax.device_get(batch.lanes) >= 0).sum()
+                jax.block_until_ready(loss)
+                show(int(num_steps))
         return state.adapters, losses
 
     return inner_update

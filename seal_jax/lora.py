@@ -1,8 +1,9 @@
 """LoRA adapters as pytrees: init, stack, take, merge, count.
 
 An adapter is a value beside the base parameters, never a change of them:
-y = x @ W + (alpha / rank) * (x @ A) @ B, with W frozen, A random and B zero at the start, so that a new
-adapter is exactly the base model. A and B are float32 over any base dtype. (Hu et al., arXiv 2106.09685)
+y = x @ W + (alpha / rank) * (x @ A) @ B, with W frozen, A random and B zero at the start, so that
+a new adapter is exactly the base model. A and B are float32 over any base dtype.
+(Hu et al., arXiv 2106.09685)
 """
 
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def init_adapter(
 def init_adapters(
     config: ModelConfig, rngs: jax.Array, *, rank: int, alpha: float, targets: Sequence[str]
 ) -> Adapters:
-    """Return a stack of adapters, one for each key of rngs [A]; each depends on its own key alone."""
+    """Return a stack of adapters, one per key of rngs [A]; each depends on its own key alone."""
 
     def one(rng: jax.Array) -> Adapters:
         return take(init_adapter(config, rng, rank=rank, alpha=alpha, targets=targets), 0)

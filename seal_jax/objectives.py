@@ -1,7 +1,8 @@
 """Objectives: what the outer loop makes of rewards.
 
-An objective is a pair of pure functions: rewards to advantages, and log-probabilities to a loss. Rewards
-are host numbers, one per self-edit, so advantages are made with numpy; the loss runs on the device.
+An objective is a pair of pure functions: rewards to advantages, and log-probabilities to a loss.
+Rewards are host numbers, one per self-edit, so advantages are made with numpy; the loss runs on
+the device.
 """
 
 from collections.abc import Callable
@@ -27,8 +28,9 @@ def rest_em(select: str = "best", threshold: float = 0.0) -> Objective:
     loss = -sum_t log p(token_t | before) over the kept self-edits.
 
     Args:
-      select: 'best' keeps the best self-edit of each problem (the first of equals); 'threshold' all with a
-        reward above `threshold`; 'random' one of each problem, whatever its reward: the control.
+      select: 'best' keeps the best self-edit of each problem (the first of equals); 'threshold'
+        all with a reward above `threshold`; 'random' one of each problem, whatever its reward: the
+        control.
 
     References:
       Singh et al., Beyond Human Data, arXiv 2312.06585; SEAL, arXiv 2506.10943, section 3.1.

@@ -1,8 +1,8 @@
 """Optimizers by optax name or by function, for both loops.
 
-An optimizer here is a function `learning_rate -> optax.GradientTransformation`. The learning rate that it
-gets is a traced scalar, the schedule's value at this step: a self-edit chooses its own rate and number of
-steps, and still a hundred self-edits share one compiled program.
+An optimizer here is a function `learning_rate -> optax.GradientTransformation`. The learning rate
+that it gets is a traced scalar, the schedule's value at this step: a self-edit chooses its own
+rate and number of steps, and still a hundred self-edits share one compiled program.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,7 +42,8 @@ def make_optimizer(
       optax_name: the name of an optax function whose first argument is the learning rate.
       optax_kwargs: its other arguments.
       optimizer: a function of the learning rate, used in place of the name.
-      grad_clip: clips the gradient of one adapter (or of the policy) to this global norm; None does not.
+      grad_clip: clips the gradient of one adapter (or of the policy) to this global norm; None
+        does not.
     """
     if optimizer is None:
         factory, kwargs = find_factory(optax_name), dict(optax_kwargs or {})
@@ -64,7 +65,8 @@ def scheduled_rate(
 ) -> jax.Array:
     """Return the learning rate at `step` of `num_steps`; all of them may be traced.
 
-    'linear' falls to 0 after the last step, as the Trainer of Hugging Face does it; 'cosine' likewise.
+    'linear' falls to 0 after the last step, as the Trainer of Hugging Face does it; 'cosine'
+    likewise.
     """
     done = step.astype(jnp.float32) / jnp.maximum(num_steps, 1).astype(jnp.float32)
     factors = {

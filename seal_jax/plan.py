@@ -55,8 +55,9 @@ def describe(stages: Stages, training: Sequence, held_out: Sequence) -> str:
             f"  {outer.num_steps} round(s) of {config.outer.objective}{control}:"
             f" {outer.problems_per_step} passages x {config.sample.num_edits} self-edits x"
             f" {inner.num_seeds} seed(s) = {runs} inner runs",
-            f"  then {len(held_out)} held-out passages: the base model and {arms + 1} ways to adapt it,"
-            f" {arms * tests + passages} inner runs",
-            f"  about {tokens / 1e3:.0f} thousand training tokens, about {minutes:.0f} minutes here",
+            f"  then {len(held_out)} held-out passages: the base model and {arms + 1} ways to adapt"
+            f" it, {arms * tests + passages} inner runs",
+            f"  about {tokens / 1e3:.0f} thousand training tokens,"
+            f" about {minutes:.0f} minutes here",
         ]
     )

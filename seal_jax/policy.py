@@ -1,6 +1,7 @@
 """The policy update: fit the policy to its rollouts under an objective, as LoRA or in full.
 
-  for epoch:  for batch of rows:  loss = mean over tokens of objective.loss(log p, old log p, advantage)
+  for epoch:  for batch of rows:
+    loss = mean over tokens of objective.loss(log p, old log p, advantage)
 
 Rows with advantage 0 are left out on the host: ReST-EM trains on few of them.
 """
@@ -42,8 +43,8 @@ def init_train_state(
     """Return the state before the first outer step.
 
     Args:
-      update: 'lora' trains a fresh adapter in each outer step and merges it; 'full' trains every parameter,
-        with one optimizer state for the whole run.
+      update: 'lora' trains a fresh adapter in each outer step and merges it; 'full' trains every
+        parameter, with one optimizer state for the whole run.
       lora_kwargs: rank, alpha, targets.
     """
     adapters, opt_state = _fresh(config, optimizer, params, update, lora_kwargs, keys.fold_one(0))
@@ -88,8 +89,8 @@ def make_policy_update(
 ) -> Callable[[TrainState, Rollout, np.ndarray], tuple[TrainState, dict[str, float]]]:
     """Return `policy_update(state, rollout, advantages) -> state, metrics`.
 
-    rollout is on the host, [B T]; advantages is f32[B]. A batch's gradient is summed over microbatches, so
-    memory follows `microbatch_size` and the result `batch_size`.
+    rollout is on the host, [B T]; advantages is f32[B]. A batch's gradient is summed over
+    microbatches, so memory follows `microbatch_size` and the result `batch_size`.
     """
 
     def loss_of(trained, frozen: Params, scale, rows: Rollout, weight: jax.Array) -> jax.Array:

@@ -33,10 +33,11 @@ class Samples(NamedTuple):
 
 
 def top_p_mask(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Return the smallest set of likeliest tokens with mass >= top_p, bool[B V]; ties stay together.
+    """Return the smallest set of likeliest tokens with mass >= top_p, bool[B V]; ties stay
+    together.
 
-    No sort: bisection over the bits of the threshold probability, exact after 31 halvings (the bits of
-    nonnegative floats are ordered as the floats are).
+    No sort: bisection over the bits of the threshold probability, exact after 31 halvings (the
+    bits of nonnegative floats are ordered as the floats are).
     """
     probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
@@ -182,7 +183,8 @@ def check_lengths(config: ModelConfig, prompts: Sequence[Sequence[int]], max_tok
     if longest + max_tokens > config.max_length:
         raise ValueError(
             f"a prompt of {longest} tokens and up to {max_tokens} written ones do not fit into the"
-            f" model's context of {config.max_length} tokens: shorten the passage or lower max_tokens"
+            f" model's context of {config.max_length} tokens: shorten the passage, or lower"
+            " max_tokens"
         )
 
 
@@ -200,7 +202,8 @@ def write_self_edits(
     adapters: Adapters | None = None,
     show: Callable[[int], None] = lambda rows: None,
 ) -> tuple[Rollout, list[str]]:
-    """Let the policy continue each prompt once; returns the rollout (host, one row each) and the texts.
+    """Let the policy continue each prompt once; returns the rollout (host, one row each) and the
+    texts.
 
     Args:
       model: whose config and tokenizer are used; the policy is `params`.
@@ -242,7 +245,7 @@ def write_self_edits(
 
 
 def to_rollout(prompts: Sequence[Sequence[int]], samples: Samples, pad_id: int) -> Rollout:
-    """Return prompts and what was written (numpy) as rows padded on the right to a common bucket."""
+    """Return prompts and what was written (numpy) as rows, padded on the right to a bucket."""
     lengths = [len(p) + int(m.sum()) for p, m in zip(prompts, samples.mask, strict=True)]
     shape = (len(prompts), bucket_of(max(lengths)))
     tokens = np.full(shape, pad_id, np.int32)

@@ -1,11 +1,12 @@
 """Parsed self-edits to fixed-shape arrays (numpy): order, pack, bucket, schedule.
 
-A `Job` is one inner run: a self-edit's token texts with one seed. Each of its optimizer steps is one row of
-tokens (its batch of texts, packed behind one another). Jobs differ in length, and rows differ more: padding
-every row of a step to the longest one wastes 4.6 times the text at 16 adapters (simulated on the published
-self-edits). So an adapter waits until others have a row of like length: a step takes only the lanes whose
-next rows share a bucket, at about the same number of tokens for each bucket. Every adapter still takes its
-own rows in its own order, so what it becomes does not depend on its neighbors.
+A `Job` is one inner run: a self-edit's token texts with one seed. Each of its optimizer steps is
+one row of tokens (its batch of texts, packed behind one another). Jobs differ in length, and rows
+differ more: padding every row of a step to the longest one wastes 4.6 times the text at 16
+adapters (simulated on the published self-edits). So an adapter waits until others have a row of
+like length: a step takes only the lanes whose next rows share a bucket, at about the same number
+of tokens for each bucket. Every adapter still takes its own rows in its own order, so what it
+becomes does not depend on its neighbors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,8 @@ def make_job(
     """Shuffle the texts anew in every epoch and cut them into batches.
 
     Args:
-      key: nonnegative integers (seed, step, problem, self-edit, seed index) that alone decide the order.
+      key: nonnegative integers (seed, step, problem, self-edit, seed index) that alone decide the
+        order.
     """
     rng = np.random.default_rng(list(key))
     rows = []
@@ -83,8 +85,8 @@ def schedule(
 ) -> Iterator[Step]:
     """Yield steps until every job has taken all its rows, in order.
 
-    Of the buckets that somebody waits for, take the one whose step would be fullest of text; its lanes go to
-    the jobs with the most text left.
+    Of the buckets that somebody waits for, take the one whose step would be fullest of text; its
+    lanes go to the jobs with the most text left.
     """
     lengths = [[row_length(row) for row in job.rows] for job in jobs]
     left = [sum(x) for x in lengths]
@@ -125,7 +127,7 @@ def pack(
     pad_id: int = 0,
     buckets: Sequence[int] = BUCKETS,
 ) -> list[InnerBatch]:
-    """Return the inner batches (numpy) that train adapter i on jobs[i], neighbors of one bucket joined.
+    """Return the inner batches (numpy) that train adapter i on jobs[i].
 
     Args:
       tokens_per_step: the tokens that one step has room for, over all its lanes.
@@ -174,7 +176,7 @@ def _fill(
 
 
 def useful_tokens(batches: Sequence[InnerBatch]) -> tuple[int, int]:
-    """Return (text tokens, tokens that the device trains on, idle lanes included) of these batches."""
+    """Return (text tokens, tokens that the device trains on, with idle lanes) of the batches."""
     useful = sum(int((np.asarray(b.segments) > 0).sum()) for b in batches)
     trained = 0
     for b in batches:
@@ -195,6 +197,6 @@ def job_losses(
 
 
 def text_of(tokens: Sequence[int], prompt_length: int = 0) -> Text:
-    """Return a training text whose loss counts every token after the first `prompt_length` (or 1)."""
+    """Return a training text whose loss counts each token after the first `prompt_length`."""
     first = max(prompt_length, 1)
     return Text(tuple(tokens), tuple(i >= first for i in range(len(tokens))))

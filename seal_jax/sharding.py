@@ -1,7 +1,7 @@
 """Where arrays live: the mesh, ONE table of logical axis rules, and the two ways across the border.
 
-Strings live on the host, arrays on devices. `to_device` and `to_host` are the only crossings, and they are
-explicit, so the loop runs under `jax.transfer_guard('disallow')`.
+Strings live on the host, arrays on devices. `to_device` and `to_host` are the only crossings, and
+they are explicit, so the loop runs under `jax.transfer_guard('disallow')`.
 """
 
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def param_shardings(mesh: Mesh, params: Params, rules: Mapping[str, str] | None = None):
-    """Return the sharding of every parameter; a dimension that its axis does not divide is whole."""
+    """Return the sharding of every parameter; a size that its axis does not divide is whole."""
     rules = rules or RULES
 
     def one(path, leaf) -> NamedSharding:
@@ -72,7 +72,7 @@ def param_shardings(mesh: Mesh, params: Params, rules: Mapping[str, str] | None 
 
 
 def leading(mesh: Mesh, logical: str, size: int) -> NamedSharding:
-    """Return the sharding of arrays whose first axis is `logical`, whole where it does not divide."""
+    """Return the sharding of arrays [logical ...], whole where the axis does not divide it."""
     axis = RULES[logical]
     return NamedSharding(mesh, PartitionSpec(axis if size % mesh.shape[axis] == 0 else None))
 

@@ -1,7 +1,7 @@
 """The stages that the outer loop and the final comparison share, built once from the config.
 
-Text and numbers come in and go out; arrays stay inside. Only this module, train.py and compare.py know the
-config.
+Text and numbers come in and go out; arrays stay inside. Only this module, train.py and compare.py
+know the config.
 """
 
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ def place_params(stages: Stages, params: Params) -> Params:
 def write_edits(
     stages: Stages, params: Params, batch: Sequence, step: int, num_edits: int, label: str
 ) -> tuple[Rollout, list[str]]:
-    """Let the policy write `num_edits` self-edits for each problem, the problem's next to each other."""
+    """Let the policy write `num_edits` self-edits per problem: rows p * num_edits + r."""
     config = stages.config
     sample = config.sample.to_dict()
     del sample["num_edits"]
@@ -98,7 +98,7 @@ def write_edits(
 
 
 def parse(stages: Stages, batch: Sequence, texts: Sequence[str]) -> list[list[Edit]]:
-    """Return [P][R] self-edits; one whose texts exceed the model's context is rejected too."""
+    """Return [P][R] self-edits; one with a text beyond the model's context is rejected too."""
     num_edits = len(texts) // len(batch)
     limit = min(stages.model.config.max_length, BUCKETS[-1] // stages.config.inner.batch_size)
     edits: list[list[Edit]] = []
@@ -124,7 +124,7 @@ def reject_long(stages: Stages, edit: SelfEdit, limit: int) -> Edit:
 def inner_runs(
     batch: Sequence, edits: Sequence[Sequence[Edit]], step: int, num_seeds: int
 ) -> list[Run]:
-    """Return the inner runs of an outer step: every self-edit that was not rejected, with each seed."""
+    """Return the inner runs: every self-edit that was not rejected, with each seed."""
     return [
         Run((problem.id, r, e), step, problem, exam, edit)
         for (problem, exam), row in zip(batch, edits, strict=True)
@@ -135,7 +135,7 @@ def inner_runs(
 
 
 def baseline_accuracy(stages: Stages, params: Params, batch: Sequence) -> list[float]:
-    """Return the accuracy of the policy itself, unadapted, on each problem: asked once per policy."""
+    """Return the accuracy of the unadapted policy on each problem: asked once per policy."""
     config = stages.config
     prompts = [
         prompt

@@ -1,4 +1,4 @@
-"""What a process sets before it uses JAX: the compilation cache, and no silent fallback to the CPU."""
+"""What a process sets before it uses JAX: the compilation cache; no silent CPU fallback."""
 
 import glob
 import os

@@ -11,8 +11,9 @@
     state    = policy_update(state, rollout, rewards)        # device  ReST-EM
     checkpoint(step, state, adapters, rewards)               # disk    Orbax
 
-The four lines from pack to grade run wave by wave, in `evaluate`. The control that the paper lacks, a policy
-trained on randomly chosen self-edits, is the same loop with another objective, in WORKDIR/random.
+The four lines from pack to grade run wave by wave, in `evaluate`. The control that the paper
+lacks, a policy trained on randomly chosen self-edits, is the same loop with another objective, in
+WORKDIR/random.
 """
 
 import os
@@ -26,7 +27,7 @@ from ml_collections import ConfigDict
 from seal_jax import checkpoint, keys, lora
 from seal_jax.compare import compare
 from seal_jax.config import diff, to_json
-from seal_jax.metrics import append_json, append_metrics, progress, truncate_after, write_text
+from seal_jax.metrics import append_json, append_metrics, truncate_after, write_text
 from seal_jax.models import load_model
 from seal_jax.objectives import OBJECTIVES, Objective
 from seal_jax.optim import make_optimizer
@@ -216,10 +217,8 @@ def run_outer_loop(
         if objective.needs_rewards:
             baseline = baseline_accuracy(stages, state.params, batch)
             runs = inner_runs(batch, edits, step, config.inner.num_seeds)
-            bar = progress(len(runs), f"{label} step {step}: inner runs", "run")
             ledger = os.path.join(folder, f"pending_{step}.jsonl")
-            outcomes = stages.evaluate(state.params, runs, ledger, bar.update)
-            bar.close()
+            outcomes = stages.evaluate(state.params, runs, ledger, f"{label} step {step}")
         clock.lap("inner")
         rewards, valid = tabulate(edits, outcomes, **config.reward)
         rng = np.random.default_rng([config.seed, keys.SELECT, step])

@@ -1,9 +1,10 @@
 """The axis letters, and the NamedTuples that cross from one stage of the loop to the next.
 
 Axis letters, used in every einsum and shape comment:
-  P problems, R self-edits per problem, E seeds per self-edit, A adapters, W lanes (adapters that train
-  in one step), I inner steps, B rows, T tokens (query), S key/value length, N query heads, K kv heads,
-  G = N / K, H head dim, D model dim, F feed-forward dim, V vocabulary, L layers, r LoRA rank.
+  P problems, R self-edits per problem, E seeds per self-edit, A adapters, W lanes (adapters that
+  train in one step), I inner steps, B rows, T tokens (query), S key/value length, N query heads, K
+  kv heads, G = N / K, H head dim, D model dim, F feed-forward dim, V vocabulary, L layers, r LoRA
+  rank.
 """
 
 from typing import Any, NamedTuple
@@ -16,9 +17,9 @@ Params = dict[str, Any]  # the base model or the policy: nested dict of arrays
 class Adapters(NamedTuple):
     """A stack of LoRA adapters: values, never state.
 
-    weights['attn']['q_proj'] is {'a': f32[A L in r], 'b': f32[A L r out]} and adds scale * (x @ a) @ b to
-    that linear map; likewise the other targets. The layers share an array because a loop that carries every
-    matrix of every layer by itself takes XLA minutes to compile.
+    weights['attn']['q_proj'] is {'a': f32[A L in r], 'b': f32[A L r out]} and adds scale * (x @ a)
+    @ b to that linear map; likewise the other targets. The layers share an array because a loop
+    that carries every matrix of every layer by itself takes XLA minutes to compile.
     """
 
     weights: Params
@@ -57,7 +58,7 @@ class Rollout(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """The outer loop's state. Randomness is never carried: keys are folded from (seed, step, ...)."""
+    """The outer loop's state. No key is carried: they are folded from (seed, step, ...)."""
 
     step: jax.Array  # i32[] outer steps taken
     params: Params  # the policy

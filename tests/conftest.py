@@ -1,14 +1,16 @@
-"""Eight CPU devices, strict dtype promotion, and the tiny model that the tests share."""
+"""Eight CPU devices, explicit broadcasts, reproducible property tests, one tiny model for all."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    )
 
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 
@@ -16,6 +18,8 @@ from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import init_params
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("seal_jax", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("seal_jax")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TINY = ModelConfig(
@@ -25,33 +29,32 @@ TINY = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
-    mlp_dim=64,
+    mlp_dim=48,
     max_length=256,
 )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "long: minutes, not seconds; run with -m long")
+    config.addinivalue_line("markers", "long: takes minutes; run with -m long")
 
 
 @pytest.fixture
 def strict():
-    """Refuse every implicit change of dtype. Not for all tests: optax's Adam raises floats to int32s."""
+    """Refuse implicit casts. Not for everybody: optax's Adam itself raises a float to an int32."""
     with jax.numpy_dtype_promotion("strict"):
         yield
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """Return (config, params) of a random decoder with attention far from uniform."""
+    """Return (config, params) of a decoder, random but with attention far from uniform."""
     params = init_params(TINY, jax.random.key(0))
-    # Larger kernels than at the start of training: random numbers that matter to the logits.
-    return TINY, jax.tree.map(lambda x: 5.0 * x if x.ndim == 2 else x, params)
+    return TINY, jax.tree.map(lambda x: 8.0 * x if x.ndim == 2 else x, params)
 
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """Return the folder of published data beside the repository; skip where there is none."""
+    """Return the folder of published data that lies beside the repository."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no {SHARED_DATA}")
     return SHARED_DATA

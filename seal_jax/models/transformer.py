@@ -1,11 +1,14 @@
 """One decoder for every family: Llama-like, in Flax linen.
 
-  h = embed(tokens);  for each layer: h += attn(norm(h)); h += mlp(norm(h));  logits = unembed(norm(h))
+  h = embed(tokens)
+  for each layer:  h += attn(norm(h));  h += mlp(norm(h))
+  logits = unembed(norm(h))
 
-Rows that share an adapter are neighbours: with A adapters and B rows, rows [i * B/A, (i + 1) * B/A) use
-adapter i. So the frozen base is one flat [tokens, D] @ [D, F] product over everybody's tokens, and only
-the two thin LoRA products carry the adapter axis. Layers are separate buffers, unrolled: on TPUs that is
-2.6-3.3 times faster in the inner loop than a scan over layers, by the compiler's own estimate.
+Rows that share an adapter are neighbours: with A adapters and B rows, rows [i * B/A, (i + 1) *
+B/A) use adapter i. So the frozen base is one flat [tokens, D] @ [D, F] product over everybody's
+tokens, and only the two thin LoRA products carry the adapter axis. Layers are separate buffers,
+unrolled: on TPUs that is 2.6-3.3 times faster in the inner loop than a scan over layers, by the
+  compiler's own estimate.
 """
 
 import functools
@@ -34,7 +37,7 @@ def init_cache(config: ModelConfig, num_rows: int, length: int, dtype) -> KVCach
 
 
 def rope_frequencies(config: ModelConfig) -> jax.Array:
-    """Return the rotary frequencies f32[H/2], with Llama 3's scaling of long wavelengths if asked."""
+    """Return the rotary frequencies f32[H/2], with Llama 3's scaling of long waves if asked."""
     half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequency = 1.0 / config.rope_theta**half
     s = config.rope_scaling
@@ -48,7 +51,7 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
 
 
 def apply_rope(x: jax.Array, positions: jax.Array, frequency: jax.Array) -> jax.Array:
-    """Rotate x [B T N H] by its positions i32[B T]; halves are paired as Hugging Face pairs them."""
+    """Rotate x [B T N H] by its positions i32[B T]; halves are paired as in Hugging Face."""
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -156,7 +159,9 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens, positions, attn_mask, lora_scale=None, cache=None, cache_index=0):
         c = self.config
-        embed = nn.Embed(c.vocab_size, c.embed_dim, name="embed")
+        embed = nn.Embed(
+            c.vocab_size, c.embed_dim, embedding_init=nn.initializers.normal(0.02), name="embed"
+        )
         x = embed.embedding[tokens]
         keys, values = [], []
         for i in range(c.num_layers):
@@ -182,7 +187,7 @@ def init_params(config: ModelConfig, rng: jax.Array, dtype=jnp.float32) -> Param
 
 @jax.custom_vjp
 def _unstack(x: jax.Array) -> list[jax.Array]:
-    """Return x [A L ...] as L arrays [A ...]; its gradient is one stack, not a sum of L padded arrays."""
+    """Return x [A L ...] as L arrays [A ...]; the gradient is one stack, not L padded arrays."""
     return [x[:, i] for i in range(x.shape[1])]
 
 
@@ -205,7 +210,8 @@ def hidden_states(
       tokens: i32[B T]; with A adapters, B is a multiple of A and rows are grouped by adapter.
       positions: i32[B T], for the rotary embedding.
       attn_mask: bool[B T S], True where a query may look; S is T, or the cache's length.
-      cache: where given, this call's keys and values are written into it from slot `cache_index` on.
+      cache: where given, this call's keys and values are written into it from slot `cache_index`
+        on.
 
     Returns:
       The normed hidden states [B T D], and the keys and values attended to.
@@ -256,8 +262,8 @@ def token_logp(
 ) -> jax.Array:
     """Return log p(targets), f32[M], for hidden states [M D] and targets i32[M].
 
-    The [tokens, V] logits would be the largest array of a training step. Beyond `tile` tokens they are
-    made tile by tile, and once more in the backward pass.
+    The [tokens, V] logits would be the largest array of a training step. Beyond `tile` tokens they
+    are made tile by tile, and once more in the backward pass.
     """
 
     def one_tile(h: jax.Array, y: jax.Array) -> jax.Array:

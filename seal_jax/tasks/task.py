@@ -1,8 +1,8 @@
 """What a task is: the host side of SEAL, text in and text or numbers out.
 
-A task turns a `Problem` into a prompt, the policy's text into a `SelfEdit` (or a `Rejected` with its
-reason), and an answer into a verdict. `Problem` is what the policy may see; `Exam` is what only the
-grader sees. They are two types so that a question cannot reach the policy by accident.
+A task turns a `Problem` into a prompt, the policy's text into a `SelfEdit` (or a `Rejected` with
+its reason), and an answer into a verdict. `Problem` is what the policy may see; `Exam` is what
+only the grader sees. They are two types so that a question cannot reach the policy by accident.
 Nothing below `tasks/` imports jax.
 """
 
@@ -70,7 +70,7 @@ class Task(Protocol):
         ...
 
     def passage_only(self, problem: Problem) -> SelfEdit:
-        """Return the control that trains on the problem itself, with nothing written by a policy."""
+        """Return the control that trains on the problem alone, with no policy's text."""
         ...
 
     def answer_prompt(self, problem: Problem, question: str) -> str:

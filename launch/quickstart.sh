@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# SEAL on a CPU, from a fresh clone: installs into .venv, then trains SmolLM2-135M for a few outer steps.
+#
+#   bash launch/quickstart.sh [--config.FIELD=VALUE ...]
+#
+# Paths are relative to the repository. PYTHON names another interpreter than python3 (3.11 or newer).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+echo "Quick start: install into .venv if needed, then train SmolLM2-135M on the CPU in runs/quickstart."
+bash launch/install.sh
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+exec .venv/bin/seal-jax train --config configs/quickstart.py --workdir runs/quickstart "$@"

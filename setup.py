@@ -1,4 +1,4 @@
-"""Package seal_jax. Lower bounds only: the newest JAX that the interpreter has wheels for is the right one."""
+"""Package seal_jax. Lower bounds only: pip takes the newest JAX for the interpreter at hand."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ def version() -> str:
     """Read the version without importing the package: its requirements are not installed yet."""
     match = re.search(r'^__version__ = "([^"]+)"$', read("seal_jax/__init__.py"), re.MULTILINE)
     if not match:
-        raise RuntimeError("seal_jax/__init__.py has no line of the form __version__ = \"1.2.3\"")
+        raise RuntimeError('seal_jax/__init__.py has no line of the form __version__ = "1.2.3"')
     return match.group(1)
 
 
@@ -56,8 +56,8 @@ setup(
         "xxhash>=3",
     ],
     extras_require={
-        "test": ["hypothesis", "pytest>=8", "ruff"],
-        # Independent implementations that the tests compare with. Large: never installed by default.
+        "test": ["hypothesis", "pytest>=8", "ruff==0.17.6"],
+        # What the tests compare with. Gigabytes: never installed by default.
         "peers": ["peft", "torch>=2.4"],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda12": ["jax[cuda12]>=0.10"],

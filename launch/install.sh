@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv: seal_jax (editable), what it requires, and SmolLM2-135M, the small model of quick start and tests.
+# Makes .venv: seal_jax (editable), what it requires, and SmolLM2-135M, the model of the quick start.
 #
 #   bash launch/install.sh [EXTRA ...]      EXTRA: test, peers, tpu, cuda12 or cuda13, as in setup.py
 #
@@ -7,6 +7,13 @@
 # interrupted is begun again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+for extra in "$@"; do
+  case $extra in
+    test | peers | tpu | cuda12 | cuda13) ;;
+    *) echo "launch/install.sh: no extra '$extra'; there are test, peers, tpu, cuda12, cuda13" >&2; exit 2 ;;
+  esac
+done
 
 fail() { echo "launch/install.sh: $*" >&2; exit 1; }
 pip() {
@@ -18,33 +25,39 @@ pip() {
 
 # Ask it to run: a version manager's shim may be on PATH and yet not start.
 python=${PYTHON:-python3}
-ask='import platform, sys; print(platform.python_version(), int(sys.version_info >= (3, 11)))'
+ask='import sys; v = sys.version_info; print("%d.%d.%d %d" % (v[0], v[1], v[2], v >= (3, 11)))'
 hint="set PYTHON to a Python 3.11 or newer, for example PYTHON=/usr/bin/python3.12"
-answer=$("$python" -c "$ask") || fail "$python does not run; $hint"
-[ "${answer#* }" = 1 ] || fail "$python is Python ${answer% *}, too old; $hint"
+version=$("$python" -c "$ask") || fail "$python does not run; $hint"
+[ "${version#* }" = 1 ] || fail "$python is Python ${version% *}, too old; $hint"
 
 # The requirements, the interpreter, and the place that an editable install points back to.
 key="$("$python" -c 'import hashlib; print(hashlib.sha256(open("setup.py", "rb").read()).hexdigest())')"
-key="$key ${answer% *} $PWD"
+key="$key ${version% *} $PWD"
 missing=
+if [ -e .venv/installing ] || [ ! -x .venv/bin/python ]; then missing=" base"; fi
 for extra in base "$@"; do
   [ "$(cat ".venv/installed-$extra" 2> /dev/null)" = "$key" ] || missing="$missing $extra"
 done
 [ -n "$missing" ] || exit 0
 
 extras=$(IFS=,; echo "$*")
-case $missing in
-  *base*) echo "Installing into $PWD/.venv: 1 to 3 minutes, 400 MB to fetch, 1.2 GB on disk. Only once." ;;
-  *) echo "Adding$missing to $PWD/.venv" ;;
-esac
-if [ -e .venv/installing ] || [ "$(.venv/bin/python -c "$ask" 2> /dev/null)" != "$answer" ] ||
-  ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
-  echo "1/3 making .venv with Python ${answer% *}"
-  "$python" -m venv --clear .venv || fail "$python cannot make a virtual environment"
+if [ ! -e .venv/installing ] && [ -f .venv/pyvenv.cfg ] &&
+  [ "$(.venv/bin/python -c "$ask" 2> /dev/null)" = "$version" ] &&
+  .venv/bin/python -m pip --version > /dev/null 2>&1; then
+  echo "1/3 keeping .venv with Python ${version% *}, for$missing"
+  touch .venv/installing
 else
-  echo "1/3 keeping .venv, which has Python ${answer% *}"
+  echo "Installing into $PWD/.venv: 1 to 3 minutes, 360 MB to fetch, 1.2 GB on disk"
+  echo "1/3 making .venv with Python ${version% *}"
+  # Where .venv is active, python is .venv's own: take the one behind it.
+  python=$("$python" -c 'import os, sys; print(os.path.realpath(sys.executable))')
+  rm -rf .venv.old
+  [ ! -e .venv ] || mv .venv .venv.old
+  mkdir .venv
+  touch .venv/installing  # a mark that stays where this is interrupted
+  "$python" -m venv .venv || fail "$python cannot make a virtual environment"
+  rm -rf .venv.old
 fi
-touch .venv/installing
 echo "2/3 installing seal_jax${extras:+[$extras]} and what it requires: JAX, Flax, Optax, Orbax, ..."
 pip -e ".${extras:+[$extras]}"
 echo "3/3 installing SmolLM2-135M, 93 MB"

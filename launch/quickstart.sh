@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# SEAL on a CPU, from a fresh clone: installs into .venv, then trains SmolLM2-135M for a few outer steps.
+# SEAL on a CPU, from a fresh clone: installs into .venv, then one round of SEAL on SmolLM2-135M.
 #
-#   bash launch/quickstart.sh [--config.FIELD=VALUE ...]
+#   bash launch/quickstart.sh [--set KEY=VALUE ...]
 #
 # Paths are relative to the repository. PYTHON names another interpreter than python3 (3.11 or newer).
 set -euo pipefail

@@ -28,6 +28,7 @@ _HOME = {
     "merge": "lora",
     "make_job": "self_edit",
     "pack": "self_edit",
+    "text_of": "self_edit",
     "make_inner_update": "inner",
     "make_optimizer": "optim",
     # sampling

@@ -31,7 +31,7 @@ Position = dict[str, Any]
 _JSON_ITEM = "position"
 
 
-class CheckpointError(Exception):
+class CheckpointError(ValueError):
     """A checkpoint that cannot be written, or restored into what the run asks for."""
 
 

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from seal_jax.config import ConfigError, load_config
+from seal_jax.config import load_config
 
 _TRAIN = """\
 example:
@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     generate = command("generate", "Write self-edits for the passages of a file.", _GENERATE)
     generate.add_argument("--passages", required=True, help="a .json or .txt file")
-    generate.add_argument("--adapter", help="a checkpoints folder whose LoRA adapter is applied")
+    generate.add_argument("--adapter", help="a run's checkpoints folder, whose policy writes")
     generate.add_argument("--out", help="a JSON-lines file; without it they are printed")
     return parser
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     try:
         return _COMMANDS[arguments.command](arguments)
-    except (ConfigError, ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:  # ConfigError is a ValueError
         if os.environ.get("SEAL_JAX_TRACEBACK"):
             raise
         print(f"seal-jax {arguments.command}: {error}", file=sys.stderr)

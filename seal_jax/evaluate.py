@@ -142,17 +142,22 @@ def make_evaluate(
         params: Params, runs: Sequence[Run], ledger: str, label: str
     ) -> dict[tuple, Outcome]:
         outcomes = read_ledger(ledger, runs)
-        missing = [(run, job_of(run)) for run in runs if run.name not in outcomes]
-        num_steps = sum(len(job.rows) for _, job in missing)
-        bar = progress(num_steps, f"{label}: {len(missing)} inner runs", "step")
+        planned = [(run, job_of(run)) for run in runs]
         # The longest first, so that those of a wave end together.
-        missing.sort(key=lambda pair: -sum(map(row_length, pair[1].rows)))
-        for start in range(0, len(missing), num_adapters):
-            chosen, jobs = zip(*missing[start : start + num_adapters], strict=True)
+        planned.sort(key=lambda pair: -sum(map(row_length, pair[1].rows)))
+        waves = [planned[i : i + num_adapters] for i in range(0, len(planned), num_adapters)]
+        # A wave that was cut short is made again as it was: beside other neighbors, padded to
+        # other lengths, the last bits of a run's numbers may differ.
+        waves = [pairs for pairs in waves if any(run.name not in outcomes for run, _ in pairs)]
+        num_steps = sum(len(job.rows) for pairs in waves for _, job in pairs)
+        bar = progress(num_steps, f"{label}: {sum(map(len, waves))} inner runs", "step")
+        for pairs in waves:
+            chosen, jobs = zip(*pairs, strict=True)
             finished = wave(params, chosen, jobs, bar.update)
             for run, outcome in zip(chosen, finished, strict=True):
+                if run.name not in outcomes:
+                    append_json(ledger, _ledger_entry(run, outcome))
                 outcomes[run.name] = outcome
-                append_json(ledger, _ledger_entry(run, outcome))
         bar.close()
         return outcomes
 

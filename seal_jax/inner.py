@@ -86,7 +86,7 @@ def inner_step(
         opt_state,
         state.step.at[taken].add(1, mode="drop"),
     )
-    return state, jnp.where(finite, losses, jnp.nan)
+    return state, jnp.where(used, jnp.where(finite, losses, jnp.nan), 0.0)
 
 
 def make_inner_update(
@@ -96,7 +96,7 @@ def make_inner_update(
 
     `inner_update` is pure: batches in their order, each one device call that scans over its steps
     with the whole population as (donated) carry. losses[i] is f32[I W] for batches[i], NaN where a
-    lane's step was not finite.
+    lane's step was not finite; an empty lane reports 0.
     """
 
     @jax.jit

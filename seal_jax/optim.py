@@ -29,6 +29,22 @@ def find_factory(optax_name: str) -> Callable[..., optax.GradientTransformation]
     return factory
 
 
+def muon_dimensions(params: Any) -> Any:
+    """Say which axes of each array are a matrix: the last two; the first of [L in r] are its layers.
+
+    Without it Muon would silently be Adam for our adapters: it takes only plain matrices.
+    """
+
+    def one(x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if x.ndim < 2:
+            return None
+        return optax.contrib.MuonDimensionNumbers(
+            reduction_axis=x.ndim - 2, output_axis=x.ndim - 1
+        )
+
+    return jax.tree.map(one, params)
+
+
 def make_optimizer(
     *,
     optax_name: str = "adamw",
@@ -47,6 +63,8 @@ def make_optimizer(
     """
     if optimizer is None:
         factory, kwargs = find_factory(optax_name), dict(optax_kwargs or {})
+        if optax_name == "contrib.muon":
+            kwargs.setdefault("muon_weight_dimension_numbers", muon_dimensions)
 
         def optimizer(learning_rate: jax.Array) -> optax.GradientTransformation:
             return factory(learning_rate, **kwargs)

@@ -160,7 +160,7 @@ def generate(
         )
 
     last = jax.lax.while_loop(running, decode, first)
-    return Samples(last.tokens, last.logp, last.mask, last.done)
+    return Samples(last.tokens, last.logp, last.mask, last.done & (lengths > 0))
 
 
 def pad_prompts(

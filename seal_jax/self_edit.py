@@ -16,7 +16,8 @@ import numpy as np
 
 from seal_jax.types import InnerBatch
 
-BUCKETS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+STEP_COST = 64  # of taking a step at all, in tokens: keeps steps from becoming small to be full
 
 
 class Text(NamedTuple):
@@ -85,24 +86,22 @@ def schedule(
 ) -> Iterator[Step]:
     """Yield steps until every job has taken all its rows, in order.
 
-    Of the buckets that somebody waits for, take the one whose step would be fullest of text; its
-    lanes go to the jobs with the most text left.
+    A step has a bucket T and a width W, all or a quarter of the lanes that `tokens_per_step` has
+    room for; each pair is a program. Of those that could run now, take the one with the most text
+    per cost. Its lanes go to the jobs with the most text left, then to shorter rows.
     """
     lengths = [[row_length(row) for row in job.rows] for job in jobs]
     left = [sum(x) for x in lengths]
     at = [0] * len(jobs)
 
-    def width(bucket: int) -> int:
-        return min(max(1, tokens_per_step // bucket), len(jobs))
+    def widths(bucket: int) -> set[int]:
+        most = min(max(1, tokens_per_step // bucket), len(jobs))
+        return {most, -(-most // 4)}
 
-    def candidates(bucket: int, waiting: dict[int, list[int]]) -> list[int]:
+    def lanes(bucket: int, waiting: dict[int, list[int]]) -> list[int]:
         own = sorted(waiting[bucket], key=lambda j: -left[j])
         shorter = [j for b in waiting if b < bucket for j in waiting[b]]
-        return (own + sorted(shorter, key=lambda j: -lengths[j][at[j]]))[: width(bucket)]
-
-    def fullness(bucket: int, waiting: dict[int, list[int]]) -> float:
-        text = sum(lengths[j][at[j]] for j in candidates(bucket, waiting))
-        return text / (width(bucket) * bucket)
+        return own + sorted(shorter, key=lambda j: -lengths[j][at[j]])
 
     while True:
         waiting: dict[int, list[int]] = {}
@@ -111,10 +110,16 @@ def schedule(
                 waiting.setdefault(bucket_of(lengths[j][row], buckets), []).append(j)
         if not waiting:
             return
-        bucket = max(sorted(waiting), key=lambda b: fullness(b, waiting))
-        lanes = candidates(bucket, waiting)
-        yield Step(bucket, width(bucket), tuple((j, at[j]) for j in lanes))
-        for j in lanes:
+        options = []
+        for bucket in sorted(waiting):
+            ready = lanes(bucket, waiting)
+            for width in sorted(widths(bucket)):
+                text = sum(lengths[j][at[j]] for j in ready[:width])
+                value = text / (width * bucket + STEP_COST)
+                options.append((value, bucket, width, ready[:width]))
+        _, bucket, width, chosen = max(options, key=lambda option: option[0])
+        yield Step(bucket, width, tuple((j, at[j]) for j in chosen))
+        for j in chosen:
             left[j] -= lengths[j][at[j]]
             at[j] += 1
 
@@ -146,7 +151,7 @@ def pack(
             run.clear()
 
     for step in schedule(jobs, tokens_per_step=tokens_per_step, buckets=buckets):
-        if run and (run[0].bucket != step.bucket or len(run) == steps_per_call):
+        if run and (run[0][:2] != step[:2] or len(run) == steps_per_call):
             close()
         run.append(step)
     close()

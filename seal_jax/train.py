@@ -16,6 +16,7 @@ lacks, a policy trained on randomly chosen self-edits, is the same loop with ano
 WORKDIR/random.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -24,10 +25,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from seal_jax import checkpoint, keys, lora
+from seal_jax import checkpoint, keys
 from seal_jax.compare import compare
 from seal_jax.config import diff, to_json
-from seal_jax.metrics import append_json, append_metrics, truncate_after, write_text
+from seal_jax.metrics import append_json, append_metrics, truncate_after, write_json, write_text
 from seal_jax.models import load_model
 from seal_jax.objectives import OBJECTIVES, Objective
 from seal_jax.optim import make_optimizer
@@ -35,7 +36,7 @@ from seal_jax.plan import describe
 from seal_jax.policy import init_train_state, make_policy_update
 from seal_jax.record import Clock, log_edits, summarize, tabulate
 from seal_jax.rewards import Outcome
-from seal_jax.sharding import replicated, to_host
+from seal_jax.sharding import to_host
 from seal_jax.stages import (
     Stages,
     baseline_accuracy,
@@ -47,7 +48,7 @@ from seal_jax.stages import (
     write_edits,
 )
 from seal_jax.tasks.task import Exam, Problem
-from seal_jax.types import Adapters, Params, TrainState
+from seal_jax.types import Params, TrainState
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -65,9 +66,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       ValueError: the folder belongs to another config, or the data do not fit the config.
     """
-    claim_workdir(config, workdir)
+    check_workdir(config, workdir)
     stages = make_stages(config)
     train_problems, eval_problems = split_problems(stages)
+    claim_workdir(config, workdir)
     print(describe(stages, train_problems, eval_problems), flush=True)
     with jax.transfer_guard("disallow"):
         base = place_params(stages, stages.model.params)
@@ -99,7 +101,7 @@ def is_done(config: ConfigDict, workdir: str) -> bool:
     Raises:
       ValueError: the folder belongs to another config.
     """
-    claim_workdir(config, workdir)
+    check_workdir(config, workdir)
     return os.path.exists(os.path.join(workdir, "summary.json"))
 
 
@@ -109,13 +111,29 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> dict[str, 
     Args:
       policy: a folder of checkpoints, or any model source.
     """
-    claim_workdir(config, workdir)
+    check_workdir(config, workdir)
     stages = make_stages(config)
     _, held_out = split_problems(stages)
     with jax.transfer_guard("disallow"):
         base = place_params(stages, stages.model.params)
         policies = {"base": base, "seal": load_policy(stages, base, policy)}
+        claim_workdir(config, workdir)
+        claim_policy(workdir, policy, checkpoint.tree_hash(policies["seal"]))
         return compare(stages, policies, held_out, workdir)
+
+
+def claim_policy(workdir: str, policy: str, policy_hash: str) -> None:
+    """Write policy.json into a new folder; refuse one whose results are another policy's."""
+    path, claim = os.path.join(workdir, "policy.json"), {"policy": policy, "hash": policy_hash}
+    if os.path.exists(path):
+        with open(path) as file:
+            found = json.load(file)
+        if found["hash"] != policy_hash:
+            raise ValueError(
+                f"{workdir} holds the evaluation of another policy: found {found}, asked for"
+                f" {claim}. Choose another --workdir."
+            )
+    write_json(path, claim)
 
 
 def load_policy(stages: Stages, base: Params, policy: str) -> Params:
@@ -135,31 +153,19 @@ def is_checkpoints(folder: str) -> bool:
     return os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder))
 
 
-def load_adapter(stages: Stages, folder: str) -> Adapters:
-    """Return the LoRA adapter of the newest checkpoint in `folder`."""
-    if not is_checkpoints(folder):
-        raise FileNotFoundError(f"{folder}: expected a checkpoints folder, as a run's checkpoints/")
-    outer = stages.config.outer
-    template = jax.eval_shape(
-        lambda key: lora.init_adapter(
-            stages.model.config, key, rank=outer.rank, alpha=outer.alpha, targets=outer.targets
-        ),
-        jax.random.key(0),
-    )
-    template = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(stages.mesh)), template
-    )
-    return checkpoint.restore(folder, {"adapters": template})[1]["adapters"]
-
-
 def generate_edits(
     config: ConfigDict, problems: Sequence[Problem], *, adapter: str | None, out: str | None
 ) -> None:
     """Write `sample.num_edits` self-edits for each problem, to `out` as JSON lines or to stdout."""
+    if out is not None and os.path.exists(out):
+        raise ValueError(f"{out} exists: choose another --out")
     stages = make_stages(config)
     params = place_params(stages, stages.model.params)
     if adapter is not None:
-        params = jax.jit(lora.merge)(params, load_adapter(stages, adapter))
+        if not is_checkpoints(adapter):
+            raise FileNotFoundError(f"{adapter}: expected a run's folder checkpoints/")
+        # Not the adapter in it alone, which is what the last outer step added to the ones before.
+        params = load_policy(stages, params, adapter)
     batch = [(problem, None) for problem in problems]
     num_edits = config.sample.num_edits
     _, texts = write_edits(stages, params, batch, 0, num_edits, "generate")
@@ -238,10 +244,9 @@ def run_outer_loop(
     return state
 
 
-def claim_workdir(config: ConfigDict, workdir: str) -> None:
-    """Write config.json into a new folder; refuse one that belongs to another config."""
+def check_workdir(config: ConfigDict, workdir: str) -> None:
+    """Refuse a folder that belongs to another config, or to something else."""
     path = os.path.join(workdir, "config.json")
-    os.makedirs(workdir, exist_ok=True)
     if os.path.exists(path):
         with open(path) as file:
             difference = diff(file.read(), config)
@@ -250,9 +255,14 @@ def claim_workdir(config: ConfigDict, workdir: str) -> None:
                 f"{workdir} belongs to another config; this one differs in\n{difference}\n"
                 "Choose another --workdir, or go back to that config."
             )
-    elif os.listdir(workdir):
+    elif os.path.exists(workdir) and os.listdir(workdir):
         raise ValueError(f"{workdir} is not empty and has no config.json: choose another --workdir")
-    write_text(path, to_json(config))
+
+
+def claim_workdir(config: ConfigDict, workdir: str) -> None:
+    """Write config.json into the folder, once model and data are known to be good."""
+    os.makedirs(workdir, exist_ok=True)
+    write_text(os.path.join(workdir, "config.json"), to_json(config))
 
 
 def split_problems(stages: Stages) -> tuple[list, list]:

@@ -67,7 +67,9 @@ def test_merged_params_give_the_logits_of_base_and_adapter(tiny, targets):
 def test_merge_changes_only_the_targets_and_not_its_argument(tiny):
     config, params = tiny
     before = jax.tree.map(np.array, params)
-    merged = jax.jit(lora.merge)(params, random_adapters(config, 1, targets=("k_proj", "down_proj")))
+    merged = jax.jit(lora.merge)(
+        params, random_adapters(config, 1, targets=("k_proj", "down_proj"))
+    )
     jax.tree.map(np.testing.assert_array_equal, params, before)
     same = jax.tree.map(np.array_equal, merged, before)
     for i in range(config.num_layers):

@@ -1,0 +1,377 @@
+"""The inner loop against a slow loop over one adapter, one text and one optax step at a time."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from seal_jax import lora
+from seal_jax.inner import make_inner_update
+from seal_jax.models.transformer import forward, token_logp, unembed
+from seal_jax.optim import make_optimizer, scheduled_rate
+from seal_jax.self_edit import Job, make_job, pack, text_of
+from seal_jax.types import Adapters
+
+A = 4
+T = 32  # the longest row
+PACKING = {"tokens_per_step": A * T, "buckets": (T,), "steps_per_call": 4}
+# Adam divides by the gradient's size: with its own epsilon, where a gradient is nothing but
+# rounding, the two paths would differ by whole steps.
+ADAMW = {"weight_decay": 0.0, "eps": 1e-4}
+
+
+def make_texts(seed, lengths):
+    rng = np.random.default_rng(seed)
+    return [text_of(rng.integers(1, 64, n).tolist(), prompt) for n, prompt in lengths]
+
+
+def varied_jobs():
+    """Return jobs of other lengths, epochs, batch sizes and learning rates each; one is empty."""
+    options = [
+        ([(9, 0), (20, 4), (14, 0)], 2, 1, 1e-2),
+        ([(16, 0)], 4, 1, 3e-3),
+        ([(11, 0), (8, 2), (1, 0), (13, 0)], 2, 2, 2e-2),
+        ([], 3, 1, 1e-2),
+    ]
+    return [
+        make_job(
+            make_texts(seed, lengths),
+            num_epochs=num_epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            key=(0, seed),
+        )
+        for seed, (lengths, num_epochs, batch_size, learning_rate) in enumerate(options)
+    ]
+
+
+def init(config, num_adapters=A, targets=("q_proj", "v_proj")):
+    """Return fresh adapters (numpy), each from its own key."""
+    rngs = jax.random.split(jax.random.key(1), A)[:num_adapters]
+    start = jax.jit(lambda k: lora.init_adapters(config, k, rank=4, alpha=8.0, targets=targets))
+    return jax.tree.map(np.asarray, start(rngs))
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny):
+    return init(tiny[0])
+
+
+@pytest.fixture(scope="module")
+def update(tiny):
+    """Return AdamW's inner_update with the model, so that all tests share its programs."""
+    return make_inner_update(tiny[0], make_optimizer(optax_kwargs=ADAMW))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, adapters, update):
+    """Return what the population of `varied_jobs` becomes, and its losses by (job, row)."""
+    return run(tiny[1], adapters, varied_jobs(), update)
+
+
+def run(params, adapters, jobs, update, **packing):
+    batches = pack(jobs, **{**PACKING, **packing})
+    new, losses = update(params, adapters, batches)
+    by_job = {j: [] for j in range(len(jobs))}
+    for batch, loss in zip(batches, losses, strict=True):
+        for lanes, values in zip(batch.lanes, np.asarray(loss), strict=True):
+            for lane, value in zip(lanes, values, strict=True):
+                if lane >= 0:
+                    by_job[int(lane)].append(value)
+                else:
+                    assert value == 0.0
+    return jax.tree.map(np.asarray, new), by_job
+
+
+def take(adapters, index):
+    return lora.take(adapters, slice(index, index + 1))
+
+
+def relative_error(found, expected):
+    errors = jax.tree.map(
+        lambda x, y: np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30), found, expected
+    )
+    return max(jax.tree.leaves(errors))
+
+
+def divide(tree, number):
+    return jax.tree.map(lambda x: x / number, tree)
+
+
+def slow_inner_loop(config, params, adapter, job):
+    """Train one adapter (A = 1) on its job as the textbook would, and return it with its losses."""
+
+    def text_nll(weights, tokens, counts):
+        merged = lora.merge(params, Adapters(weights, adapter.scale))
+        positions = jnp.arange(T, dtype=jnp.int32)[None]
+        logits = forward(config, merged, tokens[None], positions, jnp.tri(T, dtype=bool)[None])
+        logp = jax.nn.log_softmax(logits[0, :-1])
+        chosen = jnp.take_along_axis(logp, tokens[1:, None], axis=-1)[:, 0]
+        return -jnp.where(counts[1:], chosen, 0.0).sum()
+
+    grad_of_text = jax.jit(jax.value_and_grad(text_nll))
+    rate = optax.linear_schedule(job.learning_rate, 0.0, len(job.rows))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, **ADAMW))
+    weights, opt_state, losses = adapter.weights, tx.init(adapter.weights), []
+    tx_update = jax.jit(tx.update)
+    for row in job.rows:
+        loss, grads = 0.0, jax.tree.map(np.zeros_like, weights)
+        for text in row:
+            padding = T - len(text.tokens)
+            tokens = np.pad(np.array(text.tokens, np.int32), (0, padding))
+            counts = np.pad(np.array(text.loss_mask, bool), (0, padding))
+            text_loss, text_grads = grad_of_text(weights, tokens, counts)
+            loss += float(text_loss)
+            grads = jax.tree.map(np.add, grads, text_grads)
+        num_counted = np.float32(max(sum(sum(text.loss_mask) for text in row), 1))
+        updates, opt_state = tx_update(divide(grads, num_counted), opt_state, weights)
+        weights = jax.tree.map(lambda w, u: np.asarray(w) + np.asarray(u), weights, updates)
+        losses.append(loss / num_counted)
+    return Adapters(weights, adapter.scale), losses
+
+
+def test_a_population_equals_the_slow_loop(tiny, adapters, trained):
+    config, params = tiny
+    new, losses = trained
+    for j, job in enumerate(varied_jobs()):
+        if not job.rows:
+            continue
+        slow, slow_losses = slow_inner_loop(config, params, take(adapters, j), job)
+        np.testing.assert_allclose(losses[j], slow_losses, rtol=1e-5)
+        change = jax.tree.map(np.subtract, take(new, j).weights, take(adapters, j).weights)
+        slow_change = jax.tree.map(np.subtract, slow.weights, take(adapters, j).weights)
+        assert min(np.abs(x).max() for x in jax.tree.leaves(slow_change)) > 1e-4
+        assert relative_error(take(new, j).weights, slow.weights) < 1e-5
+        assert relative_error(change, slow_change) < 1e-4
+
+
+def test_a_job_without_rows_leaves_its_adapter(adapters, trained):
+    jax.tree.map(np.testing.assert_array_equal, take(trained[0], 3), take(adapters, 3))
+    assert trained[1][3] == []
+
+
+def test_alone_as_in_a_population(tiny, adapters, update, trained):
+    jobs = varied_jobs()
+    for j in range(3):
+        only = [job if i == j else Job((), 0.0) for i, job in enumerate(jobs)]
+        new, losses = run(tiny[1], adapters, only, update)
+        assert relative_error(take(new, j), take(trained[0], j)) < 1e-5
+        np.testing.assert_allclose(losses[j], trained[1][j], rtol=1e-5)
+
+
+def test_alone_in_programs_of_other_shapes(tiny, adapters, update, trained):
+    for j in range(3):
+        new, losses = run(tiny[1], take(adapters, j), [varied_jobs()[j]], update, buckets=(16, T))
+        assert relative_error(new, take(trained[0], j)) < 1e-5
+        np.testing.assert_allclose(losses[0], trained[1][j], rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", [(3, 2, 1, 0), (2, 0, 3, 1)])
+def test_the_order_of_the_population_does_not_matter(tiny, adapters, update, trained, order):
+    jobs = [varied_jobs()[j] for j in order]
+    new, losses = run(tiny[1], lora.take(adapters, np.array(order)), jobs, update)
+    assert relative_error(new, lora.take(trained[0], np.array(order))) < 1e-5
+    for i, j in enumerate(order):
+        np.testing.assert_allclose(losses[i], trained[1][j], rtol=1e-5)
+
+
+def test_the_same_call_gives_the_same_bits(tiny, adapters, update, trained):
+    again = run(tiny[1], adapters, varied_jobs(), update)
+    jax.tree.map(np.testing.assert_array_equal, again, trained)
+
+
+@pytest.mark.parametrize("learning_rate", [np.inf, 1e30, np.nan])
+@pytest.mark.parametrize("sick", [0, 2])
+def test_a_diverging_adapter_harms_nobody(tiny, adapters, update, trained, sick, learning_rate):
+    jobs = varied_jobs()
+    jobs[sick] = jobs[sick]._replace(learning_rate=learning_rate)
+    new, losses = run(tiny[1], adapters, jobs, update)
+    for j in set(range(A)) - {sick}:
+        jax.tree.map(np.testing.assert_array_equal, take(new, j), take(trained[0], j))
+        np.testing.assert_array_equal(losses[j], trained[1][j])
+    if learning_rate != 1e30:  # whose steps are finite: it ends far away, with a uniform prediction
+        jax.tree.map(np.testing.assert_array_equal, take(new, sick), take(adapters, sick))
+        assert np.isnan(losses[sick]).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(new))
+
+
+def test_arguments_stay_as_they_were(tiny, adapters, update):
+    params, population = jax.tree.map(jnp.array, (tiny[1], adapters))
+    batches = jax.tree.map(jnp.array, pack(varied_jobs(), **PACKING))
+    first, _ = update(params, population, batches)
+    second, _ = update(params, population, batches)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    jax.tree.map(np.testing.assert_array_equal, params, tiny[1])
+    jax.tree.map(np.testing.assert_array_equal, population, adapters)
+
+
+def test_no_batches_no_change(tiny, adapters, update):
+    new, losses = update(tiny[1], adapters, [])
+    jax.tree.map(np.testing.assert_array_equal, new, adapters)
+    assert losses == []
+
+
+# Below, a single layer: each test compiles programs of its own.
+
+
+@pytest.fixture(scope="module")
+def small(tiny):
+    config, params = tiny
+    return dataclasses.replace(config, num_layers=1), params
+
+
+def test_programs_are_compiled_by_bucket_only(small, strict):
+    config, params = small
+    rng = np.random.default_rng(0)
+    jobs = []
+    for i in range(50):
+        lengths = [(int(n), 0) for n in rng.integers(2, T, size=rng.integers(1, 5))]
+        job = make_job(
+            make_texts(i, lengths),
+            num_epochs=int(rng.integers(1, 4)),
+            batch_size=1,
+            learning_rate=float(rng.uniform(1e-4, 1e-1)),
+            key=(i,),
+        )
+        jobs.append(job)
+    waves = [pack(jobs[i : i + 4], tokens_per_step=64, buckets=(16, T)) for i in range(0, 50, 4)]
+    waves[-1] = pack(jobs[-4:], tokens_per_step=64, buckets=(16, T))
+    shapes = {batch.tokens.shape for wave in waves for batch in wave}
+    assert 2 <= len(shapes) <= 4  # two buckets, in two widths at most
+    adapters = init(config)
+    update = make_inner_update(config, make_optimizer(optax_name="sgd"))
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for wave in waves:
+            jax.block_until_ready(update(params, adapters, wave))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    # One more: the program that starts the optimizer.
+    assert 1 <= len(compiled) <= len(shapes) + 1
+
+
+class SteadyState(NamedTuple):
+    count: jax.Array  # i32[]
+    seen: tuple  # (largest gradient norm f32[], momentum like the parameters)
+
+
+def steady(learning_rate):
+    """A user's own: momentum, divided by the largest gradient norm so far."""
+
+    def init(params):
+        return SteadyState(jnp.int32(0), (jnp.float32(0), jax.tree.map(jnp.zeros_like, params)))
+
+    def update(updates, state, params=None):
+        assert params is not None
+        largest, momentum = state.seen
+        largest = jnp.maximum(largest, optax.tree.norm(updates))
+        momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, updates)
+        updates = jax.tree.map(lambda m: -learning_rate * m / largest, momentum)
+        return updates, SteadyState(state.count + 1, (largest, momentum))
+
+    return optax.GradientTransformation(init, update)
+
+
+OPTIMIZERS = {
+    "adamw": ({"optax_name": "adamw"}, 3e-2),
+    "sgd": ({"optax_name": "sgd", "optax_kwargs": {"momentum": 0.9}}, 3e-1),
+    "lion": ({"optax_name": "lion"}, 3e-2),
+    "adafactor": ({"optax_name": "adafactor", "optax_kwargs": {"factored": True}}, 1.0),
+    "rmsprop": ({"optax_name": "rmsprop"}, 1e-2),
+    "lamb": ({"optax_name": "lamb"}, 3e-1),
+    "muon": ({"optax_name": "contrib.muon"}, 2e-1),
+    "own": ({"optimizer": steady}, 1e-1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_memorizes(small, name):
+    config, params = small
+    options, learning_rate = OPTIMIZERS[name]
+    update = make_inner_update(config, make_optimizer(**options))
+    text = make_texts(0, [(16, 0)])[0]
+    jobs = [Job(((text,),) * 30, rate) for rate in (learning_rate, 0.0)]
+    adapters = init(config, 2, targets=("o_proj",))
+    new, losses = run(params, adapters, jobs, update, steps_per_call=30)
+    assert losses[0][-1] < 0.6 * losses[0][0], losses[0]
+    assert len(losses[0]) == 30
+    np.testing.assert_array_equal(losses[1], losses[1][0])
+    jax.tree.map(np.testing.assert_array_equal, take(new, 1), take(adapters, 1))
+
+
+def test_over_a_bfloat16_base_the_adapter_stays_float32(small):
+    config, params = small
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    update = make_inner_update(config, make_optimizer(optax_name="sgd"))
+    text = make_texts(0, [(16, 0)])[0]
+    jobs = [Job(((text,),) * 30, 0.5), Job(((text,),) * 30, 1e-4)]
+    adapters = init(config, 2, targets=("o_proj",))
+    new, losses = run(half, adapters, jobs, update, steps_per_call=30)
+    assert {x.dtype for x in jax.tree.leaves(new)} == {np.dtype(np.float32)}
+    assert np.array(losses[0]).dtype == np.float32
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    # Steps far below bfloat16's resolution are not lost.
+    after, before = (x.weights["attn"]["o_proj"]["a"][1] for x in (new, adapters))
+    change = np.abs(after - before)
+    assert 0 < change.max() < 1e-4
+
+
+@pytest.mark.parametrize("num_tokens", [5, 8, 19])
+def test_log_probabilities_in_tiles(small, num_tokens):
+    config, params = small
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((num_tokens, config.embed_dim)), jnp.float32)
+    targets = jnp.asarray(rng.integers(config.vocab_size, size=num_tokens), jnp.int32)
+
+    def plain(hidden):
+        logp = jax.nn.log_softmax(unembed(config, params, hidden))
+        return jnp.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
+
+    def tiled(hidden):
+        return token_logp(config, params, hidden, targets, tile=8)
+
+    for function in (lambda f: f, lambda f: jax.grad(lambda h: (f(h) ** 2).sum())):
+        expected = np.asarray(jax.jit(function(plain))(hidden))
+        found = np.asarray(jax.jit(function(tiled))(hidden))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_schedules():
+    steps, rate = np.arange(6, dtype=np.int32), np.float32(0.5)
+
+    def values(name, num_steps=5):
+        return np.array([scheduled_rate(name, rate, jnp.asarray(s), num_steps) for s in steps])
+
+    np.testing.assert_allclose(values("constant"), [0.5] * 6)
+    np.testing.assert_allclose(values("linear"), [0.5, 0.4, 0.3, 0.2, 0.1, 0.0], atol=1e-7)
+    cosine = [optax.cosine_decay_schedule(0.5, 5)(s) for s in steps]
+    np.testing.assert_allclose(values("cosine"), cosine, atol=1e-7)
+    assert values("linear", num_steps=2)[-1] == 0.0
+    with pytest.raises(ValueError, match="schedule='liner': expected one of constant, linear"):
+        values("liner")
+
+
+def test_muon_orthogonalizes_every_matrix_of_the_stack():
+    """Muon on [L in r] does to each layer what it does to that layer's matrix alone."""
+    rng = np.random.default_rng(0)
+    stacked = {"a": jnp.asarray(rng.standard_normal((3, 8, 4)), jnp.float32)}
+    grads = {"a": jnp.asarray(rng.standard_normal((3, 8, 4)), jnp.float32)}
+    tx = make_optimizer(optax_name="contrib.muon", grad_clip=None)(jnp.float32(1e-2))
+    updates, _ = tx.update(grads, tx.init(stacked), stacked)
+    for layer in range(3):
+        weights, grad = {"a": stacked["a"][layer]}, {"a": grads["a"][layer]}
+        alone, _ = tx.update(grad, tx.init(weights), weights)
+        np.testing.assert_allclose(updates["a"][layer], alone["a"], rtol=1e-4, atol=1e-6)
+    adam = make_optimizer(optax_name="nadamw", grad_clip=None)(jnp.float32(1e-2))
+    other, _ = adam.update(grads, adam.init(stacked), stacked)
+    assert not np.allclose(updates["a"], other["a"], rtol=1e-2)

@@ -1,0 +1,93 @@
+"""The inner loop against PyTorch, PEFT and torch.optim.AdamW, step by step on the same texts."""
+
+import jax
+import numpy as np
+import pytest
+
+from seal_jax import lora
+from seal_jax.inner import make_inner_update
+from seal_jax.models.weights import save_safetensors
+from seal_jax.optim import make_optimizer
+from seal_jax.self_edit import make_job, pack, text_of
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+RANK, ALPHA, LEARNING_RATE = 4, 8.0, 1e-2
+NUM_STEPS = 20
+
+
+def peft_model(folder, adapters):
+    """Return PEFT's model of the saved base, with the adapter's initial values."""
+    base = transformers.LlamaForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    )
+    targets = [target for block in adapters.weights.values() for target in block]
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, lora_dropout=0.0)
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for name, ab in peft_weights(model, adapters):
+            for part in ("a", "b"):
+                name[part].copy_(torch.tensor(ab[part].T))
+    return model
+
+
+def peft_weights(model, adapters):
+    """Yield PEFT's parameters of each adapted map beside ours, which are their transposes."""
+    layers = model.base_model.model.model.layers
+    for block, targets in adapters.weights.items():
+        for target, ab in targets.items():
+            for i, layer in enumerate(layers):
+                linear = getattr(getattr(layer, {"attn": "self_attn", "mlp": "mlp"}[block]), target)
+                theirs = {
+                    "a": linear.lora_A["default"].weight,
+                    "b": linear.lora_B["default"].weight,
+                }
+                yield theirs, {part: np.asarray(ab[part][0, i]) for part in ab}
+
+
+def train_with_peft(model, job):
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    tx = torch.optim.AdamW(trainable, lr=job.learning_rate, weight_decay=0.0)
+    rate = torch.optim.lr_scheduler.LambdaLR(tx, lambda step: 1.0 - step / NUM_STEPS)
+    losses = []
+    for (text,) in job.rows:
+        tokens = torch.tensor([text.tokens])
+        loss = model(input_ids=tokens, labels=tokens).loss
+        tx.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        tx.step()
+        rate.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    "targets", [("q_proj", "v_proj"), tuple(lora.TARGETS)], ids=["qv", "all_linear"]
+)
+def test_twenty_steps_equal_peft(tiny, tmp_path, targets):
+    config, params = tiny
+    save_safetensors(tmp_path, params, config)
+    options = {"rank": RANK, "alpha": ALPHA, "targets": targets}
+    adapters = jax.jit(lambda key: lora.init_adapter(config, key, **options))(jax.random.key(2))
+    rng = np.random.default_rng(0)
+    texts = [text_of(rng.integers(1, 64, n).tolist()) for n in (8, 13, 19, 27, 32)]
+    job = make_job(texts, num_epochs=4, batch_size=1, learning_rate=LEARNING_RATE, key=(0,))
+    assert len(job.rows) == NUM_STEPS
+
+    model = peft_model(tmp_path, adapters)
+    their_losses = train_with_peft(model, job)
+
+    tx = make_optimizer(optax_kwargs={"weight_decay": 0.0}, grad_clip=1.0)
+    batches = pack([job], buckets=(32,), steps_per_call=NUM_STEPS)
+    trained, losses = make_inner_update(config, tx, "linear")(params, adapters, batches)
+
+    np.testing.assert_allclose(np.concatenate(losses)[:, 0], their_losses, rtol=1e-4)
+    assert their_losses[-1] < 0.9 * their_losses[0]
+    for theirs, ours in peft_weights(model, trained):
+        for part in ("a", "b"):
+            expected = theirs[part].detach().numpy().T
+            error = np.linalg.norm(ours[part] - expected) / np.linalg.norm(expected)
+            assert error < 1e-4

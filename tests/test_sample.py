@@ -1,0 +1,245 @@
+"""Generation against one full forward pass per token, and its draws against their distribution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from seal_jax import lora
+from seal_jax.models.transformer import forward
+from seal_jax.sample import check_lengths, choose, generate, pad_prompts, top_p_mask
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+PAD = 0
+MAX_TOKENS = 8
+T = 48  # the slow reference's length
+NOBODY = -1  # a stop id that no token has
+PROMPTS = [
+    [int(x) for x in np.random.default_rng(i).integers(1, 64, size=n)]
+    for i, n in enumerate((5, 1, 32, 9, 17, 2))
+]
+
+
+def keys_of(num_rows, seed=0):
+    return jax.random.split(jax.random.key(seed), len(PROMPTS))[:num_rows]
+
+
+def write(model, prompts=PROMPTS, *, adapters=None, keys=None, stop=(), temperature=0.0, top_p=1.0):
+    config, params = model
+    tokens, mask = pad_prompts(prompts, PAD)
+    samples = generate(
+        config,
+        params,
+        adapters,
+        tokens,
+        mask,
+        keys_of(len(prompts)) if keys is None else keys,
+        np.array([*stop, NOBODY, NOBODY][:2], np.int32),
+        np.float32(temperature),
+        np.float32(top_p),
+        max_tokens=MAX_TOKENS,
+        pad_id=PAD,
+    )
+    return jax.tree.map(np.asarray, samples)
+
+
+def logits_of(model, tokens):
+    """Return the logits [len(tokens), V] of one text, by a full forward pass."""
+    config, params = model
+    padded = jnp.asarray(np.pad(np.array(tokens, np.int32), (0, T - len(tokens))))[None]
+    positions, mask = jnp.arange(T, dtype=jnp.int32)[None], jnp.tri(T, dtype=bool)[None]
+    logits = jax.jit(forward, static_argnums=0)(config, params, padded, positions, mask)
+    return np.asarray(logits)[0, : len(tokens)]
+
+
+def log_softmax(logits):
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def slow_greedy(model, prompt, num_tokens=MAX_TOKENS):
+    text = list(prompt)
+    for _ in range(num_tokens):
+        text.append(int(logits_of(model, text)[-1].argmax()))
+    return text[len(prompt) :]
+
+
+def random_adapters(config, num_adapters):
+    rng = np.random.default_rng(0)
+    weights = {}
+    for target, shape in lora.target_shapes(config, ("q_proj", "v_proj", "down_proj")).items():
+        a, b = (
+            rng.normal(0.0, 0.3, (num_adapters, config.num_layers, *matrix)).astype(np.float32)
+            for matrix in ((shape[0], 4), (4, shape[1]))
+        )
+        weights.setdefault(lora.TARGETS[target], {})[target] = {"a": a, "b": b}
+    return lora.Adapters(weights, np.ones((num_adapters,), np.float32))
+
+
+@pytest.fixture(scope="module")
+def greedy(tiny):
+    return write(tiny)
+
+
+def test_greedy_equals_a_forward_pass_per_token(tiny, greedy):
+    for row, prompt in enumerate(PROMPTS):
+        assert greedy.tokens[row].tolist() == slow_greedy(tiny, prompt)
+    assert greedy.mask.all()
+    assert not greedy.finished.any()  # all ended by max_tokens
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (0.7, 0.8)])
+def test_logp_is_the_model_s_own(tiny, temperature, top_p):
+    samples = write(tiny, temperature=temperature, top_p=top_p)
+    for row, prompt in enumerate(PROMPTS):
+        written = samples.tokens[row].tolist()
+        logp = log_softmax(logits_of(tiny, prompt + written)[len(prompt) - 1 : -1])
+        expected = logp[np.arange(MAX_TOKENS), written]
+        np.testing.assert_allclose(samples.logp[row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_draws_stay_within_top_p(tiny):
+    samples = write(tiny, temperature=1.5, top_p=0.3)
+    assert len(np.unique(samples.tokens)) > 10
+    for row, prompt in enumerate(PROMPTS):
+        written = samples.tokens[row].tolist()
+        logits = logits_of(tiny, prompt + written)[len(prompt) - 1 : -1] / 1.5
+        kept = np.asarray(top_p_mask(jnp.asarray(logits), jnp.float32(0.3)))
+        assert kept[np.arange(MAX_TOKENS), written].all()
+
+
+def test_a_row_depends_on_its_prompt_and_key_alone(tiny):
+    options = {"temperature": 1.0, "top_p": 0.95}
+    keys = keys_of(6)
+    samples = write(tiny, **options)
+    order = np.array([4, 2, 0, 5, 1, 3])
+    moved = write(tiny, [PROMPTS[i] for i in order], keys=keys[order], **options)
+    np.testing.assert_array_equal(moved.tokens, samples.tokens[order])
+    np.testing.assert_allclose(moved.logp, samples.logp[order], rtol=1e-5, atol=1e-5)
+    others = write(tiny, [PROMPTS[2], *[[7, 8, 9]] * 5], keys=keys[np.array([2, 0, 0, 1, 1, 1])])
+    np.testing.assert_array_equal(others.tokens[0], write(tiny).tokens[2])
+    alone = write(tiny, [PROMPTS[2]], keys=keys[2:3], **options)
+    np.testing.assert_array_equal(alone.tokens[0], samples.tokens[2])
+    # Other keys, other texts; rows of one prompt differ by their keys.
+    assert (write(tiny, keys=keys_of(6, seed=1), **options).tokens != samples.tokens).any(1).all()
+    same = write(tiny, [PROMPTS[0]] * 5 + [PROMPTS[2]], keys=keys, **options).tokens[:5]
+    assert len({tuple(row) for row in same.tolist()}) == 5
+
+
+def test_each_row_is_written_by_the_adapter_of_its_group(tiny, greedy):
+    config, params = tiny
+    adapters = random_adapters(config, 3)
+    samples = write(tiny, adapters=adapters)
+    for i in range(3):
+        merged = write((config, jax.jit(lora.merge)(params, adapters, i)))
+        group = slice(2 * i, 2 * i + 2)
+        np.testing.assert_array_equal(samples.tokens[group], merged.tokens[group])
+        np.testing.assert_allclose(samples.logp[group], merged.logp[group], rtol=0, atol=1e-4)
+        assert (samples.tokens[group] != greedy.tokens[group]).any()
+
+
+def test_stop_tokens_end_rows(tiny, greedy):
+    stop = (int(greedy.tokens[0, 2]), int(greedy.tokens[3, 5]))
+    samples = write(tiny, stop=stop)
+    ended = 0
+    for row, free in enumerate(greedy.tokens.tolist()):
+        ends = [t for t, token in enumerate(free) if token in stop]
+        length = ends[0] + 1 if ends else MAX_TOKENS
+        ended += bool(ends)
+        assert samples.finished[row] == bool(ends)
+        assert samples.mask[row].tolist() == [t < length for t in range(MAX_TOKENS)]
+        assert samples.tokens[row].tolist() == free[:length] + [PAD] * (MAX_TOKENS - length)
+        np.testing.assert_allclose(
+            samples.logp[row],
+            np.where(samples.mask[row], greedy.logp[row], 0.0),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    assert 2 <= ended < 6
+
+
+def test_an_empty_prompt_writes_nothing(tiny, greedy):
+    samples = write(tiny, [PROMPTS[0], [], *PROMPTS[2:]])
+    assert not samples.mask[1].any() and not samples.finished[1]
+    assert (samples.tokens[1] == PAD).all() and (samples.logp[1] == 0).all()
+    np.testing.assert_array_equal(np.delete(samples.tokens, 1, 0), np.delete(greedy.tokens, 1, 0))
+
+
+def test_prompts_are_padded_on_the_left_to_a_bucket():
+    tokens, mask = pad_prompts([[5, 6, 7], [], list(range(1, 34))], pad_id=9)
+    assert tokens.shape == (3, 48) and tokens.dtype == np.int32
+    assert tokens[0].tolist() == [9] * 45 + [5, 6, 7]
+    assert mask.sum(axis=1).tolist() == [3, 0, 33]
+    assert mask[2, 15:].all() and (tokens[1] == 9).all()
+
+
+def test_texts_that_exceed_the_context_are_refused(tiny):
+    config, _ = tiny
+    check_lengths(config, [[1] * 200, []], config.max_length - 200)
+    with pytest.raises(ValueError, match="a prompt of 200 tokens and up to 57 written ones"):
+        check_lengths(config, [[1] * 200, []], config.max_length - 199)
+
+
+LOGITS = st.lists(st.integers(-6, 6).map(lambda x: x / 2), min_size=8, max_size=8)
+
+
+@given(LOGITS, st.floats(0.0, 0.999))
+def test_top_p_mask_equals_sorting(logits, top_p):
+    logits = np.array([logits], np.float32)
+    probs = np.asarray(jax.nn.softmax(logits, axis=-1))[0].astype(np.float64)
+    kept = np.zeros(8, bool)
+    for value in sorted(set(probs), reverse=True):  # ties come and stay together
+        mass = probs[kept].sum()
+        assume(mass == 0.0 or abs(mass - top_p) > 1e-5)  # else rounding decides
+        if kept.any() and mass >= top_p:
+            break
+        kept |= probs == value
+    found = np.asarray(jax.jit(top_p_mask)(logits, np.float32(top_p)))
+    assert found[0].tolist() == kept.tolist()
+
+
+@given(LOGITS)
+def test_top_p_of_one_keeps_all_tokens(logits):
+    assert np.asarray(jax.jit(top_p_mask)(np.array([logits], np.float32), np.float32(1.0))).all()
+
+
+def test_top_p_mask_of_rows_and_of_impossible_tokens():
+    logits = np.array([[0.0, -np.inf, 0.0, -np.inf], [9.0, 0.0, 0.0, 0.0]], np.float32)
+    mask = np.asarray(top_p_mask(jnp.asarray(logits), jnp.float32(0.9)))
+    assert mask.tolist() == [[True, False, True, False], [True, False, False, False]]
+
+
+CHI_SQUARE = {1: 10.8, 4: 18.5, 7: 24.3}  # exceeded once in 1000 times, by degrees of freedom
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "num_kept"), [(1.0, 1.0, 8), (0.7, 0.95, 5), (2.0, 0.3, 2)]
+)
+def test_draws_follow_their_distribution(temperature, top_p, num_kept):
+    num_draws = 20_000
+    logits = np.array([1.0, -0.5, 2.0, 0.0, 1.5, -2.0, 0.5, -1.0], np.float32)
+    probs = np.exp(logits.astype(np.float64) / temperature)
+    order = np.argsort(-probs)
+    probs /= probs.sum()
+    probs[order[num_kept:]] = 0.0
+    assert probs.sum() >= top_p - 1e-9 and probs[order[: num_kept - 1]].sum() < top_p
+    probs /= probs.sum()
+    keys = jax.random.split(jax.random.key(0), num_draws)
+    tiled = np.tile(logits, (num_draws, 1))
+    drawn = jax.jit(choose)(tiled, keys, np.float32(temperature), np.float32(top_p))
+    counts = np.bincount(np.asarray(drawn), minlength=8)
+    kept = probs > 0
+    assert counts[~kept].sum() == 0
+    expected = num_draws * probs[kept]
+    assert ((counts[kept] - expected) ** 2 / expected).sum() < CHI_SQUARE[num_kept - 1]
+
+
+def test_temperature_zero_takes_the_likeliest():
+    logits = np.array([[0.0, 3.0, 1.0], [5.0, 4.9, 5.0]], np.float32)
+    keys = jax.random.split(jax.random.key(0), 2)
+    for temperature in (0.0, 1e-9):
+        drawn = choose(jnp.asarray(logits), keys, jnp.float32(temperature), jnp.float32(0.5))
+        assert drawn.dtype == jnp.int32 and drawn[0] == 1 and drawn[1] in (0, 2)

@@ -1,0 +1,294 @@
+"""Whole runs: what they write, what they refuse, and that a kill changes no bit of them."""
+
+import json
+import shutil
+import signal
+
+import jax
+import numpy as np
+import optax
+import pytest
+from tiny_run import CONFIG, run_process, train_arguments
+
+from seal_jax import checkpoint, cli
+from seal_jax.config import load_config
+from seal_jax.metrics import read_jsonl
+from seal_jax.optim import make_optimizer
+from seal_jax.policy import init_train_state
+from seal_jax.record import tabulate, why
+from seal_jax.rewards import Outcome
+from seal_jax.stages import make_stages, optimizer_arguments, place_params
+from seal_jax.tasks.task import Rejected, SelfEdit
+from seal_jax.train import train
+
+pytest_plugins = ["tiny_run"]
+
+SMALL = (
+    "outer.num_steps=1",
+    "inner.num_seeds=1",
+    "eval.random_control=False",
+    "eval.num_problems=1",
+)
+EDIT_FIELDS = {
+    *("step", "problem", "title", "edit", "prompt", "text", "training_texts", "answers"),
+    *("accuracy", "log_likelihood", "loss_before", "loss_after", "reward", "kept", "why"),
+}
+
+
+def without_times(rows):
+    """Return rows of a metrics file without what the clock decides."""
+    return [
+        {k: v for k, v in row.items() if k != "time" and not k.startswith("seconds/")}
+        for row in rows
+    ]
+
+
+def restore_final(folder, *overrides):
+    """Return the pytrees of the newest checkpoint: policy, opt_state, and adapters if there are."""
+    config = load_config(CONFIG, overrides)
+    stages, outer = make_stages(config), config.outer
+    base = place_params(stages, stages.model.params)
+    state = init_train_state(
+        stages.model.config,
+        base,
+        make_optimizer(**optimizer_arguments(outer.to_dict())),
+        update=outer.update,
+        rank=outer.rank,
+        alpha=outer.alpha,
+        targets=outer.targets,
+    )
+    trees = {"policy": state.params, "opt_state": state.opt_state}
+    if state.adapters is not None:
+        trees["adapters"] = state.adapters
+    return base, checkpoint.restore(folder / "checkpoints", trees)[1]
+
+
+def assert_same_run(left, right):
+    """Compare what two runs wrote, bit for bit, but for the clock and the order of the ledgers."""
+    names = {p.relative_to(left).as_posix() for p in left.rglob("*.json*") if "check" not in str(p)}
+    assert names == {
+        p.relative_to(right).as_posix() for p in right.rglob("*.json*") if "check" not in str(p)
+    }
+    assert "edits.jsonl" in names and "eval_seal.jsonl" in names
+    for name in names:
+        if name.endswith("metrics.jsonl"):
+            found, expected = (without_times(read_jsonl(run / name)) for run in (right, left))
+            assert found == expected, name
+        else:
+            assert (right / name).read_text() == (left / name).read_text(), name
+
+
+def test_a_run_writes_its_whole_folder(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        *("config.json", "metrics.jsonl", "edits.jsonl", "summary.json", "summary.md"),
+        *("checkpoints", "random"),
+        *(f"eval_{arm}.jsonl" for arm in ("passage", "own", "seal", "random")),
+    }
+    config = json.loads((finished / "config.json").read_text())
+    assert config["task"]["name"] == "facts" and config["inner"]["optax_name"] == "adamw"
+    assert {p.name for p in (finished / "checkpoints").iterdir()} == {"1", "2"}
+    assert {p.name for p in (finished / "random").iterdir()} == {
+        *("metrics.jsonl", "edits.jsonl", "checkpoints")
+    }
+    summary = json.loads((finished / "summary.json").read_text())
+    assert list(summary["arms"]) == ["base", "own", "passage", "random", "seal"]
+    assert (summary["num_problems"], summary["num_questions"]) == (2, 6)
+    assert (finished / "summary.md").read_text().startswith("| method | accuracy")
+
+
+def test_metrics_of_a_run(finished):
+    rows = read_jsonl(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        assert "nonfinite" not in row
+        assert 0.2 < row["inner/useful_tokens"] <= 1
+        assert row["inner/runs"] == 2 * (row["edits/num"] - row["edits/rejected"])
+        assert row["inner/loss_after"] < row["inner/loss_before"]
+        assert row["policy/loss_last"] < row["policy/loss_first"]
+        assert row["edits/kept"] == row["policy/num_rows"] == 2
+        assert row["reward/best"] == pytest.approx(row["reward/kept"])
+        assert row["reward/best"] >= row["reward/mean"]
+        assert {"seconds/sample", "seconds/inner", "seconds/policy"} < row.keys()
+
+
+def test_every_self_edit_is_logged_with_its_reward_and_its_fate(finished):
+    edits = read_jsonl(finished / "edits.jsonl")
+    steps = [(edit["step"], edit["edit"]) for edit in edits]
+    assert steps == [(s, r) for s in (0, 0, 1, 1) for r in (0, 1)]
+    assert len({edit["problem"] for edit in edits}) == 4  # fresh problems in each step
+    for group in (edits[i : i + 2] for i in range(0, 8, 2)):
+        for edit in group:
+            assert edit.keys() == EDIT_FIELDS
+            assert edit["prompt"].endswith("notes:\n") and edit["title"] in edit["prompt"]
+            if edit["why"].startswith("rejected: "):
+                assert (edit["reward"], edit["kept"], edit["accuracy"]) == (-100, False, [])
+                continue
+            assert edit["training_texts"][-1] in edit["prompt"]
+            assert all(after < before for before, after in zip(*losses(edit), strict=True))
+            assert [len(a) for a in edit["answers"]] == [3, 3]
+            assert len(edit["accuracy"]) == 2
+            assert edit["reward"] == pytest.approx(np.mean(edit["log_likelihood"]))
+        best = int(np.argmax([edit["reward"] for edit in group]))
+        assert [edit["kept"] for edit in group] == [r == best for r in range(2)]
+        assert group[best]["why"] == "selected by reward"
+
+
+def losses(edit):
+    return edit["loss_before"], edit["loss_after"]
+
+
+def test_the_control_trains_on_self_edits_drawn_at_random_and_evaluates_none(finished):
+    edits = read_jsonl(finished / "random" / "edits.jsonl")
+    assert {edit["reward"] for edit in edits} <= {None, -100}
+    assert sum(edit["kept"] for edit in edits) == 4
+    assert {edit["why"] for edit in edits if edit["kept"]} == {"drawn at random"}
+    assert all("inner/runs" not in row for row in read_jsonl(finished / "random" / "metrics.jsonl"))
+
+
+def test_running_again_says_that_it_is_done_and_runs_nothing(
+    finished, one_device, tmp_path, capsys
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    assert cli.main(train_arguments(run)) == 0
+    assert "is done already; nothing was run" in capsys.readouterr().out
+    # Another placement is the same experiment.
+    assert cli.main(train_arguments(run, "inner.max_adapters=2")) == 0
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_another_config_in_the_same_folder_is_refused_with_a_diff(finished, one_device, capsys):
+    arguments = train_arguments(finished, "inner.learning_rate=5e-4", "outer.update=full")
+    assert cli.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "inner.learning_rate: 0.001 -> 0.0005" in message
+    assert 'outer.update: "lora" -> "full"' in message
+    assert str(finished) in message and "Traceback" not in message
+
+
+def killed_at(folder, line, *overrides):
+    """Run until just before a line is written: 'edits.jsonl:7'."""
+    result = run_process(*train_arguments(folder, *overrides), kill=f"{folder}/{line}", check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+
+
+def test_a_run_that_is_killed_three_times_is_the_uninterrupted_run(finished, one_device, tmp_path):
+    run = tmp_path / "run"
+    killed_at(run, "pending_0.jsonl:3")  # within a wave of step 0's inner runs
+    assert not (run / "metrics.jsonl").exists()
+    killed_at(run, "edits.jsonl:7")  # step 1 is evaluated, its log half written, nothing saved
+    assert len(read_jsonl(run / "metrics.jsonl")) == 2
+    assert {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()} == {"1"}
+    killed_at(run, "eval_own.jsonl:2")  # within the final comparison
+    assert not (run / "summary.json").exists()
+    run_process(*train_arguments(run))
+    assert_same_run(finished, run)
+    _, found = restore_final(run)
+    _, expected = restore_final(finished)
+    assert found.keys() == {"policy", "opt_state", "adapters"}
+    assert {k: checkpoint.tree_hash(v) for k, v in found.items()} == {
+        k: checkpoint.tree_hash(v) for k, v in expected.items()
+    }
+
+
+def test_a_full_updates_optimizer_state_survives_a_kill(one_device, tmp_path):
+    overrides = ("outer.update=full", "eval.random_control=False", "outer.learning_rate=1e-3")
+    run_process(*train_arguments(tmp_path / "whole", *overrides))
+    killed_at(tmp_path / "killed", "pending_1.jsonl:2", *overrides)
+    run_process(*train_arguments(tmp_path / "killed", *overrides))
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    base, whole = restore_final(tmp_path / "whole", *overrides)
+    _, killed = restore_final(tmp_path / "killed", *overrides)
+    assert whole.keys() == {"policy", "opt_state"}
+    assert checkpoint.tree_hash(whole) == checkpoint.tree_hash(killed)
+    same = jax.tree.map(lambda x, y: bool((x == y).all()), whole["policy"], base)
+    assert not any(jax.tree.leaves(same))  # every parameter was trained
+
+
+def signed_step(learning_rate):
+    """Follow the gradient's sign: a user's own transform, with a count as its state."""
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda g: -learning_rate * jax.numpy.sign(g), updates), state + 1
+
+    return optax.GradientTransformation(lambda params: jax.numpy.int32(0), update)
+
+
+def not_a_number(learning_rate):
+    """Make every update NaN, as an overflow would."""
+    del learning_rate
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda g: g * np.nan, updates))
+
+
+def test_another_inner_optimizer_by_name(one_device, tmp_path):
+    train(load_config(CONFIG, (*SMALL, "inner.optax_name=lion", "reward.kind=accuracy")), tmp_path)
+    (row,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert row["inner/loss_after"] < row["inner/loss_before"]
+    edits = read_jsonl(tmp_path / "edits.jsonl")
+    assert all(edit["log_likelihood"] in ([None], []) for edit in edits)
+    assert all(edit["reward"] in (*edit["accuracy"], -100) for edit in edits)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["arms"]) == ["base", "own", "passage", "seal"]
+
+
+def test_a_users_optimizer_in_both_loops_and_a_threshold_that_keeps_nothing(one_device, tmp_path):
+    config = load_config(CONFIG, (*SMALL, "outer.select=threshold"))  # log-likelihoods are below 0
+    with config.unlocked():
+        config.inner.optimizer = config.outer.optimizer = signed_step
+    train(config, tmp_path)
+    (row,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert row["inner/loss_after"] < row["inner/loss_before"]
+    assert row["edits/kept"] == row["policy/num_batches"] == 0
+    assert not any(edit["kept"] for edit in read_jsonl(tmp_path / "edits.jsonl"))
+    stages = make_stages(config)
+    base = place_params(stages, stages.model.params)
+    policy = checkpoint.restore(tmp_path / "checkpoints", {"policy": base})[1]["policy"]
+    assert checkpoint.tree_hash(policy) == checkpoint.tree_hash(base)
+    assert '"optimizer": "test_train:signed_step"' in (tmp_path / "config.json").read_text()
+
+
+def test_rejected_and_overflowing_self_edits_earn_what_is_configured(one_device, tmp_path):
+    overrides = ("sample.num_edits=4", "sample.max_tokens=3", "reward.rejected=-1")
+    config = load_config(CONFIG, (*SMALL, *overrides))
+    with config.unlocked():
+        config.inner.optimizer = not_a_number
+    summary = train(config, tmp_path)
+    edits = read_jsonl(tmp_path / "edits.jsonl")
+    rejected = [edit for edit in edits if edit["why"].startswith("rejected: ")]
+    applied = [edit for edit in edits if edit["why"].startswith("not finite: ")]
+    assert len(edits) == len(rejected) + len(applied) == 8
+    assert rejected and applied
+    assert all(edit["reward"] == -1 and not edit["kept"] for edit in edits)
+    assert all(edit["loss_before"] == edit["loss_after"] == [None] for edit in applied)
+    assert {edit["why"].partition(": ")[2].partition(":")[0] for edit in rejected} <= {
+        *("empty", "no words")
+    }
+    (row,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert row["edits/rejected"] == len(rejected) and row["edits/not_finite"] == len(applied)
+    assert row["policy/num_batches"] == 0 and row["inner/loss_after"] == 0
+    assert summary["arms"]["passage"]["accuracy"] == summary["arms"]["seal"]["accuracy"] == 0
+
+
+def outcome(accuracy, loss=1.0):
+    return Outcome(accuracy, None, 2.0, loss, ("?",), 10)
+
+
+def test_one_seed_that_overflows_rejects_its_self_edit_and_no_other():
+    edit, rejected = SelfEdit("a", "", "x", ("x",)), Rejected("a", "", "", "empty")
+    edits = [[edit, edit, rejected]]
+    outcomes = {
+        ("a", 0, 0): outcome(1.0),
+        ("a", 0, 1): outcome(1.0, float("nan")),
+        ("a", 1, 0): outcome(0.5),
+        ("a", 1, 1): outcome(0.0),
+    }
+    rewards, valid = tabulate(edits, outcomes, kind="accuracy", rejected=-1.0)
+    np.testing.assert_array_equal(rewards, [[-1.0, 0.25, -1.0]])
+    np.testing.assert_array_equal(valid, [[False, True, False]])
+    seeds = list(outcomes.values())
+    assert why(edit, seeds[:2], False).startswith("not finite")
+    assert why(edit, seeds[2:], True) == "selected by reward"
+    assert why(edit, seeds[2:], False) == "not selected by reward"
+    assert why(rejected, [], False) == "rejected: empty"
+    assert (why(edit, [], True), why(edit, [], False)) == ("drawn at random", "not drawn")

@@ -38,9 +38,7 @@ def muon_dimensions(params: Any) -> Any:
     def one(x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         if x.ndim < 2:
             return None
-        return optax.contrib.MuonDimensionNumbers(
-            reduction_axis=x.ndim - 2, output_axis=x.ndim - 1
-        )
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=x.ndim - 2, output_axis=x.ndim - 1)
 
     return jax.tree.map(one, params)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from seal_jax.types import InnerBatch
 
-BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
 STEP_COST = 64  # of taking a step at all, in tokens: keeps steps from becoming small to be full
 
 

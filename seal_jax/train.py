@@ -191,6 +191,7 @@ def run_outer_loop(
 ) -> TrainState:
     """Run the outer loop from its last good checkpoint in `folder` on; returns the final state."""
     config, outer = stages.config, stages.config.outer
+    update = outer["update"]  # outer.update would be ConfigDict's method of that name
     optimizer = make_optimizer(**optimizer_arguments(outer.to_dict()))
     lora = {"rank": outer.rank, "alpha": outer.alpha, "targets": outer.targets}
     policy_update = make_policy_update(
@@ -199,7 +200,7 @@ def run_outer_loop(
         optimizer,
         mesh=stages.mesh,
         seed=config.seed,
-        update=outer.update,
+        update=update,
         schedule=outer.schedule,
         learning_rate=outer.learning_rate,
         num_epochs=outer.num_epochs,
@@ -209,7 +210,7 @@ def run_outer_loop(
     )
     os.makedirs(folder, exist_ok=True)
     manager = checkpoint.make_manager(os.path.join(folder, "checkpoints"), config.checkpoint.keep)
-    state = init_train_state(stages.model.config, base, optimizer, update=outer.update, **lora)
+    state = init_train_state(stages.model.config, base, optimizer, update=update, **lora)
     state = restore_state(manager, state, folder)
     for step in range(int(to_host(state.step)), outer.num_steps):
         clock = Clock()

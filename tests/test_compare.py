@@ -1,0 +1,142 @@
+"""The final table: means, paired bootstrap intervals, and what counts as 0."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from seal_jax import compare
+from seal_jax.rewards import Outcome
+from seal_jax.tasks.task import Exam, Problem, Question, Rejected, SelfEdit
+
+
+def percentile(values, percent):
+    """Interpolate between the two nearest of the sorted values."""
+    values = sorted(values)
+    at = percent / 100 * (len(values) - 1)
+    low = int(at)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (at - low) * (values[high] - values[low])
+
+
+def slow_bootstrap(accuracy, num_samples, seed):
+    """Return {arm: (mean interval, interval of the difference to 'own')}, draw by draw."""
+    num_problems = len(accuracy["own"])
+    rng = np.random.default_rng([seed, num_samples])
+    means = {arm: [] for arm in accuracy}
+    for draw in rng.integers(num_problems, size=(num_samples, num_problems)):
+        for arm, values in accuracy.items():
+            means[arm].append(sum(values[problem] for problem in draw) / num_problems)
+    intervals = {}
+    for arm, values in means.items():
+        minus = [value - own for value, own in zip(values, means["own"], strict=True)]
+        intervals[arm] = tuple(
+            [percentile(numbers, 2.5), percentile(numbers, 97.5)] for numbers in (values, minus)
+        )
+    return intervals
+
+
+@pytest.fixture
+def accuracy():
+    rng = np.random.default_rng(5)
+    return {arm: rng.integers(4, size=9) / 3 for arm in ("base", "passage", "own", "seal")}
+
+
+def test_bootstrap_is_the_slow_loop(accuracy):
+    arms = compare.bootstrap(accuracy, 300, seed=2)
+    expected = slow_bootstrap(accuracy, 300, seed=2)
+    assert arms.keys() == accuracy.keys()
+    for arm, row in arms.items():
+        assert row["accuracy"] == pytest.approx(np.mean(accuracy[arm]))
+        np.testing.assert_allclose(row["interval"], expected[arm][0], rtol=0, atol=1e-12)
+        if arm == "own":
+            assert row.keys() == {"accuracy", "interval"}
+            continue
+        difference = np.mean(accuracy[arm]) - np.mean(accuracy["own"])
+        assert row["minus_own"] == pytest.approx(difference)
+        np.testing.assert_allclose(row["minus_own_interval"], expected[arm][1], rtol=0, atol=1e-12)
+
+
+def test_the_same_seed_draws_the_same_problems(accuracy):
+    first, again, other = (compare.bootstrap(accuracy, 200, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_constant_arms_have_intervals_of_no_width():
+    arms = compare.bootstrap({"own": np.full(5, 0.25), "seal": np.full(5, 0.75)}, 50, seed=0)
+    assert arms["own"]["interval"] == [0.25, 0.25]
+    assert arms["seal"]["interval"] == [0.75, 0.75]
+    assert arms["seal"]["minus_own_interval"] == [0.5, 0.5]
+
+
+def test_the_difference_is_paired(accuracy):
+    own = accuracy["own"]
+    arms = compare.bootstrap({"own": own, "seal": own.copy(), "random": own + 0.125}, 100, seed=0)
+    assert arms["own"]["interval"][0] < arms["own"]["interval"][1]
+    assert (arms["seal"]["minus_own"], arms["seal"]["minus_own_interval"]) == (0, [0, 0])
+    np.testing.assert_allclose(arms["random"]["minus_own_interval"], [0.125, 0.125], rtol=1e-12)
+
+
+def summary_of(num_problems, arms):
+    return {
+        "num_problems": num_problems,
+        "num_questions": 3 * num_problems,
+        "num_edits": 1,
+        "num_seeds": 2,
+        "rejected_self_edits": {"own": 4, "seal": 0},
+        "arms": arms,
+    }
+
+
+def test_the_table_has_a_row_for_each_arm_and_says_how_wide_it_is():
+    arms = {
+        "base": {
+            "accuracy": 0.125,
+            "interval": [0.0, 0.25],
+            "minus_own": -0.375,
+            "minus_own_interval": [-0.5, 0.0],
+        },
+        "own": {"accuracy": 0.5, "interval": [0.25, 0.75]},
+    }
+    few, many = (compare.to_markdown(summary_of(n, arms)) for n in (10, 200))
+    lines = few.splitlines()
+    assert lines[2] == "| base model | 12.5 [0.0, 25.0] | -37.5 [-50.0, +0.0] |"
+    assert lines[3] == "| passage + own self-edit | 50.0 [25.0, 75.0] |  |"
+    assert "10 held-out passages, 30 questions asked without the passage" in few
+    assert "'own': 4" in few
+    assert "With 10 passages the intervals are wide" in few
+    assert "wide" not in many
+
+
+def outcome(accuracy, loss=1.0):
+    return Outcome(accuracy, None, 2.0, loss, (), 1)
+
+
+def test_what_was_rejected_or_overflowed_counts_as_0():
+    """Two problems, two self-edits each, two seeds."""
+    problems = [
+        (Problem(name, name, name), Exam(name, (Question("?", "!"),))) for name in ("a", "b")
+    ]
+    edit, rejected = SelfEdit("", "", "x", ("x",)), Rejected("", "", "", "empty")
+    edits = [[edit, rejected], [edit, edit]]
+    ran = []
+
+    def evaluate(params, runs, ledger, label):
+        assert (params, ledger) == ("params", "folder/eval_seal.jsonl")
+        ran.extend(run.name for run in runs)
+        return {
+            ("a", 0, 0): outcome(1.0),
+            ("a", 0, 1): outcome(0.5),
+            ("b", 0, 0): outcome(1.0),
+            ("b", 0, 1): outcome(1.0, loss=float("nan")),
+            ("b", 1, 0): outcome(0.0),
+            ("b", 1, 1): outcome(1.0),
+        }
+
+    stages = SimpleNamespace(
+        config=SimpleNamespace(eval=SimpleNamespace(num_seeds=2)), evaluate=evaluate
+    )
+    accuracy, num_rejected = compare.test_arm(stages, "params", problems, edits, "seal", "folder")
+    assert ran == [("a", 0, 0), ("a", 0, 1), *(("b", r, e) for r in (0, 1) for e in (0, 1))]
+    np.testing.assert_allclose(accuracy, [(0.75 + 0) / 2, (0.5 + 0.5) / 2])
+    assert num_rejected == 1

@@ -1,0 +1,188 @@
+"""The same numbers on one device and on eight, however the mesh divides them."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from seal_jax import keys, lora
+from seal_jax.evaluate import answer, mean_logp
+from seal_jax.inner import make_inner_update
+from seal_jax.models import Model
+from seal_jax.models.config import ModelConfig
+from seal_jax.models.transformer import init_params
+from seal_jax.optim import make_optimizer
+from seal_jax.sample import generate, pad_prompts
+from seal_jax.self_edit import make_job, pack, text_of
+from seal_jax.sharding import leading, make_mesh, param_shardings, replicated, to_device, to_host
+from seal_jax.tokenizer import ByteTokenizer
+
+CONFIG = ModelConfig(
+    vocab_size=264,
+    num_layers=1,
+    embed_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=48,
+    max_length=256,
+)
+NUM_ADAPTERS = 8
+MESHES = {
+    "data=8": {"data": 8},
+    "data=2 fsdp=2 tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    params = init_params(CONFIG, jax.random.key(0))
+    params = jax.tree.map(lambda x: np.asarray(8 * x if x.ndim == 2 else x), params)
+    return Model(CONFIG, params, ByteTokenizer())
+
+
+def one_device_mesh():
+    axes = ("data", "fsdp", "tensor")
+    return jax.make_mesh((1, 1, 1), axes, (jax.sharding.AxisType.Auto,) * 3)
+
+
+def compute(model, mesh):
+    """Return what the three device stages make on `mesh`, on the host."""
+    encode = model.tokenizer.encode
+    params = to_device(model.params, param_shardings(mesh, model.params))
+    jobs = [
+        make_job(
+            [text_of(encode(f"thing {i} is red")), text_of(encode("so it is" * (1 + i % 2)))],
+            num_epochs=2,
+            batch_size=2,
+            learning_rate=1e-2,
+            key=(i,),
+        )
+        for i in range(NUM_ADAPTERS)
+    ]
+    batches = pack(jobs, tokens_per_step=512, steps_per_call=4, pad_id=model.tokenizer.pad_id)
+    assert len({batch.tokens.shape for batch in batches}) == 1  # one program
+    init = jax.jit(
+        functools.partial(
+            lora.init_adapters, CONFIG, rank=4, alpha=8.0, targets=("q_proj", "up_proj")
+        )
+    )
+    with jax.transfer_guard("disallow"):
+        adapters, losses = make_inner_update(CONFIG, make_optimizer())(
+            params,
+            to_device(
+                init(keys.fold([(i,) for i in range(NUM_ADAPTERS)])),
+                leading(mesh, "adapter", NUM_ADAPTERS),
+            ),
+            to_device(batches, replicated(mesh)),
+        )
+        prompts = [[encode(f"thing {i}?"), encode("so?")] for i in range(NUM_ADAPTERS)]
+        answers = answer(model, params, adapters, prompts, mesh=mesh, max_tokens=6, max_rows=16)
+        golds = [[text_of(p + encode("red", start=False), len(p)) for p in g] for g in prompts]
+        logps = mean_logp(model, params, adapters, golds, mesh=mesh)
+        rows = pad_prompts([p for group in prompts for p in group], model.tokenizer.pad_id)
+        settings = (np.asarray([258], np.int32), np.float32(1), np.float32(0.9))
+        samples = generate(
+            CONFIG,
+            params,
+            adapters,
+            *to_device(rows, leading(mesh, "rows", 16)),
+            keys.fold([(7, i) for i in range(16)]),
+            *to_device(settings, replicated(mesh)),
+            max_tokens=6,
+            pad_id=256,
+        )
+        return to_host((adapters, losses)), answers, logps, to_host(samples)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return compute(model, one_device_mesh())
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_eight_devices_give_what_one_gives(model, expected, sizes):
+    trained, answers, logps, samples = compute(model, make_mesh(**sizes))
+
+    def assert_close(x, y):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(1, np.abs(y).max()))
+
+    jax.tree.map(assert_close, trained, expected[0])
+    assert answers == expected[1]
+    assert len({text for group in answers for text in group}) > 2  # not all the same
+    jax.tree.map(assert_close, logps, expected[2])
+    jax.tree.map(assert_close, samples, expected[3])
+
+
+def test_every_kernel_is_divided_as_the_table_says(model):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    wide, narrow = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
+    shardings = param_shardings(mesh, model.params)
+    assert jax.tree.map(lambda sharding: sharding.spec, shardings) == {
+        "embed": {"embedding": narrow},
+        "final_norm": {"scale": PartitionSpec()},
+        "layers_0": {
+            "attn": {
+                "k_proj": {"kernel": wide},
+                "o_proj": {"kernel": narrow},
+                "q_proj": {"kernel": wide},
+                "v_proj": {"kernel": wide},
+            },
+            "attn_norm": {"scale": PartitionSpec()},
+            "mlp": {
+                "down_proj": {"kernel": narrow},
+                "gate_proj": {"kernel": wide},
+                "up_proj": {"kernel": wide},
+            },
+            "mlp_norm": {"scale": PartitionSpec()},
+        },
+    }
+    kernel = to_device(model.params, shardings)["layers_0"]["mlp"]["up_proj"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(16, 24)}
+
+
+def test_a_size_that_its_axis_does_not_divide_stays_whole():
+    mesh = make_mesh(data=1, fsdp=2, tensor=4)
+    params = {
+        "lm_head": {"kernel": np.zeros((6, 8))},
+        "q_proj": {"kernel": np.zeros((6, 10))},
+        "down_proj": {"kernel": np.zeros((5, 7))},
+    }
+    specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(mesh, params))
+    assert specs == {
+        "lm_head": {"kernel": PartitionSpec("fsdp", "tensor")},
+        "q_proj": {"kernel": PartitionSpec("fsdp", None)},
+        "down_proj": {"kernel": PartitionSpec(None, None)},
+    }
+    assert leading(mesh, "rows", 3).spec == PartitionSpec("data")
+    assert leading(make_mesh(), "adapter", 16).spec == PartitionSpec("data")
+    assert leading(make_mesh(), "adapter", 12).spec == PartitionSpec(None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({}, (8, 1, 1)),
+        ({"fsdp": 4}, (2, 4, 1)),
+        ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2)),
+        ({"data": 1, "tensor": 8}, (1, 1, 8)),
+    ],
+)
+def test_minus_one_takes_the_rest(sizes, shape):
+    mesh = make_mesh(**sizes)
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.devices.shape == shape
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 3}, {"data": 16}, {"fsdp": 3}, {"data": 4}, {"data": -1, "fsdp": -1}, {"tensor": 16}],
+    ids=str,
+)
+def test_a_mesh_that_does_not_fit_is_refused_with_both_sides(sizes):
+    with pytest.raises(ValueError, match="does not fit 8 devices") as error:
+        make_mesh(**sizes)
+    for name, size in sizes.items():
+        assert f"{name}={size}" in str(error.value)

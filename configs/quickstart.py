@@ -5,8 +5,8 @@ command   bash launch/quickstart.sh
 size      4 passages x 3 self-edits, then 6 held-out passages in 5 ways: 36 inner runs
 hardware  2 CPU cores, 5 GB of memory, 3 GB of disk
 time      about 11 minutes after the install
-expect    0 to 10 % without adaptation, 10 to 50 % with it. It shows the loop, not the method: with 6
-          passages no difference between two ways of adapting is beyond chance
+expect    0 to 10 % without adaptation, 10 to 50 % with it. It shows the loop, not the method:
+          with 6 passages no difference between two ways of adapting is beyond chance
 """
 
 from seal_jax.config import default_config
@@ -21,7 +21,7 @@ def get_config():
     config.sample.num_edits = 3
     config.sample.temperature = 0.7  # at 1.0 a model of this size rambles
     config.sample.max_tokens = 96
-    config.sample.max_rows = 12
+    config.sample.max_rows = 6
     config.answer.max_tokens = 24
     # A small model wants all linear layers, and few steps at a high rate: self-edit and passage in
     # one batch, eight times. Twice as many steps of one text each make it forget how to answer.

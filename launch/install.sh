@@ -27,6 +27,11 @@ pip() {
 python=${PYTHON:-python3}
 ask='import sys; v = sys.version_info; print("%d.%d.%d %d" % (v[0], v[1], v[2], v >= (3, 11)))'
 hint="set PYTHON to a Python 3.11 or newer, for example PYTHON=/usr/bin/python3.12"
+if ! "$python" -c "$ask" > /dev/null 2>&1 && command -v pyenv > /dev/null; then
+  # A shim of pyenv starts only the versions that are switched on: switch on one that has it.
+  PYENV_VERSION=$(pyenv whence "$python" 2> /dev/null | tail -n 1 || true)
+  export PYENV_VERSION
+fi
 version=$("$python" -c "$ask") || fail "$python does not run; $hint"
 [ "${version#* }" = 1 ] || fail "$python is Python ${version% *}, too old; $hint"
 

@@ -74,7 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     try:
         return _COMMANDS[arguments.command](arguments)
-    except (ValueError, OSError, FloatingPointError) as error:  # ConfigError is a ValueError
+    except (
+        ValueError,
+        OSError,
+        FloatingPointError,
+        ModuleNotFoundError,
+    ) as error:  # ConfigError is a ValueError
         if os.environ.get("SEAL_JAX_TRACEBACK"):
             raise
         print(f"seal-jax {arguments.command}: {error}", file=sys.stderr)
@@ -133,3 +138,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 
 _COMMANDS = {"train": run_train, "eval": run_eval, "generate": run_generate}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

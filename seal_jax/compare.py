@@ -47,14 +47,14 @@ def compare(
     config, base = stages.config, policies["base"]
     accuracy = {"base": np.array(baseline_accuracy(stages, base, problems))}
     edits = [[stages.task.passage_only(problem)] for problem, _ in problems]
-    accuracy["passage"], _ = test_arm(stages, base, problems, edits, "passage", workdir)
+    accuracy["passage"], _ = run_arm(stages, base, problems, edits, "passage", workdir)
     num_rejected = {}
     for name, params in policies.items():
         arm = "own" if name == "base" else name
         label = f"held-out, {TITLES[arm]}"
         _, texts = write_edits(stages, params, problems, EVAL_STEP, config.eval.num_edits, label)
         edits = parse(stages, problems, texts)
-        accuracy[arm], num_rejected[arm] = test_arm(stages, params, problems, edits, arm, workdir)
+        accuracy[arm], num_rejected[arm] = run_arm(stages, params, problems, edits, arm, workdir)
     summary = {
         "num_problems": len(problems),
         "num_questions": sum(len(exam.questions) for _, exam in problems),
@@ -67,12 +67,13 @@ def compare(
             for p, (problem, _) in enumerate(problems)
         },
     }
-    write_json(os.path.join(workdir, "summary.json"), summary)
+    # summary.json last: where it is, the run is done.
     write_text(os.path.join(workdir, "summary.md"), to_markdown(summary))
+    write_json(os.path.join(workdir, "summary.json"), summary)
     return summary
 
 
-def test_arm(
+def run_arm(
     stages: Stages,
     params: Params,
     problems: Sequence[tuple[Problem, Exam]],

@@ -102,7 +102,9 @@ def make_evaluate(
         )
 
     def gold_texts(run: Run, prompts: list[list[int]]) -> list[Text]:
-        golds = [model.tokenizer.encode(q.answer, start=False) for q in run.exam.questions]
+        # Behind raw text the answer begins with a space, behind a chat template it does not.
+        space = "" if chat else " "
+        golds = [model.tokenizer.encode(space + q.answer, start=False) for q in run.exam.questions]
         return [text_of([*p, *g], len(p)) for p, g in zip(prompts, golds, strict=True)]
 
     def wave(
@@ -231,12 +233,12 @@ def answer(
         rows = [(*g[start : start + per_call], *[()] * per_call)[:per_call] for g in prompts]
         tokens, mask = pad_prompts([r for group in rows for r in group], tokenizer.pad_id, length)
         num_rows = len(tokens)
+        row_keys = keys.fold([(0,)] * num_rows)
         samples = generate(
             model.config,
             params,
             adapters,
-            *to_device((tokens, mask), leading(mesh, "rows", num_rows)),
-            keys.fold([(0,)] * num_rows),
+            *to_device((tokens, mask, row_keys), leading(mesh, "rows", num_rows)),
             *settings,
             max_tokens=max_tokens,
             pad_id=tokenizer.pad_id,

@@ -30,7 +30,7 @@ def find_factory(optax_name: str) -> Callable[..., optax.GradientTransformation]
 
 
 def muon_dimensions(params: Any) -> Any:
-    """Say which axes of each array are a matrix: the last two; the first of [L in r] are its layers.
+    """Say which axes of each array are a matrix: the last two, as [L in r] stacks layers.
 
     Without it Muon would silently be Adam for our adapters: it takes only plain matrices.
     """

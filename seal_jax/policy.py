@@ -19,7 +19,7 @@ from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import hidden_states, text_mask, token_logp
 from seal_jax.objectives import Objective
 from seal_jax.optim import Optimizer, scheduled_rate
-from seal_jax.sharding import replicated, to_device, to_host
+from seal_jax.sharding import param_shardings, replicated, to_device, to_host
 from seal_jax.types import Adapters, Params, Rollout, TrainState
 
 
@@ -38,7 +38,13 @@ def rollout_logp(
 
 
 def init_train_state(
-    config: ModelConfig, params: Params, optimizer: Optimizer, *, update: str, **lora_kwargs: Any
+    config: ModelConfig,
+    params: Params,
+    optimizer: Optimizer,
+    *,
+    mesh,
+    update: str,
+    **lora_kwargs: Any,
 ) -> TrainState:
     """Return the state before the first outer step.
 
@@ -47,7 +53,10 @@ def init_train_state(
         parameter, with one optimizer state for the whole run.
       lora_kwargs: rank, alpha, targets.
     """
-    adapters, opt_state = _fresh(config, optimizer, params, update, lora_kwargs, keys.fold_one(0))
+    key = to_device(keys.fold_one(0), replicated(mesh))
+    fresh = _fresh(config, optimizer, params, update, lora_kwargs, key)
+    # The optimizer's zeros depend on no argument, so jit left them on the first device.
+    adapters, opt_state = to_device(fresh, param_shardings(mesh, fresh))
     return TrainState(jax.device_put(np.int32(0)), params, adapters, opt_state)
 
 
@@ -153,7 +162,7 @@ def make_policy_update(
             trained, frozen, scale = jax.tree.map(jnp.copy, params), {}, ()
             opt_state = jax.tree.map(jnp.copy, opt_state)
         else:
-            key = keys.fold_one(seed, keys.POLICY, step)
+            key = to_device(keys.fold_one(seed, keys.POLICY, step), everywhere)
             adapters, opt_state = to_device(
                 _fresh(config, optimizer, params, update, lora_kwargs, key), everywhere
             )

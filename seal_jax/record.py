@@ -39,15 +39,13 @@ def summarize(
     rewards: np.ndarray,
     valid: np.ndarray,
     advantages: np.ndarray,
-    rollout: Rollout,
 ) -> dict[str, float]:
-    """Return the metrics of an outer step."""
+    """Return the metrics of an outer step's self-edits, inner runs and rewards."""
     flat = [edit for row in edits for edit in row]
     metrics = {
         "edits/num": len(flat),
         "edits/rejected": sum(isinstance(edit, Rejected) for edit in flat),
         "edits/kept": int((advantages > 0).sum()),
-        "edits/mean_tokens": float(rollout.loss_mask.sum() / len(flat)),
     }
     runs = list(outcomes.values())
     if not runs:
@@ -66,6 +64,18 @@ def summarize(
     for field in ("loss_before", "loss_after"):
         metrics[f"inner/{field}"] = float(np.mean([getattr(run, field) for run in finite] or [0.0]))
     return metrics
+
+
+def written_lengths(rollout: Rollout, stop_ids: Sequence[int]) -> dict[str, float]:
+    """Return the mean length of the self-edits, and how many were cut off at max_tokens."""
+    lengths = rollout.loss_mask.sum(axis=1)
+    last = [
+        tokens[mask][-1] for tokens, mask in zip(rollout.tokens, rollout.loss_mask, strict=True)
+    ]
+    return {
+        "edits/mean_tokens": float(lengths.mean()),
+        "edits/cut_off": int((~np.isin(last, stop_ids)).sum()),
+    }
 
 
 def log_edits(

@@ -222,13 +222,13 @@ def write_self_edits(
     parts = []
     for start in range(0, len(prompts), size):
         index = np.arange(start, start + size) % len(prompts)
-        rows = to_device((tokens[index], mask[index]), leading(mesh, "rows", size))
+        row_keys = fold([paths[i] for i in index])
+        rows = to_device((tokens[index], mask[index], row_keys), leading(mesh, "rows", size))
         samples = generate(
             model.config,
             params,
             adapters,
             *rows,
-            fold([paths[i] for i in index]),
             *settings,
             max_tokens=max_tokens,
             pad_id=tokenizer.pad_id,

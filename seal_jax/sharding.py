@@ -54,11 +54,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def param_shardings(mesh: Mesh, params: Params, rules: Mapping[str, str] | None = None):
-    """Return the sharding of every parameter; a size that its axis does not divide is whole."""
+    """Return the sharding of every parameter, or of what an optimizer keeps for it.
+
+    A size that its axis does not divide is whole.
+    """
     rules = rules or RULES
 
     def one(path, leaf) -> NamedSharding:
-        names = [entry.key for entry in path]
+        names = [getattr(entry, "key", None) for entry in path]
         axes = next((KERNELS[name] for name in names if name in KERNELS), None)
         if axes is None or len(leaf.shape) != len(axes):
             return NamedSharding(mesh, PartitionSpec())

@@ -18,7 +18,7 @@ from seal_jax.inner import make_inner_update
 from seal_jax.metrics import progress
 from seal_jax.models import Model, load_model
 from seal_jax.optim import make_optimizer
-from seal_jax.sample import write_self_edits
+from seal_jax.sample import check_lengths, write_self_edits
 from seal_jax.self_edit import BUCKETS
 from seal_jax.sharding import make_mesh, param_shardings, to_device
 from seal_jax.tasks import make_task
@@ -68,6 +68,19 @@ def place_params(stages: Stages, params: Params) -> Params:
     return to_device(params, param_shardings(stages.mesh, params))
 
 
+def check_prompts(stages: Stages, problems: Sequence) -> None:
+    """Raise ValueError now, and not hours later, where a prompt exceeds the model's context."""
+    config, encode = stages.config, stages.model.tokenizer.encode_prompt
+    for problem, exam in problems:
+        prompt = encode(stages.task.edit_prompt(problem), config.model.chat)
+        questions = exam_prompts(stages.model, stages.task, problem, exam, config.model.chat)
+        try:
+            check_lengths(stages.model.config, [prompt], config.sample.max_tokens)
+            check_lengths(stages.model.config, questions, config.answer.max_tokens)
+        except ValueError as error:
+            raise ValueError(f"problem {problem.id}: {error}") from error
+
+
 def write_edits(
     stages: Stages, params: Params, batch: Sequence, step: int, num_edits: int, label: str
 ) -> tuple[Rollout, list[str]]:
@@ -83,6 +96,7 @@ def write_edits(
         prompts += [tokens] * num_edits
         number = keys.number_of(problem.id)
         paths += [(config.seed, keys.SAMPLE, step, number, r) for r in range(num_edits)]
+    check_lengths(stages.model.config, prompts, config.sample.max_tokens)
     bar = progress(len(prompts), f"{label}: self-edits", "edit")
     written = write_self_edits(
         stages.model,

@@ -34,12 +34,13 @@ from seal_jax.objectives import OBJECTIVES, Objective
 from seal_jax.optim import make_optimizer
 from seal_jax.plan import describe
 from seal_jax.policy import init_train_state, make_policy_update
-from seal_jax.record import Clock, log_edits, summarize, tabulate
+from seal_jax.record import Clock, log_edits, summarize, tabulate, written_lengths
 from seal_jax.rewards import Outcome
 from seal_jax.sharding import to_host
 from seal_jax.stages import (
     Stages,
     baseline_accuracy,
+    check_prompts,
     inner_runs,
     make_stages,
     optimizer_arguments,
@@ -69,6 +70,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     check_workdir(config, workdir)
     stages = make_stages(config)
     train_problems, eval_problems = split_problems(stages)
+    check_prompts(stages, [*train_problems, *eval_problems])
     claim_workdir(config, workdir)
     print(describe(stages, train_problems, eval_problems), flush=True)
     with jax.transfer_guard("disallow"):
@@ -210,7 +212,9 @@ def run_outer_loop(
     )
     os.makedirs(folder, exist_ok=True)
     manager = checkpoint.make_manager(os.path.join(folder, "checkpoints"), config.checkpoint.keep)
-    state = init_train_state(stages.model.config, base, optimizer, update=update, **lora)
+    state = init_train_state(
+        stages.model.config, base, optimizer, mesh=stages.mesh, update=update, **lora
+    )
     state = restore_state(manager, state, folder)
     for step in range(int(to_host(state.step)), outer.num_steps):
         clock = Clock()
@@ -224,7 +228,7 @@ def run_outer_loop(
         if objective.needs_rewards:
             baseline = baseline_accuracy(stages, state.params, batch)
             runs = inner_runs(batch, edits, step, config.inner.num_seeds)
-            ledger = os.path.join(folder, f"pending_{step}.jsonl")
+            ledger = pending(folder, step)
             outcomes = stages.evaluate(state.params, runs, ledger, f"{label} step {step}")
         clock.lap("inner")
         rewards, valid = tabulate(edits, outcomes, **config.reward)
@@ -232,17 +236,28 @@ def run_outer_loop(
         advantages = objective.advantages(rewards, valid, rng)
         state, metrics = policy_update(state, rollout, advantages.reshape(-1))
         clock.lap("policy")
-        metrics |= summarize(edits, outcomes, rewards, valid, advantages, rollout) | clock.laps
+        metrics |= summarize(edits, outcomes, rewards, valid, advantages) | clock.laps
+        metrics |= written_lengths(rollout, stages.model.tokenizer.stop_ids)
         if objective.needs_rewards:
             metrics["reward/baseline_accuracy"] = float(np.mean(baseline))
         append_metrics(os.path.join(folder, "metrics.jsonl"), step, metrics)
         log_edits(folder, step, batch, edits, outcomes, rewards, advantages)
-        save_state(manager, state, step, rewards)
-        checkpoint.wait(manager)
-        if os.path.exists(os.path.join(folder, f"pending_{step}.jsonl")):
-            os.remove(os.path.join(folder, f"pending_{step}.jsonl"))
+        save_state(manager, state, step, rewards)  # returns before it is on disk ...
+        drop_pending(folder, step - 1)  # ... but the one before it is
+    checkpoint.wait(manager)
+    drop_pending(folder, outer.num_steps - 1)
     manager.close()
     return state
+
+
+def pending(folder: str, step: int) -> str:
+    """Return the ledger of a step's finished inner runs, kept until its checkpoint is on disk."""
+    return os.path.join(folder, f"pending_{step}.jsonl")
+
+
+def drop_pending(folder: str, step: int) -> None:
+    if os.path.exists(pending(folder, step)):
+        os.remove(pending(folder, step))
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> None:
@@ -284,7 +299,7 @@ def split_problems(stages: Stages) -> tuple[list, list]:
         raise ValueError(
             f"eval.num_problems = {config.eval.num_problems}; the task has {len(held_out)}"
         )
-    return training, held_out[: config.eval.num_problems]
+    return training[:wanted], held_out[: config.eval.num_problems]
 
 
 def take_problems(problems: Sequence, step: int, count: int) -> Sequence:
@@ -293,7 +308,7 @@ def take_problems(problems: Sequence, step: int, count: int) -> Sequence:
 
 
 def save_state(manager, state: TrainState, step: int, rewards: np.ndarray) -> None:
-    """Save the state after `step`, the LoRA adapter apart, so that it can be used alone."""
+    """Save the state after `step`; `adapters` is what this step merged into `policy`."""
     trees = {"policy": state.params, "opt_state": state.opt_state}
     if state.adapters is not None:
         trees["adapters"] = state.adapters

@@ -13,7 +13,7 @@ from seal_jax.metrics import read_jsonl
 from seal_jax.models import TINY
 from seal_jax.models.config import config_to_hf
 
-pytest_plugins = ["tiny_run"]
+pytest_plugins = ["tiny_fixtures"]
 
 PASSAGES = [
     {"title": "zorbin", "context": "zorbin color is red. zorbin home is cave."},

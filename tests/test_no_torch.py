@@ -6,7 +6,7 @@ import sys
 
 from tiny_run import TESTS
 
-pytest_plugins = ["tiny_run"]
+pytest_plugins = ["tiny_fixtures"]
 
 PROGRAM = """
 import importlib, importlib.util, pkgutil, sys

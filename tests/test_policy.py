@@ -33,14 +33,18 @@ def rollout():
     return Rollout(rng.integers(64, size=(B, T)).astype(np.int32), logp, loss_mask)
 
 
+def one_device():
+    axes = ("data", "fsdp", "tensor")
+    return jax.make_mesh((1, 1, 1), axes, (jax.sharding.AxisType.Auto,) * 3)
+
+
 @functools.cache
 def make_update(config, kind, microbatch_size):
-    axes = ("data", "fsdp", "tensor")
     return make_policy_update(
         config,
         rest_em(),
         make_optimizer(**OPTIMIZER),
-        mesh=jax.make_mesh((1, 1, 1), axes, (jax.sharding.AxisType.Auto,) * 3),
+        mesh=one_device(),
         seed=SEED,
         update=kind,
         microbatch_size=microbatch_size,
@@ -52,7 +56,8 @@ def make_update(config, kind, microbatch_size):
 def update(tiny, rollout, advantages, kind, steps=1, microbatch_size=2):
     """Return the state after `steps` policy updates on the same rollout."""
     config, params = tiny
-    state = init_train_state(config, params, make_optimizer(**OPTIMIZER), update=kind, **LORA)
+    optimizer = make_optimizer(**OPTIMIZER)
+    state = init_train_state(config, params, optimizer, mesh=one_device(), update=kind, **LORA)
     for _ in range(steps):
         state, metrics = make_update(config, kind, microbatch_size)(state, rollout, advantages)
     return state, metrics

@@ -4,12 +4,17 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
+from tiny_run import CONFIG as TINY_CONFIG
+from tiny_run import run_loop
 
 from seal_jax import keys, lora
+from seal_jax.config import load_config
 from seal_jax.evaluate import answer, mean_logp
 from seal_jax.inner import make_inner_update
+from seal_jax.metrics import read_jsonl
 from seal_jax.models import Model
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import init_params
@@ -19,6 +24,7 @@ from seal_jax.self_edit import make_job, pack, text_of
 from seal_jax.sharding import leading, make_mesh, param_shardings, replicated, to_device, to_host
 from seal_jax.tokenizer import ByteTokenizer
 
+pytest_plugins = ["tiny_fixtures"]
 CONFIG = ModelConfig(
     vocab_size=264,
     num_layers=1,
@@ -84,12 +90,12 @@ def compute(model, mesh):
         logps = mean_logp(model, params, adapters, golds, mesh=mesh)
         rows = pad_prompts([p for group in prompts for p in group], model.tokenizer.pad_id)
         settings = (np.asarray([258], np.int32), np.float32(1), np.float32(0.9))
+        row_keys = keys.fold([(7, i) for i in range(16)])
         samples = generate(
             CONFIG,
             params,
             adapters,
-            *to_device(rows, leading(mesh, "rows", 16)),
-            keys.fold([(7, i) for i in range(16)]),
+            *to_device((*rows, row_keys), leading(mesh, "rows", 16)),
             *to_device(settings, replicated(mesh)),
             max_tokens=6,
             pad_id=256,
@@ -114,6 +120,25 @@ def test_eight_devices_give_what_one_gives(model, expected, sizes):
     assert len({text for group in answers for text in group}) > 2  # not all the same
     jax.tree.map(assert_close, logps, expected[2])
     jax.tree.map(assert_close, samples, expected[3])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("mesh.fsdp=2", "mesh.tensor=2"),
+        pytest.param(("inner.max_adapters=8",), marks=pytest.mark.long),
+        pytest.param(("mesh.tensor=2", "outer.update=full"), marks=pytest.mark.long),
+    ],
+    ids=" ".join,
+)
+def test_an_outer_step_on_eight_devices_is_that_on_one(finished, tmp_path, settings):
+    small = ("outer.num_steps=1", "inner.tokens_per_step=96")
+    run_loop(load_config(TINY_CONFIG, (*small, *settings)), tmp_path)
+    expected = read_jsonl(finished / "edits.jsonl")[:4]  # of the first step
+    for edit, other in zip(read_jsonl(tmp_path / "edits.jsonl"), expected, strict=True):
+        assert (edit["text"], edit["kept"]) == (other["text"], other["kept"])
+        assert edit["reward"] == pytest.approx(other["reward"], rel=1e-5)
+        assert edit["loss_after"] == pytest.approx(other["loss_after"], rel=1e-5)
 
 
 def test_every_kernel_is_divided_as_the_table_says(model):
@@ -141,6 +166,15 @@ def test_every_kernel_is_divided_as_the_table_says(model):
     }
     kernel = to_device(model.params, shardings)["layers_0"]["mlp"]["up_proj"]["kernel"]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(16, 24)}
+
+
+def test_an_optimizers_state_lies_where_its_parameters_lie(model):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    state = jax.eval_shape(optax.adam(1e-3).init, model.params)
+    found = param_shardings(mesh, state)[0]
+    expected = param_shardings(mesh, model.params)
+    assert found.mu == found.nu == expected
+    assert found.count.spec == PartitionSpec()
 
 
 def test_a_size_that_its_axis_does_not_divide_stays_whole():

@@ -25,7 +25,7 @@ def get_config():
     config.outer.num_steps = 2
     config.outer.problems_per_step = 2
     config.outer.rank = 4
-    config.outer.learning_rate = 1e-2
+    config.outer.learning_rate = 3e-3
     config.eval.num_problems = 2
     config.eval.num_bootstrap = 100
     return config

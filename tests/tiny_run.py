@@ -1,7 +1,7 @@
-"""Whole runs of the tiny config: in a process of its own, which may be killed, or in this one.
+"""Whole runs of the tiny config, in a process of their own, which may be killed.
 
-As a pytest plugin it has the fixtures; as a program, `python tests/tiny_run.py train ...`, it is
-`seal-jax` without torch and TensorFlow, which kills itself where $KILL says.
+As a program, `python tests/tiny_run.py train ...`, it is `seal-jax` without torch and TensorFlow,
+which kills itself where $KILL says. The fixtures are in tiny_fixtures.py.
 """
 
 import importlib.machinery
@@ -10,8 +10,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 TESTS = Path(__file__).resolve().parent
 CONFIG = str(TESTS / "tiny_config.py")
@@ -72,43 +70,26 @@ def run_process(*arguments, kill: str = "", check: bool = True) -> subprocess.Co
     return result
 
 
+def run_loop(config, folder):
+    """Run the outer loop in this process, without the final comparison; returns its stages."""
+    import jax
+
+    from seal_jax.objectives import OBJECTIVES
+    from seal_jax.stages import make_stages, place_params
+    from seal_jax.train import run_outer_loop, split_problems
+
+    stages, outer = make_stages(config), config.outer
+    problems, _ = split_problems(stages)
+    objective = OBJECTIVES[outer.objective](outer.select, outer.threshold)
+    with jax.transfer_guard("disallow"):
+        base = place_params(stages, stages.model.params)
+        run_outer_loop(stages, objective, base, problems, folder=folder, label="SEAL")
+    return stages
+
+
 def train_arguments(folder, *overrides: str) -> list[str]:
     settings = [argument for override in overrides for argument in ("--set", override)]
     return ["train", "--config", CONFIG, "--workdir", str(folder), *settings]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory):
-    """Let all runs of a session, in whatever process, share compiled programs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        yield
-
-
-@pytest.fixture(scope="session")
-def finished(compiled, tmp_path_factory):
-    """Return the folder of a finished, uninterrupted run. Only read it."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    run_process(*train_arguments(folder))
-    return folder
-
-
-@pytest.fixture
-def one_device(compiled, monkeypatch):
-    """Let runs in this process use one of its eight devices, and the compiled programs."""
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    from seal_jax import stages
-    from seal_jax.start import start_jax
-
-    axes = ("data", "fsdp", "tensor")
-    mesh = jax.make_mesh((1, 1, 1), axes, (jax.sharding.AxisType.Auto,) * 3)
-    monkeypatch.setattr(stages, "make_mesh", lambda **sizes: mesh)
-    start_jax()
-    yield mesh
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 if __name__ == "__main__":

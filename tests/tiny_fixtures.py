@@ -1,0 +1,37 @@
+"""A pytest plugin: one finished run of the tiny config for all tests, and runs in this process."""
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from tiny_run import run_process, train_arguments
+
+from seal_jax import stages
+from seal_jax.start import start_jax
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory):
+    """Let all runs of a session, in whatever process, share compiled programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished(compiled, tmp_path_factory):
+    """Return the folder of a finished, uninterrupted run. Only read it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run_process(*train_arguments(folder))
+    return folder
+
+
+@pytest.fixture
+def one_device(compiled, monkeypatch):
+    """Let runs in this process use one of its eight devices, and the compiled programs."""
+    axes = ("data", "fsdp", "tensor")
+    mesh = jax.make_mesh((1, 1, 1), axes, (jax.sharding.AxisType.Auto,) * 3)
+    monkeypatch.setattr(stages, "make_mesh", lambda **sizes: mesh)
+    start_jax()
+    yield mesh
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()

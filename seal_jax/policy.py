@@ -6,7 +6,7 @@
 Rows with advantage 0 are left out on the host: ReST-EM trains on few of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seal_jax import keys, lora
+from seal_jax.metrics import progress
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import hidden_states, text_mask, token_logp
 from seal_jax.objectives import Objective
@@ -81,6 +82,33 @@ def _fresh(
     return init(params, key)
 
 
+def minibatches(
+    rollout: Rollout,
+    advantages: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    num_epochs: int,
+    batch_size: int,
+    microbatch_size: int,
+) -> Iterator[tuple[Rollout, np.ndarray]]:
+    """Yield batches (rows [n m T], advantages f32[n m]) of the rows whose advantage is not 0.
+
+    Rows are shuffled in every epoch; n microbatches of m rows hold `batch_size` rows or, if there
+    are fewer, all. A short batch is filled up with rows of weight 0.
+    """
+    rows = np.flatnonzero(advantages)
+    size = -(-min(batch_size, len(rows)) // microbatch_size) * microbatch_size
+    shape = (size // microbatch_size, microbatch_size)
+    for _ in range(num_epochs if len(rows) else 0):
+        order = rng.permutation(rows)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            index = np.resize(chosen, size)
+            weight = np.where(np.arange(size) < len(chosen), advantages[index], 0)
+            batch = Rollout(*(x[index].reshape(*shape, -1) for x in rollout))
+            yield batch, weight.astype(np.float32).reshape(shape)
+
+
 def make_policy_update(
     config: ModelConfig,
     objective: Objective,
@@ -96,11 +124,17 @@ def make_policy_update(
     microbatch_size: int = 1,
     **lora_kwargs: Any,
 ) -> Callable[[TrainState, Rollout, np.ndarray], tuple[TrainState, dict[str, float]]]:
-    """Return `policy_update(state, rollout, advantages) -> state, metrics`.
+    """Return `policy_update(state, rollout, advantages, label) -> state, metrics`.
 
     rollout is on the host, [B T]; advantages is f32[B]. A batch's gradient is summed over
     microbatches, so memory follows `microbatch_size` and the result `batch_size`.
     """
+
+    batching = {
+        "num_epochs": num_epochs,
+        "batch_size": batch_size,
+        "microbatch_size": microbatch_size,
+    }
 
     def loss_of(trained, frozen: Params, scale, rows: Rollout, weight: jax.Array) -> jax.Array:
         if update == "full":
@@ -136,23 +170,8 @@ def make_policy_update(
         adapters = Adapters(jax.tree.map(lambda x: x[None], trained), scale)
         return adapters, lora.merge(params, adapters)
 
-    def minibatches(rollout: Rollout, advantages: np.ndarray, step: int):
-        rows = np.flatnonzero(advantages)
-        rng = np.random.default_rng([seed, keys.POLICY, step])
-        size = -(-min(batch_size, len(rows)) // microbatch_size) * microbatch_size
-        for _ in range(num_epochs):
-            order = rng.permutation(rows)
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                # A short batch is filled up with rows of weight 0.
-                index = np.resize(chosen, size)
-                weight = np.where(np.arange(size) < len(chosen), advantages[index], 0)
-                shape = (size // microbatch_size, microbatch_size)
-                batch = Rollout(*(x[index].reshape(*shape, -1) for x in rollout))
-                yield batch, weight.astype(np.float32).reshape(shape)
-
     def policy_update(
-        state: TrainState, rollout: Rollout, advantages: np.ndarray
+        state: TrainState, rollout: Rollout, advantages: np.ndarray, label: str = "policy"
     ) -> tuple[TrainState, dict[str, float]]:
         step = int(to_host(state.step))
         params, adapters, opt_state = state.params, state.adapters, state.opt_state
@@ -167,9 +186,10 @@ def make_policy_update(
                 _fresh(config, optimizer, params, update, lora_kwargs, key), everywhere
             )
             trained, frozen, scale = take_first(adapters).weights, params, adapters.scale
-        batches = list(minibatches(rollout, advantages, step)) if advantages.any() else []
+        rng = np.random.default_rng([seed, keys.POLICY, step])
+        batches = list(minibatches(rollout, advantages, rng, **batching))
         losses = []
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(progress(batches, f"{label}: policy update", "batch")):
             counters = to_device((np.int32(i), np.int32(len(batches))), everywhere)
             trained, opt_state, loss = train_step(
                 trained, frozen, opt_state, scale, to_device(batch, everywhere), *counters

@@ -234,7 +234,9 @@ def run_outer_loop(
         rewards, valid = tabulate(edits, outcomes, **config.reward)
         rng = np.random.default_rng([config.seed, keys.SELECT, step])
         advantages = objective.advantages(rewards, valid, rng)
-        state, metrics = policy_update(state, rollout, advantages.reshape(-1))
+        state, metrics = policy_update(
+            state, rollout, advantages.reshape(-1), f"{label} step {step}"
+        )
         clock.lap("policy")
         metrics |= summarize(edits, outcomes, rewards, valid, advantages) | clock.laps
         metrics |= written_lengths(rollout, stages.model.tokenizer.stop_ids)

@@ -101,6 +101,8 @@ def bootstrap(
 ) -> dict[str, dict[str, Any]]:
     """Return each arm's mean accuracy and its difference to 'own', with 95 % intervals.
 
+    And the difference of 'seal' to 'random': what selection by reward is worth.
+
     Args:
       accuracy: f64[P] for each arm, of the same problems in the same order.
     """
@@ -120,6 +122,12 @@ def bootstrap(
                 "minus_own": float(difference.mean()),
                 "minus_own_interval": interval(difference),
             }
+    if "seal" in accuracy and "random" in accuracy:
+        difference = accuracy["seal"] - accuracy["random"]
+        arms["seal"] |= {
+            "minus_random": float(difference.mean()),
+            "minus_random_interval": interval(difference),
+        }
     return arms
 
 
@@ -139,7 +147,13 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
         if "minus_own" in row:
             versus = percent(row["minus_own"], row["minus_own_interval"], "+")
         lines.append(f"| {TITLES[arm]} | {percent(row['accuracy'], row['interval'])} | {versus} |")
-    num = summary["num_problems"]
+    num, seal = summary["num_problems"], summary["arms"].get("seal", {})
+    if "minus_random" in seal:
+        versus = percent(seal["minus_random"], seal["minus_random_interval"], "+")
+        lines += [
+            "",
+            f"SEAL policy minus random control (what selection is worth): {versus} points",
+        ]
     lines += [
         "",
         f"{num} held-out passages, {summary['num_questions']} questions asked without the passage;"
@@ -148,8 +162,8 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
     ]
     if num < 50:
         lines.append(
-            f"With {num} passages the intervals are wide: a difference whose interval includes 0 is"
-            " not shown by this run."
+            f"With {num} passages the intervals are wide, and a bootstrap over so few still makes"
+            " them too narrow: a difference whose interval includes 0, or barely not, is not shown."
         )
     lines.append(f"Rejected self-edits (counted as 0): {summary['rejected_self_edits']}")
     return "\n".join(lines) + "\n"

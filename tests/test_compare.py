@@ -75,6 +75,10 @@ def test_the_difference_is_paired(accuracy):
     assert arms["own"]["interval"][0] < arms["own"]["interval"][1]
     assert (arms["seal"]["minus_own"], arms["seal"]["minus_own_interval"]) == (0, [0, 0])
     np.testing.assert_allclose(arms["random"]["minus_own_interval"], [0.125, 0.125], rtol=1e-12)
+    np.testing.assert_allclose(arms["seal"]["minus_random_interval"], [-0.125] * 2, rtol=1e-12)
+    assert "what selection is worth): -12.5 [-12.5, -12.5]" in compare.to_markdown(
+        summary_of(5, arms)
+    )
 
 
 def summary_of(num_problems, arms):

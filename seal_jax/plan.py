@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seal_jax.models.transformer import Params
 from seal_jax.stages import Stages
+from seal_jax.types import Params
 
 EFFICIENCY = 0.37  # of the matmul rate over a whole quick start: compiling and writing included
 WRITTEN = 1.0  # expected length of a self-edit, as a multiple of its passage's

@@ -66,7 +66,7 @@ class Knowledge:
     """The knowledge-incorporation task.
 
     The budgets stop a self-edit that does not end: by default they are far above everything in the
-    authors' 4,500 published self-edits (at most 11,566 characters, 94 texts, one line 9 times).
+    authors' 4,250 published self-edits (at most 11,566 characters, 94 texts, one line 9 times).
     """
 
     source: str = "builtin"  # see sources.load_problems

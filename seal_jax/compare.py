@@ -20,7 +20,15 @@ import numpy as np
 from seal_jax.keys import EVAL_STEP
 from seal_jax.metrics import write_json, write_text
 from seal_jax.record import outcomes_of
-from seal_jax.stages import Edit, Stages, baseline_accuracy, inner_runs, parse, write_edits
+from seal_jax.stages import (
+    Edit,
+    Stages,
+    baseline_accuracy,
+    inner_base,
+    inner_runs,
+    parse,
+    write_edits,
+)
 from seal_jax.tasks.task import Exam, Problem, Rejected
 from seal_jax.types import Params
 
@@ -45,7 +53,7 @@ def compare(
       policies: 'base', and where they exist 'seal' and 'random'.
     """
     config, base = stages.config, policies["base"]
-    accuracy = {"base": np.array(baseline_accuracy(stages, base, problems))}
+    accuracy = {"base": np.array(baseline_accuracy(stages, inner_base(stages, base), problems))}
     edits = [[stages.task.passage_only(problem)] for problem, _ in problems]
     accuracy["passage"], _ = run_arm(stages, base, problems, edits, "passage", workdir)
     num_rejected = {}
@@ -87,7 +95,8 @@ def run_arm(
     """
     runs = inner_runs(problems, edits, EVAL_STEP, stages.config.eval.num_seeds)
     ledger = os.path.join(workdir, f"eval_{arm}.jsonl")
-    outcomes = stages.evaluate(params, runs, ledger, f"held-out, {TITLES[arm]}")
+    frozen = inner_base(stages, params)
+    outcomes = stages.evaluate(frozen, runs, ledger, f"held-out, {TITLES[arm]}")
     accuracy = np.zeros(len(problems))
     for p, (problem, _) in enumerate(problems):
         for r in range(len(edits[p])):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.transformer import hidden_states, text_mask, token_logp
+from seal_jax.models.transformer import hidden_states, token_logp
 from seal_jax.optim import Optimizer, scheduled_rate
 from seal_jax.types import Adapters, InnerBatch, InnerState, Params
 
@@ -26,7 +26,7 @@ def lane_losses(
 ) -> jax.Array:
     """Return the mean negative log-likelihood f32[W] of the rows [W T]; 0 for an empty lane."""
     hidden, _ = hidden_states(
-        config, params, batch.tokens, batch.positions, text_mask(batch.segments), adapters
+        config, params, batch.tokens, batch.positions, batch.segments, adapters
     )
     targets, counts = batch.tokens[:, 1:], batch.loss_mask[:, 1:].astype(jnp.float32)
     hidden = hidden[:, :-1]

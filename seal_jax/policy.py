@@ -17,7 +17,7 @@ import numpy as np
 from seal_jax import keys, lora
 from seal_jax.metrics import progress
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.transformer import hidden_states, text_mask, token_logp
+from seal_jax.models.transformer import hidden_states, token_logp
 from seal_jax.objectives import Objective
 from seal_jax.optim import Optimizer, scheduled_rate
 from seal_jax.sharding import param_shardings, replicated, to_device, to_host
@@ -30,8 +30,8 @@ def rollout_logp(
     """Return log p f32[B T] of the written tokens of a rollout [B T]; 0 elsewhere."""
     B, T = rollout.tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    attn_mask = text_mask(jnp.ones((B, T), jnp.int32))
-    hidden, _ = hidden_states(config, params, rollout.tokens, positions, attn_mask, adapters)
+    segments = jnp.ones((B, T), jnp.int32)  # causal: the padding behind a row is seen by none
+    hidden, _ = hidden_states(config, params, rollout.tokens, positions, segments, adapters)
     logp = token_logp(
         config, params, hidden[:, :-1].reshape(B * (T - 1), -1), rollout.tokens[:, 1:].reshape(-1)
     )
@@ -191,9 +191,11 @@ def make_policy_update(
         losses = []
         for i, batch in enumerate(progress(batches, f"{label}: policy update", "batch")):
             counters = to_device((np.int32(i), np.int32(len(batches))), everywhere)
-            trained, opt_state, loss = train_step(
-                trained, frozen, opt_state, scale, to_device(batch, everywhere), *counters
-            )
+            placed = to_device(batch, everywhere)
+            with jax.set_mesh(mesh):  # for the attention kernels
+                trained, opt_state, loss = train_step(
+                    trained, frozen, opt_state, scale, placed, *counters
+                )
             losses.append(float(to_host(loss)))
             if not np.isfinite(losses[-1]):
                 raise FloatingPointError(

@@ -114,11 +114,11 @@ def generate(
     padding = S - lengths
     cache = init_cache(config, B, S + max_tokens, params["embed"]["embedding"].dtype)
     slots = jnp.arange(S + max_tokens)
-    written = slots[None] >= padding[:, None]  # a slot in the padding is nobody's
+    written = slots[None] >= padding[:, None]  # the padding's slots are a segment apart
     positions = jnp.maximum(jnp.arange(S)[None] - padding[:, None], 0)
-    causal = slots[None, None] <= jnp.arange(S)[None, :, None]
+    key_segments = written.astype(jnp.int32)
     hidden, cache = hidden_states(
-        config, params, prompts, positions, causal & written[:, None], adapters, cache, 0
+        config, params, prompts, positions, key_segments[:, :S], adapters, cache, 0, key_segments
     )
     first = _Decode(
         step=jnp.int32(0),
@@ -138,16 +138,16 @@ def generate(
         token = jnp.where(s.done, pad_id, choose(s.logits, step_keys, temperature, top_p))
         logp = jnp.take_along_axis(jax.nn.log_softmax(s.logits), token[:, None], axis=-1)[:, 0]
         slot = S + s.step
-        visible = written & (slots[None] <= slot)
         hidden, cache = hidden_states(
             config,
             params,
             token[:, None],
             (lengths + s.step)[:, None],
-            visible[:, None],
+            jnp.ones((B, 1), jnp.int32),
             adapters,
             s.cache,
             slot,
+            key_segments,
         )
         return _Decode(
             step=s.step + 1,

@@ -138,7 +138,10 @@ def test_what_was_rejected_or_overflowed_counts_as_0():
         }
 
     stages = SimpleNamespace(
-        config=SimpleNamespace(eval=SimpleNamespace(num_seeds=2)), evaluate=evaluate
+        config=SimpleNamespace(
+            eval=SimpleNamespace(num_seeds=2), inner=SimpleNamespace(quantize="none")
+        ),
+        evaluate=evaluate,
     )
     accuracy, num_rejected = compare.run_arm(stages, "params", problems, edits, "seal", "folder")
     assert ran == [("a", 0, 0), ("a", 0, 1), *(("b", r, e) for r in (0, 1) for e in (0, 1))]

@@ -107,8 +107,7 @@ def slow_inner_loop(config, params, adapter, job):
 
     def text_nll(weights, tokens, counts):
         merged = lora.merge(params, Adapters(weights, adapter.scale))
-        positions = jnp.arange(T, dtype=jnp.int32)[None]
-        logits = forward(config, merged, tokens[None], positions, jnp.tri(T, dtype=bool)[None])
+        logits = forward(config, merged, tokens[None])
         logp = jax.nn.log_softmax(logits[0, :-1])
         chosen = jnp.take_along_axis(logp, tokens[1:, None], axis=-1)[:, 0]
         return -jnp.where(counts[1:], chosen, 0.0).sum()

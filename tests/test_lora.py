@@ -36,11 +36,8 @@ def rows(config, num_rows):
 
 
 def logits_of(config, params, tokens, adapters=None):
-    num_rows = tokens.shape[0]
-    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (num_rows, T))
-    mask = jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (num_rows, T, T))
     run = jax.jit(forward, static_argnums=0)
-    return np.asarray(run(config, params, tokens, positions, mask, adapters))
+    return np.asarray(run(config, params, tokens, adapters=adapters))
 
 
 def test_a_new_adapter_is_exactly_the_base_model(tiny):

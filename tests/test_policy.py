@@ -82,8 +82,7 @@ def slow_update(tiny, rollout, advantages, kind, steps):
     def loss(trained, params, row, advantage):
         used = trained if kind == "full" else with_adapter(params, trained)
         tokens = row.tokens[None]
-        mask = jnp.tri(T, dtype=bool)[None]
-        logits = forward(config, used, tokens, jnp.arange(T)[None], mask)[0]
+        logits = forward(config, used, tokens)[0]
         logp = jax.nn.log_softmax(logits[:-1])[jnp.arange(T - 1), row.tokens[1:]]
         return -advantage * (logp * row.loss_mask[1:]).sum()
 

@@ -50,8 +50,7 @@ def logits_of(model, tokens):
     """Return the logits [len(tokens), V] of one text, by a full forward pass."""
     config, params = model
     padded = jnp.asarray(np.pad(np.array(tokens, np.int32), (0, T - len(tokens))))[None]
-    positions, mask = jnp.arange(T, dtype=jnp.int32)[None], jnp.tri(T, dtype=bool)[None]
-    logits = jax.jit(forward, static_argnums=0)(config, params, padded, positions, mask)
+    logits = jax.jit(forward, static_argnums=0)(config, params, padded)
     return np.asarray(logits)[0, : len(tokens)]
 
 

@@ -1,4 +1,4 @@
-"""One decoder for every family: Llama-like, in Flax linen.
+"""One decoder for every family, in Flax linen; ModelConfig's switches say what a family has.
 
   h = embed(tokens)
   for each layer:  h += attn(norm(h));  h += mlp(norm(h))
@@ -8,7 +8,7 @@ Rows that share an adapter are neighbours: with A adapters and B rows, rows [i *
 B/A) use adapter i. So the frozen base is one flat [tokens, D] @ [D, F] product over everybody's
 tokens, and only the two thin LoRA products carry the adapter axis. Layers are separate buffers,
 unrolled: on TPUs that is 2.6-3.3 times faster in the inner loop than a scan over layers, by the
-  compiler's own estimate.
+compiler's own estimate.
 """
 
 import functools
@@ -19,7 +19,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from seal_jax.models.attention import attend
 from seal_jax.models.config import ModelConfig
+from seal_jax.models.quantize import product, take_rows
 from seal_jax.types import Adapters, Params
 
 
@@ -36,10 +38,12 @@ def init_cache(config: ModelConfig, num_rows: int, length: int, dtype) -> KVCach
     return KVCache(zeros, tuple(jnp.zeros_like(x) for x in zeros))
 
 
-def rope_frequencies(config: ModelConfig) -> jax.Array:
-    """Return the rotary frequencies f32[H/2], with Llama 3's scaling of long waves if asked."""
+def rope_frequencies(config: ModelConfig, local: bool = False) -> jax.Array:
+    """Return the rotary frequencies f32[H/2] of a layer, scaled for long contexts if asked."""
     half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequency = 1.0 / config.rope_theta**half
+    if local and config.local_rope_theta is not None:
+        return 1.0 / config.local_rope_theta**half
+    frequency = 1.0 / config.rope_theta**half / config.rope_factor
     s = config.rope_scaling
     if s is None:
         return frequency
@@ -61,26 +65,35 @@ def apply_rope(x: jax.Array, positions: jax.Array, frequency: jax.Array) -> jax.
 
 class RMSNorm(nn.Module):
     epsilon: float
+    unit_offset: bool = False  # multiply by 1 + scale, as Gemma does, and in float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        init = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],))
+        scale = jnp.expand_dims(scale, range(x.ndim - 1))
         x32 = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        normed = (x32 * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
-        return normed * scale.astype(x.dtype)[None, None]
+        normed = x32 * jax.lax.rsqrt(variance + self.epsilon)
+        if self.unit_offset:
+            return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+        return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
 class Linear(nn.Module):
-    """x @ kernel, plus scale * (x @ a) @ b where the 'lora' collection has an adapter for it."""
+    """x @ kernel + bias, plus scale * (x @ a) @ b where the 'lora' collection has an adapter."""
 
     features: int
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, lora_scale: jax.Array | None) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
         flat = x.reshape(-1, x.shape[-1])
-        y = flat @ kernel.astype(x.dtype)
+        y = product("td,df->tf", flat, kernel, x.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(y.dtype)[None]
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             grouped = flat.reshape(a.shape[0], -1, x.shape[-1]).astype(a.dtype)
@@ -90,35 +103,51 @@ class Linear(nn.Module):
         return y.reshape(*x.shape[:-1], self.features)
 
 
+def _linear(config: ModelConfig, features: int, name: str) -> Linear:
+    return Linear(features, name in config.biases, name=name)
+
+
+def _norm(config: ModelConfig, name: str) -> RMSNorm:
+    return RMSNorm(config.norm_eps, config.unit_offset, name=name)
+
+
 class Attention(nn.Module):
     config: ModelConfig
+    local: bool
 
     @nn.compact
-    def __call__(self, x, positions, attn_mask, lora_scale, cache, cache_index):
+    def __call__(self, x, call: "_Call", cache):
         c = self.config
         B, T, _ = x.shape
 
         def heads(name: str, num_heads: int) -> jax.Array:
-            y = Linear(num_heads * c.head_dim, name=name)(x, lora_scale)
+            y = _linear(c, num_heads * c.head_dim, name)(x, call.lora_scale)
             return y.reshape(B, T, num_heads, c.head_dim)
 
-        q = heads("q_proj", c.num_heads)
-        k = heads("k_proj", c.num_kv_heads)
+        q, k = heads("q_proj", c.num_heads), heads("k_proj", c.num_kv_heads)
         v = heads("v_proj", c.num_kv_heads).transpose(0, 2, 1, 3)
-        frequency = rope_frequencies(c)
-        q = apply_rope(q, positions, frequency).transpose(0, 2, 1, 3)
-        k = apply_rope(k, positions, frequency).transpose(0, 2, 1, 3)
+        if c.qk_norm:
+            q, k = _norm(c, "q_norm")(q), _norm(c, "k_norm")(k)
+        frequency = rope_frequencies(c, self.local)
+        q = apply_rope(q, call.positions, frequency).transpose(0, 2, 1, 3)
+        k = apply_rope(k, call.positions, frequency).transpose(0, 2, 1, 3)
         if cache is not None:
-            start = (0, 0, cache_index, 0)
+            start = (0, 0, call.cache_index, 0)
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), start)
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), start)
-        q = q.reshape(B, c.num_kv_heads, -1, T, c.head_dim)  # [B K G T H]
-        scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(attn_mask[:, None, None], scores * c.head_dim**-0.5, -1e30)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        out = jnp.einsum("bkgts,bksh->bkgth", weights, v.astype(x.dtype))
-        out = out.reshape(B, c.num_heads, T, c.head_dim).transpose(0, 2, 1, 3).reshape(B, T, -1)
-        return Linear(c.embed_dim, name="o_proj")(out, lora_scale), (k, v)
+        out = attend(
+            c,
+            q,
+            k,
+            v,
+            call.segments,
+            call.key_segments,
+            call.cache_index,
+            local=self.local,
+            whole=cache is None,
+        )
+        out = out.transpose(0, 2, 1, 3).reshape(B, T, -1)
+        return _linear(c, c.embed_dim, "o_proj")(out, call.lora_scale), (k, v)
 
 
 class MLP(nn.Module):
@@ -126,29 +155,47 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x, lora_scale):
-        gate = Linear(self.config.mlp_dim, name="gate_proj")(x, lora_scale)
-        up = Linear(self.config.mlp_dim, name="up_proj")(x, lora_scale)
-        return Linear(self.config.embed_dim, name="down_proj")(nn.silu(gate) * up, lora_scale)
+        c = self.config
+        gate = _linear(c, c.mlp_dim, "gate_proj")(x, lora_scale)
+        up = _linear(c, c.mlp_dim, "up_proj")(x, lora_scale)
+        gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
+        return _linear(c, c.embed_dim, "down_proj")(gate * up, lora_scale)
 
 
 class Layer(nn.Module):
     config: ModelConfig
+    local: bool
 
     @nn.compact
-    def __call__(self, x, positions, attn_mask, lora_scale, cache, cache_index):
-        epsilon = self.config.norm_eps
-        attn, cache = Attention(self.config, name="attn")(
-            RMSNorm(epsilon, name="attn_norm")(x),
-            positions,
-            attn_mask,
-            lora_scale,
-            cache,
-            cache_index,
-        )
+    def __call__(self, x, call: "_Call", cache):
+        c = self.config
+        attention = Attention(c, self.local, name="attn")
+        attn, cache = attention(_norm(c, "attn_norm")(x), call, cache)
+        if c.sandwich_norms:
+            attn = _norm(c, "post_attn_norm")(attn)
         x = x + attn
-        return x + MLP(self.config, name="mlp")(
-            RMSNorm(epsilon, name="mlp_norm")(x), lora_scale
-        ), cache
+        mlp = MLP(c, name="mlp")(_norm(c, "mlp_norm")(x), call.lora_scale)
+        if c.sandwich_norms:
+            mlp = _norm(c, "post_mlp_norm")(mlp)
+        return x + mlp, cache
+
+
+class _Call(NamedTuple):
+    """What every layer is called with; see `hidden_states`."""
+
+    positions: jax.Array  # i32[B T]
+    segments: jax.Array  # i32[B T]
+    key_segments: jax.Array  # i32[B S]
+    lora_scale: jax.Array | None  # f32[A]
+    cache_index: jax.Array | int
+
+
+# What a backward pass keeps of a layer's forward pass, by config word; 'none' keeps everything.
+_REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots_saveable": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims_saveable": (jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
 
 
 class Transformer(nn.Module):
@@ -157,21 +204,24 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens, positions, attn_mask, lora_scale=None, cache=None, cache_index=0):
+    def __call__(self, tokens, call: _Call, cache=None):
         c = self.config
         embed = nn.Embed(
             c.vocab_size, c.embed_dim, embedding_init=nn.initializers.normal(0.02), name="embed"
         )
-        x = embed.embedding[tokens]
+        x = take_rows(embed.embedding, tokens)
+        if c.scale_embeddings:
+            x = x * jnp.asarray(c.embed_dim**0.5, x.dtype)
+        layer = Layer
+        if c.remat != "none":
+            layer = nn.remat(Layer, policy=_REMAT_POLICIES[c.remat])
         keys, values = [], []
         for i in range(c.num_layers):
             layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
-            x, (k, v) = Layer(c, name=f"layers_{i}")(
-                x, positions, attn_mask, lora_scale, layer_cache, cache_index
-            )
+            x, (k, v) = layer(c, c.is_local(i), name=f"layers_{i}")(x, call, layer_cache)
             keys.append(k)
             values.append(v)
-        hidden = RMSNorm(c.norm_eps, name="final_norm")(x)
+        hidden = _norm(c, "final_norm")(x)
         if self.is_initializing() and not c.tie_embeddings:
             Linear(c.vocab_size, name="lm_head")(hidden, None)
         return hidden, KVCache(tuple(keys), tuple(values))
@@ -181,7 +231,7 @@ def init_params(config: ModelConfig, rng: jax.Array, dtype=jnp.float32) -> Param
     """Return random parameters for `config`."""
     one = jnp.zeros((1, 1), jnp.int32)
     init = jax.jit(Transformer(config).init)
-    params = init(rng, one, one, jnp.ones((1, 1, 1), bool))["params"]
+    params = init(rng, one, _Call(one, one, one, None, 0))["params"]
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
@@ -199,19 +249,22 @@ def hidden_states(
     params: Params,
     tokens: jax.Array,
     positions: jax.Array,
-    attn_mask: jax.Array,
+    segments: jax.Array,
     adapters: Adapters | None = None,
     cache: KVCache | None = None,
     cache_index: jax.Array | int = 0,
+    key_segments: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Run the decoder.
 
     Args:
       tokens: i32[B T]; with A adapters, B is a multiple of A and rows are grouped by adapter.
       positions: i32[B T], for the rotary embedding.
-      attn_mask: bool[B T S], True where a query may look; S is T, or the cache's length.
+      segments: i32[B T]; a token sees the tokens of its own segment, from itself back. Padding may
+        be a segment like any other.
       cache: where given, this call's keys and values are written into it from slot `cache_index`
         on.
+      key_segments: i32[B S] of the cache's slots; goes with `cache`.
 
     Returns:
       The normed hidden states [B T D], and the keys and values attended to.
@@ -226,9 +279,9 @@ def hidden_states(
                     layer.setdefault(block, {})[target] = {"a": a, "b": b}
         variables["lora"] = {f"layers_{i}": layer for i, layer in enumerate(layers)}
         scale = adapters.scale
-    return Transformer(config).apply(
-        variables, tokens, positions, attn_mask, scale, cache, cache_index
-    )
+    key_segments = segments if key_segments is None else key_segments
+    call = _Call(positions, segments, key_segments, scale, cache_index)
+    return Transformer(config).apply(variables, tokens, call, cache)
 
 
 def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
@@ -237,23 +290,27 @@ def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array
         table, contract = params["embed"]["embedding"], "...d,vd->...v"
     else:
         table, contract = params["lm_head"]["kernel"], "...d,dv->...v"
-    table = table.astype(hidden.dtype)
-    return jnp.einsum(contract, hidden, table, preferred_element_type=jnp.float32)
+    logits = product(contract, hidden, table, jnp.float32)
+    if config.logit_softcap is not None:
+        logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+    return logits
 
 
-def forward(config, params, tokens, positions, attn_mask, adapters=None) -> jax.Array:
-    """Return the logits f32[B T V] of whole texts; see `hidden_states` for the arguments."""
-    hidden, _ = hidden_states(config, params, tokens, positions, attn_mask, adapters)
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    adapters: Adapters | None = None,
+) -> jax.Array:
+    """Return the logits f32[B T V] of whole texts; without segments, a row is one text."""
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if segments is None:
+        segments = jnp.ones(tokens.shape, jnp.int32)
+    hidden, _ = hidden_states(config, params, tokens, positions, segments, adapters)
     return unembed(config, params, hidden)
-
-
-def text_mask(segments: jax.Array) -> jax.Array:
-    """Return the attention mask bool[B T T] of packed texts: causal, and within one's own segment.
-
-    Segment 0 is padding. A padding token sees itself, so that no softmax is empty.
-    """
-    causal = jnp.tri(segments.shape[-1], dtype=bool)
-    return (segments[:, :, None] == segments[:, None, :]) & causal[None]
 
 
 @functools.partial(jax.named_call, name="token_logp")

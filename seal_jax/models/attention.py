@@ -1,0 +1,210 @@
+"""Attention, one function per way to compute it: XLA, cuDNN on GPUs, splash attention on TPUs.
+
+  softmax(softcap(q k^T scale) where visible) v
+
+Who sees whom follows from segments, so that kernels need no [T, S] mask: a query sees the keys of
+its own segment, from its own slot back to the edge of the window. The two kernels never write the
+[T, S] scores to memory; they serve whole texts, and generation with a cache is left to XLA.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from seal_jax.models.config import ModelConfig
+from seal_jax.sharding import RULES
+
+# Splash attention's smallest tile, and the length from which it is worth its overhead: at 512
+# tokens attention is about 1 % of a 7B model's operations.
+_TILE = 128
+_SPLASH_FROM = 1024
+# cuDNN is worth it earlier: XLA:GPU writes the scores to memory.
+_CUDNN_FROM = 256
+
+
+def attend(
+    config: ModelConfig,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    key_segments: jax.Array,
+    first_slot: jax.Array | int,
+    *,
+    local: bool,
+    whole: bool,
+) -> jax.Array:
+    """Return what each query gathers, [B N T H].
+
+    Args:
+      config: whose `attention` names the way: 'auto' chooses by backend, dtype and length.
+      q: [B N T H].
+      k, v: [B K S H]; K divides N.
+      segments: i32[B T] of the queries. Padding may be a segment of its own (0): a token always
+        sees itself, so no softmax is empty.
+      key_segments: i32[B S].
+      first_slot: the slot of the first query; key s is at slot s.
+      local: whether only the last `config.sliding_window` slots are seen.
+      whole: whether these are whole texts: S is T, and first_slot 0.
+
+    Raises:
+      ValueError: the config names a kernel that cannot compute this.
+    """
+    scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+    window = config.sliding_window if local else None
+    way = _choose(config, q) if whole else "xla"
+    if way == "splash":
+        return splash_attention(q, k, v, segments, scale, window, config.attn_softcap)
+    visible = visible_slots(segments, key_segments, first_slot, window)
+    if way == "cudnn":
+        return cudnn_attention(q, k, v, visible, scale, config.attn_softcap)
+    return xla_attention(q, k, v, visible, scale, config.attn_softcap)
+
+
+def _choose(config: ModelConfig, q: jax.Array) -> str:
+    if config.attention != "auto":
+        return config.attention
+    platform, length = _platform(), q.shape[2]
+    if platform == "tpu" and length >= _SPLASH_FROM:
+        return "splash"
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = half and config.attn_softcap is None and config.head_dim <= 128
+    if platform == "gpu" and length >= _CUDNN_FROM and fits:
+        return "cudnn"
+    return "xla"
+
+
+def _platform() -> str:
+    """Return 'cpu', 'gpu' or 'tpu': the mesh's, which may be compiled for without being here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
+
+
+def visible_slots(
+    segments: jax.Array,
+    key_segments: jax.Array,
+    first_slot: jax.Array | int,
+    window: int | None = None,
+) -> jax.Array:
+    """Return bool[B T S], True where query t may look at key s; see `attend`."""
+    T, S = segments.shape[1], key_segments.shape[1]
+    distance = (jnp.arange(T) + first_slot)[:, None] - jnp.arange(S)[None]
+    near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return (segments[:, :, None] == key_segments[:, None, :]) & near[None]
+
+
+def xla_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float, softcap
+) -> jax.Array:
+    """Compute attention in plain XLA, scores in float32; visible is bool[B T S]."""
+    B, N, T, H = q.shape
+    q = q.reshape(B, k.shape[1], -1, T, H)  # [B K G T H]
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(visible[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bkgts,bksh->bkgth", weights, v.astype(q.dtype)).reshape(B, N, T, H)
+
+
+def cudnn_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float, softcap
+) -> jax.Array:
+    """Compute attention with cuDNN's flash kernel: bfloat16 or float16 on NVIDIA GPUs."""
+    if softcap is not None:
+        raise ValueError("attention 'cudnn' has no soft cap of the scores: use 'xla'.")
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"attention 'cudnn' needs bfloat16 or float16, found {q.dtype}.")
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # cuDNN's layout is [B T N H]
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=visible[:, None], scale=scale, implementation="cudnn"
+    )
+    return out.transpose(0, 2, 1, 3)
+
+
+def splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> jax.Array:
+    """Compute attention with JAX's splash kernel (Pallas), which skips tiles that nobody sees.
+
+    On CPUs the kernel is interpreted, for tests. The compiler cannot partition a kernel: within
+    `jax.set_mesh` every device computes the rows and heads that the rules give it.
+    """
+    B, N, T, _ = q.shape
+    padding = -T % _TILE
+    if padding:  # behind the text: causal, so nobody sees it
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q, k, v))
+        segments = jnp.pad(segments, ((0, 0), (0, padding)), constant_values=-1)
+    kernel = partial(_splash, window=window, softcap=softcap)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        rows, heads = RULES["rows"], RULES["heads"]
+        rows = rows if B % mesh.shape[rows] == 0 else None
+        heads = heads if k.shape[1] % mesh.shape[heads] == 0 else None
+        by_head, by_row = PartitionSpec(rows, heads), PartitionSpec(rows)
+        kernel = jax.shard_map(
+            kernel, in_specs=(by_head,) * 3 + (by_row,), out_specs=by_head, check_vma=False
+        )
+    out = kernel(q * jnp.asarray(scale, q.dtype), k.astype(q.dtype), v.astype(q.dtype), segments)
+    return out[:, :, :T]
+
+
+def _splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    *,
+    window: int | None,
+    softcap: float | None,
+) -> jax.Array:
+    # Pallas takes a second to import, and only this function needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    N, T = q.shape[1:3]
+    if window is None:
+        mask = masks.CausalMask((T, T))
+    else:
+        mask = masks.LocalMask((T, T), window_size=(window - 1, 0), offset=0)
+    block = next(size for size in (512, 256, _TILE) if T % size == 0)
+    blocks = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+
+    def compute(interpret: bool, q, k, v, segments) -> jax.Array:
+        kernel = kernels.make_splash_mha(
+            masks.MultiHeadMask([mask] * N),
+            block_sizes=blocks,
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=softcap,
+            interpret=interpret,
+        )
+        ids = kernels.SegmentIds(q=segments, kv=segments)
+        return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))(q, k, v, ids)
+
+    return jax.lax.platform_dependent(
+        q, k, v, segments, cpu=partial(compute, True), default=partial(compute, False)
+    )

@@ -1,0 +1,158 @@
+"""Programs for eight TPUs, compiled ahead of time where there are none: `pip install libtpu`."""
+
+import dataclasses
+import os
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from seal_jax import lora
+from seal_jax.inner import inner_step
+from seal_jax.models.attention import attend
+from seal_jax.models.config import ModelConfig
+from seal_jax.models.quantize import quantize_params
+from seal_jax.models.transformer import init_params
+from seal_jax.optim import make_optimizer
+from seal_jax.sharding import leading, param_shardings, replicated
+from seal_jax.types import InnerBatch, InnerState
+
+# No TPU is asked for, so neither is the cloud about it, and several processes may compile at once.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+pytest.importorskip("libtpu")
+pytestmark = pytest.mark.long  # minutes: the compiler's
+
+# Llama-3.2-1B's layers and a sixteenth of its vocabulary.
+LLAMA = ModelConfig(
+    vocab_size=8192,
+    num_layers=2,
+    embed_dim=2048,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=64,
+    mlp_dim=8192,
+)
+KERNEL = "tpu_custom_call"  # what a Pallas kernel is in compiled text
+NUM_ADAPTERS = 8
+
+
+def tpu_mesh(data=8, fsdp=1, tensor=1):
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    devices = np.array(topology.devices).reshape(data, fsdp, tensor)
+    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def shaped(tree, shardings):
+    """Return the tree as ShapeDtypeStructs; `shardings` is one for all, or a tree of them."""
+    if not isinstance(shardings, NamedSharding):
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+        )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings), tree)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("sizes", "settings"),
+    [
+        ({}, {}),
+        (
+            {"data": 4, "tensor": 2},
+            {"sliding_window": 512, "local_layers": (True,), "attn_softcap": 50.0},
+        ),
+    ],
+    ids=["data=8", "data=4 tensor=2, window and soft cap"],
+)
+def test_splash_compiles_forward_and_backward(head_dim, sizes, settings):
+    mesh = tpu_mesh(**sizes)
+    config = dataclasses.replace(
+        LLAMA, num_layers=1, head_dim=head_dim, num_heads=8, num_kv_heads=2, **settings
+    )
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    B, T = 8, 1024
+    q = jax.ShapeDtypeStruct((B, 8, T, head_dim), jnp.bfloat16, sharding=rows)
+    k = jax.ShapeDtypeStruct((B, 2, T, head_dim), jnp.bfloat16, sharding=rows)
+    segments = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows)
+
+    def total(q, k, v, segments):
+        local = config.sliding_window is not None
+        out = attend(config, q, k, v, segments, segments, 0, local=local, whole=True)
+        return out.astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):  # 'auto' takes the mesh's platform, not this machine's
+        step = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
+        compiled = step.lower(q, k, k, segments).compile()
+    assert compiled.as_text().count(KERNEL) >= 3  # forward, dq, dkv
+    # The scores alone, which the kernels never write, would be 4 bytes of [rows N T T] a device.
+    scores = 4 * (B // mesh.shape["data"]) * (8 // mesh.shape["tensor"]) * T * T
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 4
+
+
+def compile_inner_step(mesh, config, *, quantize="none", length=256):
+    """Return a compiled inner step of 8 adapters, one lane each, and the base's bytes in bf16."""
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), jnp.bfloat16))
+    num_bytes = sum(2 * x.size for x in jax.tree.leaves(params))
+    params = jax.eval_shape(lambda p: quantize_params(p, quantize), params)
+    optimizer = make_optimizer()
+
+    def init():
+        keys = jax.random.split(jax.random.key(0), NUM_ADAPTERS)
+        targets = ("q_proj", "v_proj")
+        adapters = lora.init_adapters(config, keys, rank=32, alpha=64.0, targets=targets)
+        opt_state = jax.vmap(optimizer(jnp.float32(0)).init)(adapters.weights)
+        step = jnp.zeros(NUM_ADAPTERS, jnp.int32)
+        tokens = jnp.zeros((NUM_ADAPTERS, length), jnp.int32)
+        rate = jnp.zeros(NUM_ADAPTERS, jnp.float32)
+        mask = tokens.astype(bool)
+        batch = InnerBatch(step, tokens, tokens, tokens, mask, rate, step)
+        return InnerState(adapters, opt_state, step), batch
+
+    state, batch = jax.eval_shape(init)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(partial(inner_step, config, optimizer, "linear")).lower(
+            shaped(params, param_shardings(mesh, params)),
+            shaped(state, leading(mesh, "adapter", NUM_ADAPTERS)),
+            shaped(batch, replicated(mesh)),
+        )
+        return lowered.compile(), num_bytes
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Return the compiled inner step on short texts, with the base in bfloat16."""
+    return compile_inner_step(tpu_mesh(), LLAMA)
+
+
+def test_auto_takes_splash_on_tpus_where_texts_are_long(plain):
+    assert KERNEL not in plain[0].as_text()
+    compiled, _ = compile_inner_step(tpu_mesh(), LLAMA, length=1024)
+    assert KERNEL in compiled.as_text()
+    # One layer's scores alone would be 128 MiB, and their gradients too. Measured for four layers:
+    # 0.36 GB of temporaries, and 6.6 GB with XLA's attention.
+    assert compiled.memory_analysis().temp_size_in_bytes < 400e6
+
+
+@pytest.mark.parametrize(("word", "share"), [("int8", 0.51), ("nf4", 0.35)])
+def test_a_quantized_base_takes_its_share_and_no_more_for_a_while(plain, word, share):
+    compiled, num_bytes = compile_inner_step(tpu_mesh(), LLAMA, quantize=word)
+    memory, expected = compiled.memory_analysis(), plain[0].memory_analysis()
+    saved = expected.argument_size_in_bytes - memory.argument_size_in_bytes
+    assert saved > (1 - share) * num_bytes
+    # Kernels are made numbers within the products, or a few at a time: not all of them at once.
+    extra = memory.temp_size_in_bytes - expected.temp_size_in_bytes
+    assert extra < 0.4 * num_bytes
+
+
+def test_full_remat_saves_memory(plain):
+    temp = {"none": plain[0].memory_analysis().temp_size_in_bytes}
+    for word in ("full", "dots_with_no_batch_dims_saveable"):
+        compiled, _ = compile_inner_step(tpu_mesh(), dataclasses.replace(LLAMA, remat=word))
+        temp[word] = compiled.memory_analysis().temp_size_in_bytes
+    assert temp["full"] < 0.8 * temp["none"], temp
+    assert temp["full"] < temp["dots_with_no_batch_dims_saveable"] < temp["none"], temp

@@ -1,0 +1,285 @@
+"""Every way to compute attention against a slow reference: one query at a time, in float64."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+
+from seal_jax import lora
+from seal_jax.inner import lane_losses, make_inner_update
+from seal_jax.models.attention import _choose, attend
+from seal_jax.models.config import REMATS, ModelConfig
+from seal_jax.models.transformer import forward, init_params
+from seal_jax.optim import make_optimizer
+from seal_jax.sharding import make_mesh
+from seal_jax.types import Adapters, InnerBatch
+
+ON_GPU = jax.default_backend() == "gpu"
+HAS_CUDA_PLUGIN = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin")))
+
+
+def config_of(way, *, H=64, N=4, K=2, window=None, softcap=None, scale=None):
+    return ModelConfig(
+        vocab_size=8,
+        num_layers=1,
+        embed_dim=8,
+        num_heads=N,
+        num_kv_heads=K,
+        head_dim=H,
+        mlp_dim=8,
+        attention=way,
+        attn_softcap=softcap,
+        query_scale=scale,
+        sliding_window=window,
+        local_layers=(True,) if window else (),
+    )
+
+
+def arrays(config, rows, length, seed=0, dtype=np.float32):
+    """Return q, k, v, what the output is weighed with, and segments: two texts and padding."""
+    rng = np.random.default_rng(seed)
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    q, k, v, w = (rng.normal(size=(rows, n, length, H)).astype(dtype) for n in (N, K, K, N))
+    segments = np.zeros((rows, length), np.int32)
+    for row in range(rows):
+        first, end = sorted(rng.integers(1, length + 1, 2))
+        segments[row, :end], segments[row, :first] = 2, 1
+    return q, k, v, w, segments
+
+
+def slow_attention(config, q, k, v, segments, window):
+    """Return what every query gathers, in float64, looking at its keys one by one."""
+    scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    for b, n, t in np.ndindex(q.shape[:3]):
+        head = n * k.shape[1] // q.shape[1]
+        seen = [
+            s
+            for s in range(t + 1)
+            if segments[b, s] == segments[b, t] and (window is None or t - s < window)
+        ]
+        scores = k[b, head, seen] @ q[b, n, t] * scale
+        if config.attn_softcap is not None:
+            scores = config.attn_softcap * np.tanh(scores / config.attn_softcap)
+        weights = np.exp(scores - scores.max())
+        out[b, n, t] = weights @ v[b, head, seen] / weights.sum()
+    return out
+
+
+def attend_and_grads(config, q, k, v, w, segments):
+    """Return the output, and the gradients of its sum weighed by w."""
+    local = config.sliding_window is not None
+
+    @jax.jit
+    def both(q, k, v):
+        def weighed(q, k, v):
+            out = attend(config, q, k, v, segments, segments, 0, local=local, whole=True)
+            return (out * w).sum(), out
+
+        grads, out = jax.grad(weighed, (0, 1, 2), has_aux=True)(q, k, v)
+        return out, grads
+
+    return both(q, k, v)
+
+
+CASES = {
+    "plain": {},
+    "multi-head, H 128": {"K": 4, "H": 128},
+    "one kv head, query scale": {"K": 1, "scale": 0.2},
+    "window": {"window": 20},
+    "soft cap": {"softcap": 2.0, "scale": 0.5},
+    "window and soft cap": {"window": 33, "softcap": 2.0, "scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_xla_is_the_slow_reference(case):
+    config = config_of("xla", **{"H": 8, **case})
+    q, k, v, _, segments = arrays(config, 2, 40)
+    out = attend(config, q, k, v, segments, segments, 0, local=bool(case.get("window")), whole=True)
+    expected = slow_attention(config, q, k, v, segments, case.get("window"))
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+
+
+def test_xla_with_a_cache_sees_the_slots_before(rows=2, length=12, first=7):
+    config = config_of("xla", H=8, window=5)
+    q, k, v, _, segments = arrays(config, rows, length)
+    whole = attend(config, q, k, v, segments, segments, 0, local=True, whole=True)
+    part = attend(
+        config, q[:, :, first:], k, v, segments[:, first:], segments, first, local=True, whole=False
+    )
+    np.testing.assert_allclose(part, whole[:, :, first:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [128, 150])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_splash_is_xla_forward_and_backward(case, length):
+    config = config_of("splash", **case)
+    given = arrays(config, 1, length)
+    found = attend_and_grads(config, *given)
+    expected = attend_and_grads(dataclasses.replace(config, attention="xla"), *given)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * np.abs(y).max() + 1e-6),
+        found,
+        expected,
+    )
+
+
+@pytest.mark.skipif(not ON_GPU, reason="cuDNN needs an NVIDIA GPU")
+@pytest.mark.parametrize("case", ["plain", "multi-head, H 128", "one kv head, query scale"])
+def test_cudnn_is_xla_forward_and_backward(case):
+    config = config_of("cudnn", **CASES[case])
+    *given, segments = arrays(config, 2, 256)
+    given = [jnp.asarray(x, jnp.bfloat16) for x in given]
+    found = attend_and_grads(config, *given, segments)
+    expected = attend_and_grads(dataclasses.replace(config, attention="xla"), *given, segments)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        x, y = (np.asarray(z, np.float64) for z in (x, y))
+        assert np.linalg.norm(x - y) < 0.02 * np.linalg.norm(y)
+
+
+@pytest.mark.skipif(not HAS_CUDA_PLUGIN, reason="no jax-cuda plugin to lower with")
+def test_cudnn_is_lowered_to_its_kernels_where_there_is_no_gpu():
+    """Lowered only: cuDNN itself is asked at compilation, which needs the GPU."""
+    config = config_of("cudnn")
+    q = jax.ShapeDtypeStruct((2, 4, 256, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((2, 2, 256, 64), jnp.bfloat16)
+    segments = jnp.ones((2, 256), jnp.int32)
+
+    def total(q, k, v):
+        out = attend(config, q, k, v, segments, segments, 0, local=False, whole=True)
+        return out.astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.value_and_grad(total, (0, 1, 2))).trace(q, k, k)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaScaleBiasSoftmax(" in text
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "message"),
+    [
+        ({"softcap": 2.0}, jnp.bfloat16, "no soft cap"),
+        ({}, jnp.float32, "needs bfloat16 or float16, found float32"),
+    ],
+)
+def test_what_cudnn_cannot_do_is_refused(settings, dtype, message):
+    config = config_of("cudnn", **settings)
+    *given, segments = arrays(config, 1, 16)
+    q, k, v, _ = (jnp.asarray(x, dtype) for x in given)
+    with pytest.raises(ValueError, match=message):
+        attend(config, q, k, v, segments, segments, 0, local=False, whole=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heads", "rows"),
+    [
+        ({"data": 4, "tensor": 2}, (4, 2), 4),
+        # Rows and heads that the mesh does not divide are whole.
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (3, 3), 1),
+    ],
+    ids=str,
+)
+def test_splash_on_eight_devices_is_xla_on_one(sizes, heads, rows):
+    config = config_of("splash", N=heads[0], K=heads[1])
+    given = arrays(config, rows, 128)
+    expected = attend_and_grads(dataclasses.replace(config, attention="xla"), *given)
+    with jax.set_mesh(make_mesh(**sizes)):
+        found = attend_and_grads(config, *given)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), found, expected)
+
+
+def test_auto_is_xla_here_and_follows_the_platform_and_length(monkeypatch):
+    auto = config_of("auto", H=128)
+
+    def chosen(platform, length, dtype=jnp.bfloat16, **settings):
+        monkeypatch.setattr("seal_jax.models.attention._platform", lambda: platform)
+        config = dataclasses.replace(auto, **settings)
+        return _choose(config, jax.ShapeDtypeStruct((1, 4, length, 128), dtype))
+
+    assert chosen("cpu", 4096) == "xla"
+    assert (chosen("tpu", 512), chosen("tpu", 1024)) == ("xla", "splash")
+    assert (chosen("gpu", 128), chosen("gpu", 256)) == ("xla", "cudnn")
+    assert chosen("gpu", 256, jnp.float32) == "xla"
+    assert chosen("gpu", 256, attn_softcap=50.0) == "xla"
+    assert chosen("cpu", 16, attention="splash") == "splash"
+
+
+WIDE = dataclasses.replace(TINY, head_dim=64, sliding_window=40, local_layers=(True, False))
+
+
+@pytest.fixture(scope="module")
+def model():
+    params = init_params(WIDE, jax.random.key(0))
+    return jax.tree.map(lambda x: 8.0 * x if x.ndim == 2 else x, params)
+
+
+def packed_batch(num_lanes, length):
+    """Return one inner step of rows that hold two texts and padding each."""
+    rng = np.random.default_rng(0)
+    segments = np.broadcast_to(np.repeat([1, 2, 0], [50, length - 60, 10]), (num_lanes, length))
+    positions = np.concatenate([np.arange(50), np.arange(length - 60), np.zeros(10, int)])
+    return InnerBatch(
+        lanes=np.arange(num_lanes),
+        tokens=rng.integers(1, WIDE.vocab_size, (num_lanes, length)),
+        segments=segments,
+        positions=np.broadcast_to(positions, (num_lanes, length)),
+        loss_mask=segments > 0,
+        learning_rate=np.full(num_lanes, 1e-2, np.float32),
+        num_steps=np.full(num_lanes, 2),
+    )
+
+
+def make_adapters(config, num_adapters):
+    keys = jax.random.split(jax.random.key(1), num_adapters)
+    return lora.init_adapters(config, keys, rank=4, alpha=8.0, targets=("q_proj", "v_proj"))
+
+
+def test_a_model_with_splash_is_that_with_xla(model):
+    splash, xla = (dataclasses.replace(WIDE, attention=way) for way in ("splash", "xla"))
+    batch = packed_batch(2, 130)
+    logits = [
+        jax.jit(forward, static_argnums=0)(config, model, *batch[1:2], batch[3], batch[2])
+        for config in (splash, xla)
+    ]
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-4)
+    # And what an inner update makes of it: jit, scan, cond and gradients, on eight devices too.
+    steps = batch._replace(**{k: np.stack([getattr(batch, k)] * 2) for k in batch._fields[:5]})
+    trained = {}
+    for name, config in {"xla": xla, "splash": splash}.items():
+        update = make_inner_update(config, make_optimizer(optax_kwargs={"eps": 1e-4}), "constant")
+        trained[name] = update(model, make_adapters(config, 2), [steps])
+    with jax.set_mesh(make_mesh(data=4, tensor=2)):
+        trained["mesh"] = update(model, make_adapters(splash, 2), [steps])
+    for name in ("splash", "mesh"):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4),
+            trained[name],
+            trained["xla"],
+        )
+
+
+@pytest.mark.parametrize("word", [word for word in REMATS if word != "none"])
+def test_no_word_of_remat_changes_a_gradient(word):
+    """What it does to memory is in test_aot.py: XLA:CPU merges what it is asked to make again."""
+    params, adapters = init_params(TINY, jax.random.key(0)), make_adapters(TINY, 2)
+    batch = packed_batch(2, 96)
+
+    def grads(word):
+        config = dataclasses.replace(TINY, remat=word)
+
+        def loss(weights):
+            return lane_losses(config, params, Adapters(weights, adapters.scale), batch).sum()
+
+        return jax.jit(jax.grad(loss))(adapters.weights)
+
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max()),
+        grads(word),
+        grads("none"),
+    )

@@ -4,6 +4,7 @@ Text and numbers come in and go out; arrays stay inside. Only this module, train
 know the config.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,10 +18,11 @@ from seal_jax.evaluate import Run, answer, exam_prompts, make_evaluate
 from seal_jax.inner import make_inner_update
 from seal_jax.metrics import progress
 from seal_jax.models import Model, load_model
+from seal_jax.models.quantize import quantize_params
 from seal_jax.optim import make_optimizer
 from seal_jax.sample import check_lengths, write_self_edits
 from seal_jax.self_edit import BUCKETS
-from seal_jax.sharding import make_mesh, param_shardings, to_device
+from seal_jax.sharding import make_mesh
 from seal_jax.tasks import make_task
 from seal_jax.tasks.task import Rejected, SelfEdit, Task
 from seal_jax.types import Params, Rollout
@@ -32,23 +34,25 @@ class Stages(NamedTuple):
     """What every outer step calls, built once from the config."""
 
     config: ConfigDict
-    model: Model  # its params are the base, on the host
+    model: Model  # its params are the base, placed on the mesh
     task: Task
     mesh: jax.sharding.Mesh
     evaluate: Any  # see evaluate.make_evaluate
 
 
 def make_stages(config: ConfigDict) -> Stages:
-    """Load the model, place the mesh and build the stages that both loops and the table share."""
-    model = load_model(config.model.source, config.model.dtype)
+    """Make the mesh, load the model onto it and build the stages that loops and table share."""
+    mesh = make_mesh(**config.mesh)
+    model = place_model(config, config.model.source, mesh)
     task = make_task(**task_arguments(config))
     inner = config.inner.to_dict()
     optimizer = make_optimizer(**optimizer_arguments(inner))
-    mesh = make_mesh(**config.mesh)
     evaluate = make_evaluate(
         model,
         task,
-        make_inner_update(model.config, optimizer, inner["schedule"]),
+        make_inner_update(
+            dataclasses.replace(model.config, remat=inner["remat"]), optimizer, inner["schedule"]
+        ),
         mesh=mesh,
         seed=config.seed,
         chat=config.model.chat,
@@ -59,13 +63,24 @@ def make_stages(config: ConfigDict) -> Stages:
     return Stages(config, model, task, mesh, evaluate)
 
 
+def place_model(config: ConfigDict, source: str, mesh: jax.sharding.Mesh) -> Model:
+    """Load a model onto the mesh; it computes attention as the config says."""
+    model = load_model(source, config.model.dtype, mesh)
+    attention = config.model.attention
+    return model._replace(config=dataclasses.replace(model.config, attention=attention))
+
+
+def inner_base(stages: Stages, params: Params) -> Params:
+    """Return the frozen base of inner loop and answers: the policy, quantized if so asked.
+
+    The policy itself, which writes the self-edits and is updated, keeps its precision.
+    """
+    return quantize_params(params, stages.config.inner.quantize)
+
+
 def optimizer_arguments(section: dict[str, Any]) -> dict[str, Any]:
     names = ("optax_name", "optax_kwargs", "optimizer", "grad_clip")
     return {name: section[name] for name in names}
-
-
-def place_params(stages: Stages, params: Params) -> Params:
-    return to_device(params, param_shardings(stages.mesh, params))
 
 
 def check_prompts(stages: Stages, problems: Sequence) -> None:

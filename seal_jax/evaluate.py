@@ -21,7 +21,7 @@ import xxhash
 from seal_jax import keys, lora
 from seal_jax.metrics import append_json, progress, read_jsonl
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.transformer import hidden_states, text_mask, token_logp
+from seal_jax.models.transformer import hidden_states, token_logp
 from seal_jax.rewards import Outcome
 from seal_jax.sample import check_lengths, generate, pad_prompts
 from seal_jax.self_edit import (
@@ -72,7 +72,10 @@ def make_evaluate(
     answers: Mapping[str, Any],
     with_log_likelihood: bool,
 ) -> Callable[..., dict[tuple, Outcome]]:
-    """Return `evaluate(params, runs, ledger, label) -> {run.name: outcome}`.
+    """Return `evaluate(params, runs, ledger, label, keep) -> {run.name: outcome}`.
+
+    `keep(run, adapter)`, where given, takes each trained adapter (A = 1, numpy) before the ledger
+    has its outcome, so that no outcome is without its adapter after a kill.
 
     Args:
       inner: rank, alpha, targets, learning_rate, num_epochs, batch_size, max_adapters,
@@ -109,7 +112,7 @@ def make_evaluate(
 
     def wave(
         params: Params, runs: Sequence[Run], jobs: Sequence[Job], show: Callable[[int], None]
-    ) -> list[Outcome]:
+    ) -> tuple[list[Outcome], Adapters]:
         idle = num_adapters - len(runs)
         paths = [run.path(seed, keys.ADAPTER) for run in runs] + [(0,) * 6] * idle
         jobs = [*jobs, *[Job((), 0.0)] * idle]
@@ -119,12 +122,10 @@ def make_evaluate(
             steps_per_call=inner["steps_per_call"],
             pad_id=model.tokenizer.pad_id,
         )
-        adapters, losses = inner_update(
-            params,
-            to_device(init(keys.fold(paths)), leading(mesh, "adapter", num_adapters)),
-            to_device(batches, replicated(mesh)),
-            show,
-        )
+        fresh = to_device(init(keys.fold(paths)), leading(mesh, "adapter", num_adapters))
+        placed = to_device(batches, replicated(mesh))
+        with jax.set_mesh(mesh):  # for the attention kernels
+            adapters, losses = inner_update(params, fresh, placed, show)
         losses = job_losses(batches, to_host(losses), num_adapters)
         prompts = [exam_prompts(model, task, run.problem, run.exam, chat) for run in runs] + [
             []
@@ -138,10 +139,14 @@ def make_evaluate(
         return [
             _outcome(task, run, inner["num_epochs"], *parts)._replace(trained_tokens=trained)
             for run, *parts in zip(runs, jobs, losses, written, logps, strict=False)
-        ]
+        ], adapters
 
     def evaluate(
-        params: Params, runs: Sequence[Run], ledger: str, label: str
+        params: Params,
+        runs: Sequence[Run],
+        ledger: str,
+        label: str,
+        keep: Callable[[Run, Adapters], None] | None = None,
     ) -> dict[tuple, Outcome]:
         outcomes = read_ledger(ledger, runs)
         planned = [(run, job_of(run)) for run in runs]
@@ -155,9 +160,13 @@ def make_evaluate(
         bar = progress(num_steps, f"{label}: {sum(map(len, waves))} inner runs", "step")
         for pairs in waves:
             chosen, jobs = zip(*pairs, strict=True)
-            finished = wave(params, chosen, jobs, bar.update)
-            for run, outcome in zip(chosen, finished, strict=True):
+            finished, adapters = wave(params, chosen, jobs, bar.update)
+            if keep is not None:
+                adapters = to_host(adapters)
+            for i, (run, outcome) in enumerate(zip(chosen, finished, strict=True)):
                 if run.name not in outcomes:
+                    if keep is not None:
+                        keep(run, lora.take(adapters, slice(i, i + 1)))
                     append_json(ledger, _ledger_entry(run, outcome))
                 outcomes[run.name] = outcome
         bar.close()
@@ -263,7 +272,7 @@ def _mean_logp(
 ) -> jax.Array:
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    hidden, _ = hidden_states(config, params, tokens, positions, text_mask(segments), adapters)
+    hidden, _ = hidden_states(config, params, tokens, positions, segments, adapters)
     hidden, targets = hidden[:, :-1].reshape(B * (T - 1), -1), tokens[:, 1:].reshape(-1)
     logp = token_logp(config, params, hidden, targets).reshape(B, T - 1) * loss_mask[:, 1:]
     return logp.sum(axis=1) / jnp.maximum(loss_mask[:, 1:].sum(axis=1), 1)
@@ -290,6 +299,7 @@ def mean_logp(
             segments[row, :length] = 1
             loss_mask[row, :length] = text.loss_mask
     arrays = to_device((tokens, segments, loss_mask), leading(mesh, "rows", shape[0]))
-    logp = to_host(_mean_logp(model.config, params, adapters, *arrays))
+    with jax.set_mesh(mesh):
+        logp = to_host(_mean_logp(model.config, params, adapters, *arrays))
     logp = logp.reshape(len(texts), most)
     return [logp[i, : len(group)].tolist() for i, group in enumerate(texts)]

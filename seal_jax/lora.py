@@ -1,4 +1,4 @@
-"""LoRA adapters as pytrees: init, stack, take, merge, count.
+"""LoRA adapters as pytrees: init, stack, take, concatenate, merge, count.
 
 An adapter is a value beside the base parameters, never a change of them:
 y = x @ W + (alpha / rank) * (x @ A) @ B, with W frozen, A random and B zero at the start, so that
@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from seal_jax.models.config import ModelConfig
+from seal_jax.models.names import linear_shapes
+from seal_jax.models.quantize import is_quantized
 from seal_jax.types import Adapters, Params
 
 TARGETS = {
@@ -34,17 +36,7 @@ def target_shapes(config: ModelConfig, targets: Sequence[str]) -> dict[str, tupl
     unknown = sorted(set(targets) - set(TARGETS))
     if unknown or not targets:
         raise ValueError(f"LoRA targets must be some of {', '.join(TARGETS)}; got {list(targets)}")
-    D, F, H = config.embed_dim, config.mlp_dim, config.head_dim
-    q, kv = config.num_heads * H, config.num_kv_heads * H
-    shapes = {
-        "q_proj": (D, q),
-        "k_proj": (D, kv),
-        "v_proj": (D, kv),
-        "o_proj": (q, D),
-        "gate_proj": (D, F),
-        "up_proj": (D, F),
-        "down_proj": (F, D),
-    }
+    shapes = linear_shapes(config)
     return {target: shapes[target] for target in TARGETS if target in targets}
 
 
@@ -84,13 +76,39 @@ def take(adapters: Adapters, index) -> Adapters:
     return jax.tree.map(lambda x: x[index], adapters)
 
 
+def concatenate(adapters: Sequence[Adapters]) -> Adapters:
+    """Return one stack whose adapter i does what the adapters i of several stacks do together.
+
+    x @ a1 @ b1 + x @ a2 @ b2 = x @ [a1 a2] @ [b1; b2]: ranks add up, scales move into b, and a
+    target is adapted if any of the stacks adapts it, so that ranks may differ between targets.
+    """
+    weights: Params = {}
+    for target, block in TARGETS.items():
+        found = [
+            (x.weights[block][target], x.scale[:, None, None, None])
+            for x in adapters
+            if target in x.weights.get(block, {})
+        ]
+        if found:
+            a = jnp.concatenate([ab["a"] for ab, _ in found], axis=-1)
+            b = jnp.concatenate([ab["b"] * scale for ab, scale in found], axis=-2)
+            weights.setdefault(block, {})[target] = {"a": a, "b": b}
+    return Adapters(weights, jnp.ones_like(adapters[0].scale))
+
+
 def count(adapters: Adapters) -> int:
     """Return the number of parameters of one adapter of the stack."""
     return sum(x[0].size for x in jax.tree.leaves(adapters.weights))
 
 
 def merge(params: Params, adapters: Adapters, index: int = 0) -> Params:
-    """Return params with adapter `index` added to its kernels; the sum is made in float32."""
+    """Return params with adapter `index` added to its kernels; the sum is made in float32.
+
+    Raises:
+      ValueError: params are quantized: the sum would be rounded to their few levels.
+    """
+    if is_quantized(params):
+        raise ValueError("an adapter cannot be merged into quantized params: merge, then quantize")
     merged = dict(params)
     num_layers = jax.tree.leaves(adapters.weights)[0].shape[1]
     for i in range(num_layers):
@@ -101,6 +119,6 @@ def merge(params: Params, adapters: Adapters, index: int = 0) -> Params:
                 kernel = layer[block][target]["kernel"]
                 delta = adapters.scale[index] * (ab["a"][index, i] @ ab["b"][index, i])
                 total = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
-                layer[block][target] = {"kernel": total}
+                layer[block][target] = layer[block][target] | {"kernel": total}
         merged[f"layers_{i}"] = layer
     return merged

@@ -16,9 +16,11 @@ lacks, a policy trained on randomly chosen self-edits, is the same loop with ano
 WORKDIR/random.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,30 +28,35 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from seal_jax import checkpoint, keys
+from seal_jax.adapters import delete_adapters, inner_id, policy_id, policy_parents, save_adapter
 from seal_jax.compare import compare
 from seal_jax.config import diff, to_json
+from seal_jax.evaluate import Run
+from seal_jax.lora import merge
 from seal_jax.metrics import append_json, append_metrics, truncate_after, write_json, write_text
-from seal_jax.models import load_model
 from seal_jax.objectives import OBJECTIVES, Objective
 from seal_jax.optim import make_optimizer
+from seal_jax.peft import is_peft, load_peft
 from seal_jax.plan import describe
 from seal_jax.policy import init_train_state, make_policy_update
 from seal_jax.record import Clock, log_edits, summarize, tabulate, written_lengths
 from seal_jax.rewards import Outcome
-from seal_jax.sharding import to_host
+from seal_jax.runs import claim_model
+from seal_jax.sharding import param_shardings, replicated, to_device, to_host
 from seal_jax.stages import (
     Stages,
     baseline_accuracy,
     check_prompts,
+    inner_base,
     inner_runs,
     make_stages,
     optimizer_arguments,
     parse,
-    place_params,
+    place_model,
     write_edits,
 )
 from seal_jax.tasks.task import Exam, Problem
-from seal_jax.types import Params, TrainState
+from seal_jax.types import Adapters, Params, TrainState
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -72,9 +79,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     train_problems, eval_problems = split_problems(stages)
     check_prompts(stages, [*train_problems, *eval_problems])
     claim_workdir(config, workdir)
+    claim_model(workdir, stages.model, config.model.dtype)
     print(describe(stages, train_problems, eval_problems), flush=True)
     with jax.transfer_guard("disallow"):
-        base = place_params(stages, stages.model.params)
+        base = stages.model.params
         objective = OBJECTIVES[config.outer.objective]
         arms = {"base": base}
         arms["seal"] = run_outer_loop(
@@ -111,13 +119,13 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> dict[str, 
     """Compare a policy with the base model; see `compare` for what is written.
 
     Args:
-      policy: a folder of checkpoints, or any model source.
+      policy: a folder of checkpoints, a PEFT adapter of the config's model, or any model source.
     """
     check_workdir(config, workdir)
     stages = make_stages(config)
     _, held_out = split_problems(stages)
     with jax.transfer_guard("disallow"):
-        base = place_params(stages, stages.model.params)
+        base = stages.model.params
         policies = {"base": base, "seal": load_policy(stages, base, policy)}
         claim_workdir(config, workdir)
         claim_policy(workdir, policy, checkpoint.tree_hash(policies["seal"]))
@@ -139,16 +147,19 @@ def claim_policy(workdir: str, policy: str, policy_hash: str) -> None:
 
 
 def load_policy(stages: Stages, base: Params, policy: str) -> Params:
-    """Return the params of a checkpoints folder, or of a model of the same architecture."""
+    """Return the params of checkpoints, a PEFT adapter, or a model of the same architecture."""
     if is_checkpoints(policy):
         return checkpoint.restore(policy, {"policy": base})[1]["policy"]
-    model = load_model(policy, stages.config.model.dtype)
+    if is_peft(policy):
+        adapters = to_device(load_peft(policy, stages.model.config), replicated(stages.mesh))
+        return jax.jit(merge, out_shardings=param_shardings(stages.mesh, base))(base, adapters)
+    model = place_model(stages.config, policy, stages.mesh)
     if model.config != stages.model.config:
         raise ValueError(
             f"{policy} is another architecture than {stages.config.model.source}:"
             f" found {model.config}, expected {stages.model.config}"
         )
-    return place_params(stages, model.params)
+    return model.params
 
 
 def is_checkpoints(folder: str) -> bool:
@@ -162,11 +173,9 @@ def generate_edits(
     if out is not None and os.path.exists(out):
         raise ValueError(f"{out} exists: choose another --out")
     stages = make_stages(config)
-    params = place_params(stages, stages.model.params)
+    params = stages.model.params
     if adapter is not None:
-        if not is_checkpoints(adapter):
-            raise FileNotFoundError(f"{adapter}: expected a run's folder checkpoints/")
-        # Not the adapter in it alone, which is what the last outer step added to the ones before.
+        # Of checkpoints it is not the adapter in them, which is what the last outer step added.
         params = load_policy(stages, params, adapter)
     batch = [(problem, None) for problem in problems]
     num_edits = config.sample.num_edits
@@ -197,7 +206,7 @@ def run_outer_loop(
     optimizer = make_optimizer(**optimizer_arguments(outer.to_dict()))
     lora = {"rank": outer.rank, "alpha": outer.alpha, "targets": outer.targets}
     policy_update = make_policy_update(
-        stages.model.config,
+        dataclasses.replace(stages.model.config, remat=outer.remat),
         objective,
         optimizer,
         mesh=stages.mesh,
@@ -226,10 +235,15 @@ def run_outer_loop(
         clock.lap("sample")
         outcomes: dict[tuple, Outcome] = {}
         if objective.needs_rewards:
-            baseline = baseline_accuracy(stages, state.params, batch)
+            frozen = inner_base(stages, state.params)
+            baseline = baseline_accuracy(stages, frozen, batch)
             runs = inner_runs(batch, edits, step, config.inner.num_seeds)
             ledger = pending(folder, step)
-            outcomes = stages.evaluate(state.params, runs, ledger, f"{label} step {step}")
+            keep = partial(keep_adapter, folder, policy_parents(step, update))
+            if config.checkpoint.adapters == "none":
+                keep = None
+            outcomes = stages.evaluate(frozen, runs, ledger, f"{label} step {step}", keep)
+            del frozen  # the policy update needs the room
         clock.lap("inner")
         rewards, valid = tabulate(edits, outcomes, **config.reward)
         rng = np.random.default_rng([config.seed, keys.SELECT, step])
@@ -244,12 +258,28 @@ def run_outer_loop(
             metrics["reward/baseline_accuracy"] = float(np.mean(baseline))
         append_metrics(os.path.join(folder, "metrics.jsonl"), step, metrics)
         log_edits(folder, step, batch, edits, outcomes, rewards, advantages)
+        if config.checkpoint.adapters == "kept" and objective.needs_rewards:
+            drop_unkept(folder, batch, runs, advantages)
+        if state.adapters is not None:
+            save_adapter(folder, policy_id(step), state.adapters, policy_parents(step, update))
         save_state(manager, state, step, rewards)  # returns before it is on disk ...
         drop_pending(folder, step - 1)  # ... but the one before it is
     checkpoint.wait(manager)
     drop_pending(folder, outer.num_steps - 1)
     manager.close()
     return state
+
+
+def keep_adapter(folder: str, parents: list[str] | None, run: Run, adapter: Adapters) -> None:
+    """Save what an inner run made."""
+    save_adapter(folder, inner_id(run.step, run.name), adapter, parents)
+
+
+def drop_unkept(folder: str, batch: Sequence, runs: Sequence[Run], advantages: np.ndarray) -> None:
+    """Delete the adapters of the self-edits that the policy was not trained on."""
+    kept = {(batch[p][0].id, r) for p, r in np.argwhere(advantages).tolist()}
+    unkept = [run for run in runs if run.name[:2] not in kept]
+    delete_adapters(folder, [inner_id(run.step, run.name) for run in unkept])
 
 
 def pending(folder: str, step: int) -> str:

@@ -10,14 +10,15 @@ import optax
 import pytest
 from tiny_run import CONFIG, run_loop, run_process, train_arguments
 
-from seal_jax import checkpoint, cli
+from seal_jax import adapters, checkpoint, cli
 from seal_jax.config import load_config, to_json
 from seal_jax.metrics import read_jsonl
+from seal_jax.models import load_model
 from seal_jax.optim import make_optimizer
 from seal_jax.policy import init_train_state
 from seal_jax.record import tabulate, why
 from seal_jax.rewards import Outcome
-from seal_jax.stages import make_stages, optimizer_arguments, place_params
+from seal_jax.stages import make_stages, optimizer_arguments
 from seal_jax.tasks.task import Rejected, SelfEdit
 from seal_jax.train import train
 
@@ -48,7 +49,7 @@ def restore_final(folder, *overrides):
     """Return the pytrees of the newest checkpoint: policy, opt_state, and adapters if there are."""
     config = load_config(CONFIG, overrides)
     stages, outer = make_stages(config), config.outer
-    base = place_params(stages, stages.model.params)
+    base = stages.model.params
     state = init_train_state(
         stages.model.config,
         base,
@@ -80,17 +81,28 @@ def assert_same_run(left, right):
             assert (right / name).read_text() == (left / name).read_text(), name
 
 
+def assert_same_adapters(left, right):
+    names, config = adapters.list_adapters(str(left)), load_model("random:byte-tiny").config
+    assert adapters.list_adapters(str(right)) == names
+    for name in names:
+        trees, parents = zip(
+            *[adapters.load_adapter(str(run), name, config) for run in (left, right)], strict=True
+        )
+        assert len({checkpoint.tree_hash(tree) for tree in trees}) == 1, name
+        assert parents[0] == parents[1]
+
+
 def test_a_run_writes_its_whole_folder(finished):
     assert {path.name for path in finished.iterdir()} == {
         *("config.json", "metrics.jsonl", "edits.jsonl", "summary.json", "summary.md"),
-        *("checkpoints", "random"),
+        *("checkpoints", "adapters", "model", "random"),
         *(f"eval_{arm}.jsonl" for arm in ("passage", "own", "seal", "random")),
     }
     config = json.loads((finished / "config.json").read_text())
     assert config["task"]["name"] == "facts" and config["inner"]["optax_name"] == "adamw"
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {"1", "2"}
     assert {p.name for p in (finished / "random").iterdir()} == {
-        *("metrics.jsonl", "edits.jsonl", "checkpoints")
+        *("metrics.jsonl", "edits.jsonl", "checkpoints", "adapters")
     }
     summary = json.loads((finished / "summary.json").read_text())
     assert list(summary["arms"]) == ["base", "own", "passage", "random", "seal"]
@@ -178,6 +190,7 @@ def test_a_run_that_is_killed_three_times_is_the_uninterrupted_run(finished, one
     run = tmp_path / "run"
     killed_at(run, "pending_0.jsonl:3")  # within a wave of step 0's inner runs
     assert not (run / "metrics.jsonl").exists()
+    (run / "adapters" / "policy-0.orbax-checkpoint-tmp").mkdir()  # an adapter half saved
     killed_at(run, "edits.jsonl:7")  # step 1 is evaluated, its log half written, nothing saved
     assert len(read_jsonl(run / "metrics.jsonl")) == 2
     assert {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()} == {"1"}
@@ -185,6 +198,7 @@ def test_a_run_that_is_killed_three_times_is_the_uninterrupted_run(finished, one
     assert not (run / "summary.json").exists()
     run_process(*train_arguments(run))
     assert_same_run(finished, run)
+    assert_same_adapters(finished, run)
     _, found = restore_final(run)
     _, expected = restore_final(finished)
     assert found.keys() == {"policy", "opt_state", "adapters"}
@@ -244,7 +258,7 @@ def test_a_users_optimizer_in_both_loops_and_a_threshold_that_keeps_nothing(one_
     assert row["inner/loss_after"] < row["inner/loss_before"]
     assert row["edits/kept"] == row["policy/num_batches"] == 0
     assert not any(edit["kept"] for edit in read_jsonl(tmp_path / "edits.jsonl"))
-    base = place_params(stages, stages.model.params)
+    base = stages.model.params
     policy = checkpoint.restore(tmp_path / "checkpoints", {"policy": base})[1]["policy"]
     assert checkpoint.tree_hash(policy) == checkpoint.tree_hash(base)
     assert '"optimizer": "test_train:signed_step"' in to_json(config)

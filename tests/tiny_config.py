@@ -28,4 +28,5 @@ def get_config():
     config.outer.learning_rate = 3e-3
     config.eval.num_problems = 2
     config.eval.num_bootstrap = 100
+    config.checkpoint.adapters = "kept"
     return config

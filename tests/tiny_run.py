@@ -75,14 +75,14 @@ def run_loop(config, folder):
     import jax
 
     from seal_jax.objectives import OBJECTIVES
-    from seal_jax.stages import make_stages, place_params
+    from seal_jax.stages import make_stages
     from seal_jax.train import run_outer_loop, split_problems
 
     stages, outer = make_stages(config), config.outer
     problems, _ = split_problems(stages)
     objective = OBJECTIVES[outer.objective](outer.select, outer.threshold)
     with jax.transfer_guard("disallow"):
-        base = place_params(stages, stages.model.params)
+        base = stages.model.params
         run_outer_loop(stages, objective, base, problems, folder=folder, label="SEAL")
     return stages
 

@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from seal_jax import keys, lora
+from seal_jax.inner import batch_sharding
 from seal_jax.metrics import append_json, progress, read_jsonl
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import hidden_states, token_logp
@@ -35,7 +36,7 @@ from seal_jax.self_edit import (
     text_of,
     useful_tokens,
 )
-from seal_jax.sharding import leading, replicated, to_device, to_host
+from seal_jax.sharding import RULES, leading, replicated, to_device, to_host
 from seal_jax.tasks.task import Exam, Problem, SelfEdit
 from seal_jax.types import Adapters, Params
 
@@ -82,7 +83,8 @@ def make_evaluate(
         tokens_per_step, steps_per_call.
       answers: max_tokens and max_rows.
     """
-    num_adapters = inner["max_adapters"]
+    num_shards = mesh.shape[RULES["adapter"]]
+    num_adapters = -(-inner["max_adapters"] // num_shards) * num_shards
     init = jax.jit(
         partial(
             lora.init_adapters,
@@ -111,35 +113,45 @@ def make_evaluate(
         return [text_of([*p, *g], len(p)) for p, g in zip(prompts, golds, strict=True)]
 
     def wave(
-        params: Params, runs: Sequence[Run], jobs: Sequence[Job], show: Callable[[int], None]
-    ) -> tuple[list[Outcome], Adapters]:
-        idle = num_adapters - len(runs)
-        paths = [run.path(seed, keys.ADAPTER) for run in runs] + [(0,) * 6] * idle
-        jobs = [*jobs, *[Job((), 0.0)] * idle]
+        params: Params, places: Sequence[tuple[Run, Job] | None], show: Callable[[int], None]
+    ) -> tuple[list[Outcome | None], Adapters]:
+        """Train, ask and grade the runs at the population's places; None is an idle one."""
+        runs = [place[0] if place else None for place in places]
+        jobs = [place[1] if place else Job((), 0.0) for place in places]
+        paths = [run.path(seed, keys.ADAPTER) if run else (0,) * 6 for run in runs]
         batches = pack(
             jobs,
             tokens_per_step=inner["tokens_per_step"],
             steps_per_call=inner["steps_per_call"],
             pad_id=model.tokenizer.pad_id,
+            num_shards=num_shards,
         )
         fresh = to_device(init(keys.fold(paths)), leading(mesh, "adapter", num_adapters))
-        placed = to_device(batches, replicated(mesh))
+        on_devices = [to_device(batch, batch_sharding(mesh)) for batch in batches]
         with jax.set_mesh(mesh):  # for the attention kernels
-            adapters, losses = inner_update(params, fresh, placed, show)
+            adapters, losses = inner_update(params, fresh, on_devices, show)
         losses = job_losses(batches, to_host(losses), num_adapters)
-        prompts = [exam_prompts(model, task, run.problem, run.exam, chat) for run in runs] + [
-            []
-        ] * idle
+        prompts = [
+            exam_prompts(model, task, run.problem, run.exam, chat) if run else [] for run in runs
+        ]
         written = answer(model, params, adapters, prompts, mesh=mesh, **answers)
-        logps: list = [None] * len(runs)
+        logps: list = [None] * num_adapters
         if with_log_likelihood:
-            golds = [gold_texts(run, p) for run, p in zip(runs, prompts, strict=False)]
-            logps = mean_logp(model, params, adapters, golds + [[]] * idle, mesh=mesh)
-        trained = useful_tokens(batches)[1] / len(runs)
+            golds = [
+                gold_texts(run, p) if run else [] for run, p in zip(runs, prompts, strict=True)
+            ]
+            logps = mean_logp(model, params, adapters, golds, mesh=mesh)
+        trained = useful_tokens(batches)[1] / sum(run is not None for run in runs)
         return [
-            _outcome(task, run, inner["num_epochs"], *parts)._replace(trained_tokens=trained)
-            for run, *parts in zip(runs, jobs, losses, written, logps, strict=False)
+            run
+            and _outcome(task, run, inner["num_epochs"], *parts)._replace(trained_tokens=trained)
+            for run, *parts in zip(runs, jobs, losses, written, logps, strict=True)
         ], adapters
+
+    def deal(pairs: Sequence[tuple[Run, Job]]) -> list[tuple[Run, Job] | None]:
+        """Return a place for each adapter: the runs, longest first, go round the shards."""
+        order = [k for s in range(num_shards) for k in range(s, num_adapters, num_shards)]
+        return [pairs[k] if k < len(pairs) else None for k in order]
 
     def evaluate(
         params: Params,
@@ -159,11 +171,14 @@ def make_evaluate(
         num_steps = sum(len(job.rows) for pairs in waves for _, job in pairs)
         bar = progress(num_steps, f"{label}: {sum(map(len, waves))} inner runs", "step")
         for pairs in waves:
-            chosen, jobs = zip(*pairs, strict=True)
-            finished, adapters = wave(params, chosen, jobs, bar.update)
+            places = deal(pairs)
+            finished, adapters = wave(params, places, bar.update)
             if keep is not None:
                 adapters = to_host(adapters)
-            for i, (run, outcome) in enumerate(zip(chosen, finished, strict=True)):
+            for i, (place, outcome) in enumerate(zip(places, finished, strict=True)):
+                if place is None:
+                    continue
+                run = place[0]
                 if run.name not in outcomes:
                     if keep is not None:
                         keep(run, lora.take(adapters, slice(i, i + 1)))

@@ -14,25 +14,45 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import hidden_states, token_logp
 from seal_jax.optim import Optimizer, scheduled_rate
+from seal_jax.sharding import RULES
 from seal_jax.types import Adapters, InnerBatch, InnerState, Params
 
 
 def lane_losses(
     config: ModelConfig, params: Params, adapters: Adapters, batch: InnerBatch
 ) -> jax.Array:
-    """Return the mean negative log-likelihood f32[W] of the rows [W T]; 0 for an empty lane."""
+    """Return the mean negative log-likelihood f32[U] of each lane's row; 0 for an empty lane.
+
+    Args:
+      adapters: U of them, one per lane.
+      batch: one step: lanes [U], blocks [W T/b], the rest [W T].
+    """
+    num_lanes, length = adapters.scale.shape[0], batch.tokens.shape[-1]
     hidden, _ = hidden_states(
-        config, params, batch.tokens, batch.positions, batch.segments, adapters
+        config,
+        params,
+        batch.tokens,
+        batch.positions,
+        batch.segments,
+        adapters,
+        blocks=batch.blocks.reshape(-1),
     )
+    finite = jnp.isfinite(hidden).all(axis=-1)
+    hidden = jnp.where(finite[..., None], hidden, 0)[:, :-1]
     targets, counts = batch.tokens[:, 1:], batch.loss_mask[:, 1:].astype(jnp.float32)
-    hidden = hidden[:, :-1]
     logp = token_logp(config, params, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
-    logp = logp.reshape(targets.shape) * counts
-    return -logp.sum(axis=1) / jnp.maximum(counts.sum(axis=1), 1)
+    lane = jnp.repeat(batch.blocks, length // batch.blocks.shape[-1], axis=-1)  # of each token
+    in_lane = (lane[None] == jnp.arange(num_lanes)[:, None, None]).astype(jnp.float32)  # [U W T]
+    lost = jnp.einsum("uwt,wt->u", in_lane, (~finite).astype(jnp.float32))
+    in_lane = in_lane[:, :, 1:]
+    total = jnp.einsum("uwt,wt->u", in_lane, logp.reshape(targets.shape) * counts)
+    losses = -total / jnp.maximum(jnp.einsum("uwt,wt->u", in_lane, counts), 1)
+    return jnp.where(lost > 0, jnp.nan, losses)
 
 
 def inner_step(
@@ -43,10 +63,10 @@ def inner_step(
     state: InnerState,
     batch: InnerBatch,
 ) -> tuple[InnerState, jax.Array]:
-    """Take one step: lanes [W], tokens [W T], learning_rate and num_steps [A].
+    """Take one step: lanes [U], blocks [W T/b], tokens [W T], learning_rate and num_steps [A].
 
     Returns:
-      The new state, and the losses f32[W] before the step. A lane whose loss or update is not
+      The new state, and the losses f32[U] before the step. A lane whose loss or update is not
       finite keeps its adapter and reports NaN.
     """
     num_adapters = state.step.shape[0]
@@ -90,13 +110,17 @@ def inner_step(
 
 
 def make_inner_update(
-    config: ModelConfig, optimizer: Optimizer, schedule: str = "linear"
+    config: ModelConfig, optimizer: Optimizer, schedule: str = "linear", mesh: Mesh | None = None
 ) -> Callable[..., tuple[Adapters, list[jax.Array]]]:
     """Return `inner_update(params, adapters, batches) -> adapters, losses`.
 
     `inner_update` is pure: batches in their order, each one device call that scans over its steps
-    with the whole population as (donated) carry. losses[i] is f32[I W] for batches[i], NaN where a
+    with the whole population as (donated) carry. losses[i] is f32[I U] for batches[i], NaN where a
     lane's step was not finite; an empty lane reports 0.
+
+    Args:
+      mesh: divides the population over the axis of 'adapter': each part of it trains its own
+        adapters on its own shard of the batches (see `pack`), and no part waits for another.
     """
 
     @jax.jit
@@ -106,22 +130,22 @@ def make_inner_update(
         adapters = jax.tree.map(jnp.copy, adapters)
         return InnerState(adapters, opt_state, jnp.zeros(adapters.scale.shape, jnp.int32))
 
-    @partial(jax.jit, donate_argnums=1)
-    def run_batch(params: Params, state: InnerState, batch: InnerBatch):
-        active = (batch.lanes >= 0).any(axis=1)
+    def run_steps(params: Params, state: InnerState, batch: InnerBatch):
         step = partial(inner_step, config, optimizer, schedule, params)
 
         def take_step(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
-            return step(state, InnerBatch(*(x[i] for x in batch[:5]), *batch[5:]))
+            return step(state, InnerBatch(*(x[i] for x in batch[:6]), *batch[6:]))
 
         def skip(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
             del i
             return state, jnp.zeros(batch.lanes.shape[1], jnp.float32)
 
         def body(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
-            return jax.lax.cond(active[i], take_step, skip, state, i)
+            return jax.lax.cond((batch.lanes[i] >= 0).any(), take_step, skip, state, i)
 
         return jax.lax.scan(body, state, jnp.arange(batch.lanes.shape[0]))
+
+    run_batch = jax.jit(_on_shards(run_steps, mesh), donate_argnums=1)
 
     def inner_update(
         params: Params,
@@ -140,3 +164,38 @@ def make_inner_update(
         return state.adapters, losses
 
     return inner_update
+
+
+def _on_shards(run_steps: Callable, mesh: Mesh | None) -> Callable:
+    """Return `run_steps` as every part of the mesh does it, with its own adapters and lanes."""
+    axis = RULES["adapter"]
+    if mesh is None or mesh.shape[axis] == 1:
+        return run_steps
+
+    def on_shard(params: Params, state: InnerState, batch: InnerBatch):
+        first = jax.lax.axis_index(axis) * state.step.shape[0]
+        lanes = jnp.where(batch.lanes >= 0, batch.lanes - first, -1)
+        return run_steps(params, state, batch._replace(lanes=lanes))
+
+    by_adapter = PartitionSpec(axis)
+    return jax.shard_map(
+        on_shard,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), by_adapter, _BATCH_SPEC),
+        out_specs=(by_adapter, _BATCH_SPEC.lanes),
+        axis_names={axis},
+        check_vma=False,
+    )
+
+
+_BY_LANE, _BY_ADAPTER = PartitionSpec(None, RULES["adapter"]), PartitionSpec(RULES["adapter"])
+_BATCH_SPEC = InnerBatch(*(_BY_LANE,) * 6, _BY_ADAPTER, _BY_ADAPTER)
+
+
+def batch_sharding(mesh: Mesh) -> InnerBatch:
+    """Return where `make_inner_update(mesh=mesh)` wants the arrays of a batch."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        _BATCH_SPEC,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )

@@ -1,12 +1,12 @@
-"""Parsed self-edits to fixed-shape arrays (numpy): order, pack, bucket, schedule.
+"""Parsed self-edits to fixed-shape arrays (numpy): order, schedule, pack.
 
 A `Job` is one inner run: a self-edit's token texts with one seed. Each of its optimizer steps is
-one row of tokens (its batch of texts, packed behind one another). Jobs differ in length, and rows
-differ more: padding every row of a step to the longest one wastes 4.6 times the text at 16
-adapters (simulated on the published self-edits). So an adapter waits until others have a row of
-like length: a step takes only the lanes whose next rows share a bucket, at about the same number
-of tokens for each bucket. Every adapter still takes its own rows in its own order, so what it
-becomes does not depend on its neighbors.
+one row of tokens (its batch of texts, packed behind one another). Rows differ in length by a factor
+of 20, so a lane per adapter, padded to the longest, would compute 4.6 times the text at 16 adapters
+(simulated on the published self-edits). Instead, a step is a budget of tokens, cut into small
+blocks, and each row takes the blocks it needs: rows of several adapters lie behind one another, and
+a step takes the adapters whose next rows fill it. An adapter that finds no place waits. It still
+takes its own rows in its own order, so what it becomes does not depend on its neighbors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,17 @@ import numpy as np
 from seal_jax.types import InnerBatch
 
 BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
-STEP_COST = 64  # of taking a step at all, in tokens: keeps steps from becoming small to be full
+# A row takes whole blocks; a block belongs to one adapter.
+BLOCK = 8
+# Tokens that attend to one another lie in one array row of T; attention's cost grows with T, so it
+# is no longer than the texts ask for.
+SHORTEST, LONGEST = 256, 8192
+# A step has a lane, a place for one adapter, for each so many of its tokens.
+_TOKENS_PER_LANE = 32
+# What a step costs beside its tokens, in tokens, and by how much a token of a long row is dearer:
+# rough figures, which only decide between steps of about the same worth.
+STEP_COST = 64
+_ATTENTION_COST = 1 / 4096
 
 
 class Text(NamedTuple):
@@ -73,70 +83,111 @@ def bucket_of(length: int, buckets: Sequence[int] = BUCKETS) -> int:
     raise ValueError(f"a row of {length} tokens: at most {buckets[-1]} fit into one step")
 
 
-class Step(NamedTuple):
-    """One step of the schedule: which job's which row goes into which lane."""
+class Place(NamedTuple):
+    """Where one row of a job lies in a step."""
 
-    bucket: int  # T
-    num_lanes: int  # W; lanes beyond len(lanes) stay empty
-    lanes: tuple[tuple[int, int], ...]  # (job, row)
+    job: int
+    row: int
+    w: int  # which array row
+    t: int  # its first token there, a multiple of BLOCK
+
+
+class Step(NamedTuple):
+    """One step of the schedule: for each shard of the population, which rows it takes."""
+
+    num_rows: int  # W of each shard
+    length: int  # T
+    shards: tuple[tuple[Place, ...], ...]
+
+    @property
+    def num_lanes(self) -> int:
+        """U, the adapters that each shard has room for."""
+        return max(1, self.num_rows * self.length // _TOKENS_PER_LANE)
 
 
 def schedule(
-    jobs: Sequence[Job], *, tokens_per_step: int, buckets: Sequence[int] = BUCKETS
+    jobs: Sequence[Job], *, tokens_per_step: int, num_shards: int = 1, shortest: int = SHORTEST
 ) -> Iterator[Step]:
     """Yield steps until every job has taken all its rows, in order.
 
-    A step has a bucket T and a width W, all or a quarter of the lanes that `tokens_per_step` has
-    room for; each pair is a program. Of those that could run now, take the one with the most text
-    per cost. Its lanes go to the jobs with the most text left, then to shorter rows.
+    Shard s has an equal part of the jobs, the s-th. Of the shapes [W T] that could run now, take
+    the one with the most text per cost, filled with the rows of the jobs that have the most text
+    left.
     """
     lengths = [[row_length(row) for row in job.rows] for job in jobs]
     left = [sum(x) for x in lengths]
     at = [0] * len(jobs)
-
-    def widths(bucket: int) -> set[int]:
-        most = min(max(1, tokens_per_step // bucket), len(jobs))
-        return {most, -(-most // 4)}
-
-    def lanes(bucket: int, waiting: dict[int, list[int]]) -> list[int]:
-        own = sorted(waiting[bucket], key=lambda j: -left[j])
-        shorter = [j for b in waiting if b < bucket for j in waiting[b]]
-        return own + sorted(shorter, key=lambda j: -lengths[j][at[j]])
-
-    while True:
-        waiting: dict[int, list[int]] = {}
-        for j, row in enumerate(at):
-            if row < len(lengths[j]):
-                waiting.setdefault(bucket_of(lengths[j][row], buckets), []).append(j)
-        if not waiting:
-            return
+    size = -(-len(jobs) // num_shards)
+    while any(left):
+        ready = [
+            sorted(
+                (j for j in range(s * size, min((s + 1) * size, len(jobs))) if left[j]),
+                key=lambda j: -left[j],
+            )
+            for s in range(num_shards)
+        ]
         options = []
-        for bucket in sorted(waiting):
-            ready = lanes(bucket, waiting)
-            for width in sorted(widths(bucket)):
-                text = sum(lengths[j][at[j]] for j in ready[:width])
-                value = text / (width * bucket + STEP_COST)
-                options.append((value, bucket, width, ready[:width]))
-        _, bucket, width, chosen = max(options, key=lambda option: option[0])
-        yield Step(bucket, width, tuple((j, at[j]) for j in chosen))
-        for j in chosen:
-            left[j] -= lengths[j][at[j]]
-            at[j] += 1
+        longest = max(lengths[j][at[j]] for js in ready for j in js)
+        for W, T in _shapes(longest, tokens_per_step, shortest):
+            room = max(1, W * T // _TOKENS_PER_LANE)
+            shards = tuple(
+                _fill(W, T, room, [(j, at[j], lengths[j][at[j]]) for j in js]) for js in ready
+            )
+            text = sum(lengths[p.job][p.row] for places in shards for p in places)
+            cost = W * T * (1 + T * _ATTENTION_COST) + STEP_COST
+            options.append((text / cost, W, T, shards))
+        _, W, T, shards = max(options, key=lambda option: option[0])
+        yield Step(W, T, shards)
+        for places in shards:
+            for place in places:
+                left[place.job] -= lengths[place.job][place.row]
+                at[place.job] += 1
+
+
+def _shapes(longest: int, tokens_per_step: int, shortest: int) -> list[tuple[int, int]]:
+    """Return the shapes [W T] that a step may have: few, because each is a program."""
+    if longest > LONGEST:
+        raise ValueError(f"a row of {longest} tokens: at most {LONGEST} fit into one step")
+    budget, T = max(shortest, tokens_per_step), shortest
+    shapes = [(1, budget // part) for part in (16, 4) if budget // part % BLOCK == 0]
+    while True:
+        shapes.append((max(1, tokens_per_step // T), T))
+        if T >= longest:
+            return shapes
+        T *= 2
+
+
+def _fill(
+    num_rows: int, length: int, num_lanes: int, rows: Sequence[tuple[int, int, int]]
+) -> tuple[Place, ...]:
+    """Place rows (job, row, tokens), in their order, each where the least space stays."""
+    used, places = [0] * num_rows, []
+    for job, row, tokens in rows:
+        blocks = -(-tokens // BLOCK) * BLOCK
+        fits = [w for w in range(num_rows) if used[w] + blocks <= length]
+        if fits and len(places) < num_lanes:
+            w = max(fits, key=lambda w: used[w])
+            places.append(Place(job, row, w, used[w]))
+            used[w] += blocks
+    return tuple(places)
 
 
 def pack(
     jobs: Sequence[Job],
     *,
-    tokens_per_step: int = 256,
+    tokens_per_step: int = 512,
     steps_per_call: int = 8,
     pad_id: int = 0,
-    buckets: Sequence[int] = BUCKETS,
+    num_shards: int = 1,
+    shortest: int = SHORTEST,
 ) -> list[InnerBatch]:
     """Return the inner batches (numpy) that train adapter i on jobs[i].
 
     Args:
-      tokens_per_step: the tokens that one step has room for, over all its lanes.
+      tokens_per_step: the tokens that one step has room for, on each shard.
       steps_per_call: I, the steps of one device call; missing ones are empty, and cost no compute.
+      num_shards: over how many parts of the mesh the population is divided.
+      shortest: the least T, a power of two times BLOCK.
     """
     learning_rate = np.array([job.learning_rate for job in jobs], np.float32)
     num_steps = np.array([len(job.rows) for job in jobs], np.int32)
@@ -145,12 +196,13 @@ def pack(
 
     def close() -> None:
         if run:
-            shape = (steps_per_call, run[0].num_lanes, run[0].bucket)
-            arrays = _fill(jobs, run, shape, pad_id)
+            arrays = _to_arrays(jobs, run, steps_per_call, pad_id)
             batches.append(InnerBatch(*arrays, learning_rate, num_steps))
             run.clear()
 
-    for step in schedule(jobs, tokens_per_step=tokens_per_step, buckets=buckets):
+    for step in schedule(
+        jobs, tokens_per_step=tokens_per_step, num_shards=num_shards, shortest=shortest
+    ):
         if run and (run[0][:2] != step[:2] or len(run) == steps_per_call):
             close()
         run.append(step)
@@ -158,26 +210,35 @@ def pack(
     return batches
 
 
-def _fill(
-    jobs: Sequence[Job], run: Sequence[Step], shape: tuple[int, int, int], pad_id: int
+def _to_arrays(
+    jobs: Sequence[Job], run: Sequence[Step], steps_per_call: int, pad_id: int
 ) -> tuple[np.ndarray, ...]:
-    lanes = np.full(shape[:2], -1, np.int32)
+    W, T, U = run[0].num_rows, run[0].length, run[0].num_lanes
+    num_shards = len(run[0].shards)
+    shape = (steps_per_call, num_shards * W, T)
+    lanes = np.full((steps_per_call, num_shards * U), -1, np.int32)
+    blocks = np.zeros((steps_per_call, num_shards * W, T // BLOCK), np.int32)
     tokens = np.full(shape, pad_id, np.int32)
     segments = np.zeros(shape, np.int32)
     positions = np.zeros(shape, np.int32)
     loss_mask = np.zeros(shape, bool)
     for i, step in enumerate(run):
-        for w, (job, row) in enumerate(step.lanes):
-            lanes[i, w] = job
-            t = 0
-            for segment, text in enumerate(jobs[job].rows[row], start=1):
-                span = slice(t, t + len(text.tokens))
-                tokens[i, w, span] = text.tokens
-                segments[i, w, span] = segment
-                positions[i, w, span] = np.arange(len(text.tokens))
-                loss_mask[i, w, span] = text.loss_mask
-                t = span.stop
-    return lanes, tokens, segments, positions, loss_mask
+        for s, places in enumerate(step.shards):
+            num_texts = [0] * W
+            for lane, (job, row, w, t) in enumerate(places):
+                lanes[i, s * U + lane] = job
+                at = s * W + w
+                length = row_length(jobs[job].rows[row])
+                blocks[i, at, t // BLOCK : -(-(t + length) // BLOCK)] = lane
+                for text in jobs[job].rows[row]:
+                    num_texts[w] += 1
+                    span = slice(t, t + len(text.tokens))
+                    tokens[i, at, span] = text.tokens
+                    segments[i, at, span] = num_texts[w]
+                    positions[i, at, span] = np.arange(len(text.tokens))
+                    loss_mask[i, at, span] = text.loss_mask
+                    t = span.stop
+    return lanes, blocks, tokens, segments, positions, loss_mask
 
 
 def useful_tokens(batches: Sequence[InnerBatch]) -> tuple[int, int]:
@@ -193,11 +254,11 @@ def useful_tokens(batches: Sequence[InnerBatch]) -> tuple[int, int]:
 def job_losses(
     batches: Sequence[InnerBatch], losses: Sequence[np.ndarray], num_jobs: int
 ) -> list[list[float]]:
-    """Return the losses (on the host, [I W] for each batch) of every job's rows, in their order."""
+    """Return the losses (on the host, [I U] for each batch) of every job's rows, in their order."""
     rows: list[list[float]] = [[] for _ in range(num_jobs)]
     for batch, loss in zip(batches, losses, strict=True):
-        for i, w in np.argwhere(np.asarray(batch.lanes) >= 0):
-            rows[batch.lanes[i, w]].append(float(loss[i, w]))
+        for i, u in np.argwhere(np.asarray(batch.lanes) >= 0):
+            rows[batch.lanes[i, u]].append(float(loss[i, u]))
     return rows
 
 

@@ -51,7 +51,10 @@ def make_stages(config: ConfigDict) -> Stages:
         model,
         task,
         make_inner_update(
-            dataclasses.replace(model.config, remat=inner["remat"]), optimizer, inner["schedule"]
+            dataclasses.replace(model.config, remat=inner["remat"]),
+            optimizer,
+            inner["schedule"],
+            mesh,
         ),
         mesh=mesh,
         seed=config.seed,

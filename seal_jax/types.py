@@ -1,10 +1,10 @@
 """The axis letters, and the NamedTuples that cross from one stage of the loop to the next.
 
 Axis letters, used in every einsum and shape comment:
-  P problems, R self-edits per problem, E seeds per self-edit, A adapters, W lanes (adapters that
-  train in one step), I inner steps, B rows, T tokens (query), S key/value length, N query heads, K
-  kv heads, G = N / K, H head dim, D model dim, F feed-forward dim, V vocabulary, L layers, r LoRA
-  rank.
+  P problems, R self-edits per problem, E seeds per self-edit, A adapters, U lanes (adapters that
+  train in one step), W array rows of a step, I inner steps, B rows, T tokens (query), S key/value
+  length, N query heads, K kv heads, G = N / K, H head dim, D model dim, F feed-forward dim, V
+  vocabulary, L layers, r LoRA rank.
 """
 
 from typing import Any, NamedTuple
@@ -35,14 +35,17 @@ class InnerState(NamedTuple):
 
 
 class InnerBatch(NamedTuple):
-    """Steps of one length bucket. A lane is an adapter's place in a step; -1 marks an empty one.
+    """Steps of one shape. A lane is an adapter's place in a step; -1 marks an empty one.
 
-    Learning rate and step count come from the self-edit, so they are data: one program serves all.
+    An array row holds the rows of several adapters behind one another, each in blocks of tokens of
+    its own. Learning rate and step count come from the self-edit, so they are data: one program
+    serves all. Over a mesh, W and U are divided as the population is.
     """
 
-    lanes: jax.Array  # i32[I W] which adapter takes the lane
+    lanes: jax.Array  # i32[I U] which adapter takes the lane
+    blocks: jax.Array  # i32[I W T/b] the lane of each block of b tokens, counted within its shard
     tokens: jax.Array  # i32[I W T]
-    segments: jax.Array  # i32[I W T] 0 is padding, 1.. are texts packed in one row
+    segments: jax.Array  # i32[I W T] 0 is padding, 1.. are the texts of the array row
     positions: jax.Array  # i32[I W T] restart with each text
     loss_mask: jax.Array  # bool[I W T] whether predicting this token counts
     learning_rate: jax.Array  # f32[A] at the first step

@@ -226,6 +226,7 @@ def packed_batch(num_lanes, length):
     positions = np.concatenate([np.arange(50), np.arange(length - 60), np.zeros(10, int)])
     return InnerBatch(
         lanes=np.arange(num_lanes),
+        blocks=np.arange(num_lanes)[:, None],
         tokens=rng.integers(1, WIDE.vocab_size, (num_lanes, length)),
         segments=segments,
         positions=np.broadcast_to(positions, (num_lanes, length)),
@@ -244,12 +245,14 @@ def test_a_model_with_splash_is_that_with_xla(model):
     splash, xla = (dataclasses.replace(WIDE, attention=way) for way in ("splash", "xla"))
     batch = packed_batch(2, 130)
     logits = [
-        jax.jit(forward, static_argnums=0)(config, model, *batch[1:2], batch[3], batch[2])
+        jax.jit(forward, static_argnums=0)(
+            config, model, batch.tokens, batch.positions, batch.segments
+        )
         for config in (splash, xla)
     ]
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-4)
     # And what an inner update makes of it: jit, scan, cond and gradients, on eight devices too.
-    steps = batch._replace(**{k: np.stack([getattr(batch, k)] * 2) for k in batch._fields[:5]})
+    steps = batch._replace(**{k: np.stack([getattr(batch, k)] * 2) for k in batch._fields[:6]})
     trained = {}
     for name, config in {"xla": xla, "splash": splash}.items():
         update = make_inner_update(config, make_optimizer(optax_kwargs={"eps": 1e-4}), "constant")

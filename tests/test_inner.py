@@ -18,7 +18,7 @@ from seal_jax.types import Adapters
 
 A = 4
 T = 32  # the longest row
-PACKING = {"tokens_per_step": A * T, "buckets": (T,), "steps_per_call": 4}
+PACKING = {"tokens_per_step": A * T, "shortest": T, "steps_per_call": 4}
 # Adam divides by the gradient's size: with its own epsilon, where a gradient is nothing but
 # rounding, the two paths would differ by whole steps.
 ADAMW = {"weight_decay": 0.0, "eps": 1e-4}
@@ -164,7 +164,7 @@ def test_alone_as_in_a_population(tiny, adapters, update, trained):
 
 def test_alone_in_programs_of_other_shapes(tiny, adapters, update, trained):
     for j in range(3):
-        new, losses = run(tiny[1], take(adapters, j), [varied_jobs()[j]], update, buckets=(16, T))
+        new, losses = run(tiny[1], take(adapters, j), [varied_jobs()[j]], update, shortest=T)
         assert relative_error(new, take(trained[0], j)) < 1e-5
         np.testing.assert_allclose(losses[0], trained[1][j], rtol=1e-5)
 
@@ -196,6 +196,28 @@ def test_a_diverging_adapter_harms_nobody(tiny, adapters, update, trained, sick,
         jax.tree.map(np.testing.assert_array_equal, take(new, sick), take(adapters, sick))
         assert np.isnan(losses[sick]).all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(new))
+
+
+@pytest.mark.parametrize("size", [np.nan, 1e12, 1e30])
+@pytest.mark.parametrize("sick", [0, 2])
+def test_a_sick_adapter_shares_array_rows_and_harms_nobody(tiny, adapters, update, sick, size):
+    """What overflows forward or backward stays away from the texts behind and before it."""
+    jobs = varied_jobs()
+    packing = {"tokens_per_step": 2 * T, "shortest": 2 * T}  # one array row for all
+    weights = jax.tree.map(np.copy, adapters.weights)
+    for ab in weights["attn"].values():
+        ab["a"][sick] *= size
+        ab["b"][sick] += 1.0
+    start = adapters._replace(weights=weights)
+    healthy, expected = run(tiny[1], adapters, jobs, update, **packing)
+    new, losses = run(tiny[1], start, jobs, update, **packing)
+    for j in set(range(A)) - {sick}:
+        jax.tree.map(np.testing.assert_array_equal, take(new, j), take(healthy, j))
+        np.testing.assert_array_equal(losses[j], expected[j])
+    if not np.isfinite(losses[sick]).any():  # frozen, and flagged
+        jax.tree.map(np.testing.assert_array_equal, take(new, sick), take(start, sick))
+    if np.isnan(size):
+        assert np.isnan(losses[sick]).all()
 
 
 def test_arguments_stay_as_they_were(tiny, adapters, update):
@@ -237,8 +259,8 @@ def test_programs_are_compiled_by_bucket_only(small, strict):
             key=(i,),
         )
         jobs.append(job)
-    waves = [pack(jobs[i : i + 4], tokens_per_step=64, buckets=(16, T)) for i in range(0, 50, 4)]
-    waves[-1] = pack(jobs[-4:], tokens_per_step=64, buckets=(16, T))
+    waves = [pack(jobs[i : i + 4], tokens_per_step=64, shortest=T) for i in range(0, 50, 4)]
+    waves[-1] = pack(jobs[-4:], tokens_per_step=64, shortest=T)
     shapes = {batch.tokens.shape for wave in waves for batch in wave}
     assert 2 <= len(shapes) <= 4  # two buckets, in two widths at most
     adapters = init(config)

@@ -81,7 +81,7 @@ def test_twenty_steps_equal_peft(tiny, tmp_path, targets):
     their_losses = train_with_peft(model, job)
 
     tx = make_optimizer(optax_kwargs={"weight_decay": 0.0}, grad_clip=1.0)
-    batches = pack([job], buckets=(32,), steps_per_call=NUM_STEPS)
+    batches = pack([job], shortest=32, steps_per_call=NUM_STEPS)
     trained, losses = make_inner_update(config, tx, "linear")(params, adapters, batches)
 
     np.testing.assert_allclose(np.concatenate(losses)[:, 0], their_losses, rtol=1e-4)

@@ -156,6 +156,7 @@ def batch_of(config, num_lanes, length, num_steps=None):
     ones = jnp.ones(shape, jnp.int32)
     return InnerBatch(
         lanes=lanes,
+        blocks=lanes[..., None],
         tokens=tokens_of(config, shape),
         segments=ones,
         positions=jnp.broadcast_to(jnp.arange(length), shape),

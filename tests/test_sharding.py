@@ -13,14 +13,14 @@ from tiny_run import run_loop
 from seal_jax import keys, lora
 from seal_jax.config import load_config
 from seal_jax.evaluate import answer, mean_logp
-from seal_jax.inner import make_inner_update
+from seal_jax.inner import batch_sharding, make_inner_update
 from seal_jax.metrics import read_jsonl
 from seal_jax.models import Model
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import init_params
 from seal_jax.optim import make_optimizer
 from seal_jax.sample import generate, pad_prompts
-from seal_jax.self_edit import make_job, pack, text_of
+from seal_jax.self_edit import job_losses, make_job, pack, text_of
 from seal_jax.sharding import leading, make_mesh, param_shardings, replicated, to_device, to_host
 from seal_jax.tokenizer import ByteTokenizer
 
@@ -54,10 +54,9 @@ def one_device_mesh():
     return jax.make_mesh((1, 1, 1), axes, (jax.sharding.AxisType.Auto,) * 3)
 
 
-def compute(model, mesh):
-    """Return what the three device stages make on `mesh`, on the host."""
+def inner_arguments(model, mesh):
+    """Return (params, adapters, batches) of an inner update, placed on the mesh."""
     encode = model.tokenizer.encode
-    params = to_device(model.params, param_shardings(mesh, model.params))
     jobs = [
         make_job(
             [text_of(encode(f"thing {i} is red")), text_of(encode("so it is" * (1 + i % 2)))],
@@ -68,22 +67,35 @@ def compute(model, mesh):
         )
         for i in range(NUM_ADAPTERS)
     ]
-    batches = pack(jobs, tokens_per_step=512, steps_per_call=4, pad_id=model.tokenizer.pad_id)
-    assert len({batch.tokens.shape for batch in batches}) == 1  # one program
+    batches = pack(
+        jobs,
+        tokens_per_step=512 // mesh.shape["data"],
+        steps_per_call=4,
+        pad_id=model.tokenizer.pad_id,
+        num_shards=mesh.shape["data"],
+        shortest=32,
+    )
     init = jax.jit(
         functools.partial(
             lora.init_adapters, CONFIG, rank=4, alpha=8.0, targets=("q_proj", "up_proj")
         )
     )
+    adapters = init(keys.fold([(i,) for i in range(NUM_ADAPTERS)]))
+    return (
+        to_device(model.params, param_shardings(mesh, model.params)),
+        to_device(adapters, leading(mesh, "adapter", NUM_ADAPTERS)),
+        [to_device(batch, batch_sharding(mesh)) for batch in batches],
+    )
+
+
+def compute(model, mesh):
+    """Return what the three device stages make on `mesh`, on the host."""
+    encode = model.tokenizer.encode
+    params, adapters, batches = inner_arguments(model, mesh)
     with jax.transfer_guard("disallow"):
-        adapters, losses = make_inner_update(CONFIG, make_optimizer())(
-            params,
-            to_device(
-                init(keys.fold([(i,) for i in range(NUM_ADAPTERS)])),
-                leading(mesh, "adapter", NUM_ADAPTERS),
-            ),
-            to_device(batches, replicated(mesh)),
-        )
+        update = make_inner_update(CONFIG, make_optimizer(), mesh=mesh)
+        adapters, losses = update(params, adapters, batches)
+        losses = job_losses(to_host(batches), to_host(losses), NUM_ADAPTERS)
         prompts = [[encode(f"thing {i}?"), encode("so?")] for i in range(NUM_ADAPTERS)]
         answers = answer(model, params, adapters, prompts, mesh=mesh, max_tokens=6, max_rows=16)
         golds = [[text_of(p + encode("red", start=False), len(p)) for p in g] for g in prompts]
@@ -100,7 +112,7 @@ def compute(model, mesh):
             max_tokens=6,
             pad_id=256,
         )
-        return to_host((adapters, losses)), answers, logps, to_host(samples)
+        return (to_host(adapters), losses), answers, logps, to_host(samples)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +132,17 @@ def test_eight_devices_give_what_one_gives(model, expected, sizes):
     assert len({text for group in answers for text in group}) > 2  # not all the same
     jax.tree.map(assert_close, logps, expected[2])
     jax.tree.map(assert_close, samples, expected[3])
+
+
+def test_the_parts_of_a_population_do_not_talk(model):
+    """With the base on every device, the inner loop has no collective at all."""
+    mesh = make_mesh(data=8)
+    update = jax.jit(make_inner_update(CONFIG, make_optimizer(), mesh=mesh))
+    params, adapters, batches = inner_arguments(model, mesh)
+    text = update.lower(params, adapters, batches[:1]).compile().as_text()
+    assert "while" in text  # the scan is there
+    for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert word not in text
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from seal_jax.models.config import ModelConfig
 from seal_jax.sharding import RULES
@@ -61,6 +61,43 @@ def attend(
     if way == "cudnn":
         return cudnn_attention(q, k, v, visible, scale, config.attn_softcap)
     return xla_attention(q, k, v, visible, scale, config.attn_softcap)
+
+
+def attend_apart(
+    config: ModelConfig,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    *,
+    local: bool,
+) -> jax.Array:
+    """Attend where an array row holds texts of several adapters: what diverges stays among its own.
+
+    Attention multiplies what it must not see by 0, and 0 * NaN is NaN: one adapter that diverges
+    would reach all that share its array row. So a token that is not finite takes part as zeros and
+    gets NaN itself, and the backward pass does the same.
+    """
+    finite = [jnp.isfinite(x).all(axis=(1, 3)) for x in (q, k, v)]  # bool[B T] each
+    own = (finite[0] & finite[1] & finite[2])[:, None, :, None]
+    clean = (jnp.where(own, x, 0) for x in (q, k, v))
+    out = attend(config, *clean, segments, segments, 0, local=local, whole=True)
+    return _stop_nonfinite_grads(jnp.where(own, out, jnp.nan), q)
+
+
+@jax.custom_vjp
+def _stop_nonfinite_grads(out: jax.Array, q: jax.Array) -> jax.Array:
+    """Return `out`; a token's gradient that is not finite goes to its own query as NaN instead."""
+    del q
+    return out
+
+
+def _stop_backward(_, grads: jax.Array) -> tuple[jax.Array, jax.Array]:
+    bad = ~jnp.isfinite(grads).all(axis=(1, 3), keepdims=True)
+    return jnp.where(bad, 0, grads), jnp.where(bad, jnp.nan, jnp.zeros_like(grads))
+
+
+_stop_nonfinite_grads.defvjp(lambda out, q: (out, None), _stop_backward)
 
 
 def _choose(config: ModelConfig, q: jax.Array) -> str:
@@ -147,13 +184,20 @@ def splash_attention(
         segments = jnp.pad(segments, ((0, 0), (0, padding)), constant_values=-1)
     kernel = partial(_splash, window=window, softcap=softcap)
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
+    # Within the inner loop the population is divided already: only the other axes are left.
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    auto = {name for name, kind in types if kind == AxisType.Auto}
+    if auto:
         rows, heads = RULES["rows"], RULES["heads"]
-        rows = rows if B % mesh.shape[rows] == 0 else None
-        heads = heads if k.shape[1] % mesh.shape[heads] == 0 else None
+        rows = rows if rows in auto and B % mesh.shape[rows] == 0 else None
+        heads = heads if heads in auto and k.shape[1] % mesh.shape[heads] == 0 else None
         by_head, by_row = PartitionSpec(rows, heads), PartitionSpec(rows)
         kernel = jax.shard_map(
-            kernel, in_specs=(by_head,) * 3 + (by_row,), out_specs=by_head, check_vma=False
+            kernel,
+            in_specs=(by_head,) * 3 + (by_row,),
+            out_specs=by_head,
+            axis_names=auto,
+            check_vma=False,
         )
     out = kernel(q * jnp.asarray(scale, q.dtype), k.astype(q.dtype), v.astype(q.dtype), segments)
     return out[:, :, :T]

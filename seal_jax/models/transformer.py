@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seal_jax.models.attention import attend
+from seal_jax.models.attention import attend, attend_apart
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.quantize import product, take_rows
 from seal_jax.types import Adapters, Params
@@ -87,7 +87,7 @@ class Linear(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, lora_scale: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, lora: "_Lora | None") -> jax.Array:
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
         flat = x.reshape(-1, x.shape[-1])
         y = product("td,df->tf", flat, kernel, x.dtype)
@@ -95,9 +95,10 @@ class Linear(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(y.dtype)[None]
         if self.has_variable("lora", "a"):
-            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            ab = (self.get_variable("lora", "a"), self.get_variable("lora", "b"), lora.scale)
+            a, b, scale = ab if lora.blocks is None else (part[lora.blocks] for part in ab)
             grouped = flat.reshape(a.shape[0], -1, x.shape[-1]).astype(a.dtype)
-            low = jnp.einsum("atd,adr->atr", grouped, a) * lora_scale[:, None, None]
+            low = jnp.einsum("atd,adr->atr", grouped, a) * scale[:, None, None]
             delta = jnp.einsum("atr,arf->atf", low, b)
             y = y + delta.reshape(y.shape).astype(y.dtype)
         return y.reshape(*x.shape[:-1], self.features)
@@ -121,7 +122,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
 
         def heads(name: str, num_heads: int) -> jax.Array:
-            y = _linear(c, num_heads * c.head_dim, name)(x, call.lora_scale)
+            y = _linear(c, num_heads * c.head_dim, name)(x, call.lora)
             return y.reshape(B, T, num_heads, c.head_dim)
 
         q, k = heads("q_proj", c.num_heads), heads("k_proj", c.num_kv_heads)
@@ -135,31 +136,34 @@ class Attention(nn.Module):
             start = (0, 0, call.cache_index, 0)
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), start)
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), start)
-        out = attend(
-            c,
-            q,
-            k,
-            v,
-            call.segments,
-            call.key_segments,
-            call.cache_index,
-            local=self.local,
-            whole=cache is None,
-        )
+        if call.lora is not None and call.lora.blocks is not None:
+            out = attend_apart(c, q, k, v, call.segments, local=self.local)
+        else:
+            out = attend(
+                c,
+                q,
+                k,
+                v,
+                call.segments,
+                call.key_segments,
+                call.cache_index,
+                local=self.local,
+                whole=cache is None,
+            )
         out = out.transpose(0, 2, 1, 3).reshape(B, T, -1)
-        return _linear(c, c.embed_dim, "o_proj")(out, call.lora_scale), (k, v)
+        return _linear(c, c.embed_dim, "o_proj")(out, call.lora), (k, v)
 
 
 class MLP(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, lora_scale):
+    def __call__(self, x, lora):
         c = self.config
-        gate = _linear(c, c.mlp_dim, "gate_proj")(x, lora_scale)
-        up = _linear(c, c.mlp_dim, "up_proj")(x, lora_scale)
+        gate = _linear(c, c.mlp_dim, "gate_proj")(x, lora)
+        up = _linear(c, c.mlp_dim, "up_proj")(x, lora)
         gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
-        return _linear(c, c.embed_dim, "down_proj")(gate * up, lora_scale)
+        return _linear(c, c.embed_dim, "down_proj")(gate * up, lora)
 
 
 class Layer(nn.Module):
@@ -174,10 +178,17 @@ class Layer(nn.Module):
         if c.sandwich_norms:
             attn = _norm(c, "post_attn_norm")(attn)
         x = x + attn
-        mlp = MLP(c, name="mlp")(_norm(c, "mlp_norm")(x), call.lora_scale)
+        mlp = MLP(c, name="mlp")(_norm(c, "mlp_norm")(x), call.lora)
         if c.sandwich_norms:
             mlp = _norm(c, "post_mlp_norm")(mlp)
         return x + mlp, cache
+
+
+class _Lora(NamedTuple):
+    """Whose adapter each token takes; the adapters' matrices are in the 'lora' collection."""
+
+    scale: jax.Array  # f32[A]
+    blocks: jax.Array | None  # i32[n], see `hidden_states`
 
 
 class _Call(NamedTuple):
@@ -186,7 +197,7 @@ class _Call(NamedTuple):
     positions: jax.Array  # i32[B T]
     segments: jax.Array  # i32[B T]
     key_segments: jax.Array  # i32[B S]
-    lora_scale: jax.Array | None  # f32[A]
+    lora: "_Lora | None"
     cache_index: jax.Array | int
 
 
@@ -254,6 +265,7 @@ def hidden_states(
     cache: KVCache | None = None,
     cache_index: jax.Array | int = 0,
     key_segments: jax.Array | None = None,
+    blocks: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Run the decoder.
 
@@ -265,12 +277,14 @@ def hidden_states(
       cache: where given, this call's keys and values are written into it from slot `cache_index`
         on.
       key_segments: i32[B S] of the cache's slots; goes with `cache`.
+      blocks: i32[n], the adapter of each of n equal blocks of the B * T tokens, instead of rows
+        grouped by adapter.
 
     Returns:
       The normed hidden states [B T D], and the keys and values attended to.
     """
     variables = {"params": params}
-    scale = None
+    lora = None
     if adapters is not None:
         layers = [{} for _ in range(config.num_layers)]
         for block, targets in adapters.weights.items():
@@ -278,9 +292,9 @@ def hidden_states(
                 for layer, a, b in zip(layers, _unstack(ab["a"]), _unstack(ab["b"]), strict=True):
                     layer.setdefault(block, {})[target] = {"a": a, "b": b}
         variables["lora"] = {f"layers_{i}": layer for i, layer in enumerate(layers)}
-        scale = adapters.scale
+        lora = _Lora(adapters.scale, blocks)
     key_segments = segments if key_segments is None else key_segments
-    call = _Call(positions, segments, key_segments, scale, cache_index)
+    call = _Call(positions, segments, key_segments, lora, cache_index)
     return Transformer(config).apply(variables, tokens, call, cache)
 
 

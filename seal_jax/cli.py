@@ -1,4 +1,4 @@
-"""`seal-jax`: train, eval, generate, export."""
+"""`seal-jax`: train, eval, generate, export, bench."""
 
 import argparse
 import os
@@ -39,6 +39,14 @@ The first writes adapter_config.json and adapter_model.safetensors for PEFT, the
 folder with its tokenizer for transformers. Both are read back and compared with the run's own
 model. Adapters: policy (all that was learned), policy-STEP (up to a step, from 0), and, where
 checkpoint.adapters was not 'none', STEP-PROBLEM-EDIT-SEED (an inner run's, from edits.jsonl)."""
+
+_BENCH = """\
+examples:
+  seal-jax bench inner
+  seal-jax bench inner --quick --json inner.json
+
+Prints the figures and their ratios. The comparison with torch and PEFT needs both installed:
+bash launch/install.sh peers"""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -92,6 +100,12 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, metavar="FOLDER", help="where to: new, or empty")
     export.add_argument("--adapter", default="policy", metavar="ID", help="default: policy")
     export.add_argument("--merged", action="store_true", help="a whole model, not an adapter")
+    bench = command("bench", "Time a part against what others would run, in one run.", _BENCH)
+    bench.add_argument("name", metavar="NAME", help="inner: the inner loop")
+    bench.add_argument("--quick", action="store_true", help="a tiny model, few steps")
+    bench.add_argument("--json", metavar="FILE", help="where the figures are written")
+    bench.add_argument("--model", metavar="SOURCE", help="a model source in place of SmolLM2-135M")
+    bench.add_argument("--profile", metavar="FOLDER", help="write a JAX profile of one call there")
     return parser
 
 
@@ -185,11 +199,28 @@ def run_export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_benchmark(arguments: argparse.Namespace) -> int:
+    from seal_jax.start import start_jax
+
+    start_jax()
+    from seal_jax.bench import run_bench
+
+    run_bench(
+        arguments.name,
+        model=arguments.model,
+        quick=arguments.quick,
+        json_file=arguments.json,
+        profile=arguments.profile,
+    )
+    return 0
+
+
 _COMMANDS = {
     "train": run_train,
     "eval": run_eval,
     "generate": run_generate,
     "export": run_export,
+    "bench": run_benchmark,
 }
 
 

@@ -39,21 +39,6 @@ def matmul(size: int = 2048, dtype: Any = jnp.float32) -> tuple[Callable[[], jax
     return lambda: product(x, x), 2.0 * size**3
 
 
-class Compiles:
-    """Counts, within `with`, the programs that JAX compiles or reads from its cache."""
-
-    def __enter__(self) -> "Compiles":
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-
-    def _listen(self, event: str, duration: float, **_: Any) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
 def machine() -> dict[str, Any]:
     """Return what the figures depend on: devices, cores, versions."""
     versions = {}

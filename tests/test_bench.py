@@ -1,0 +1,70 @@
+"""The benchmarks' arithmetic and work; the timings themselves are nobody's to assert."""
+
+import json
+
+import numpy as np
+import pytest
+
+from seal_jax.bench import inner
+from seal_jax.cli import main
+from seal_jax.models import load_model
+from seal_jax.self_edit import row_length
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("random:byte-tiny")
+
+
+def test_the_work_is_like_the_published_one():
+    """The authors' self-edits have 5 to 16 texts, the last of them the passage."""
+    edits = inner.self_edits()
+    assert len(edits) == 36
+    assert 5 <= np.mean([len(texts) for texts in edits]) <= 10
+    for texts in edits:
+        assert all(sentence.split("\n")[1] in texts[-1] for sentence in texts)
+
+
+def test_ratios_are_those_of_seconds_per_token(model):
+    per_token = {
+        "population_1": 4.0,
+        "population_8": 2.0,
+        "peft_float32": 8.0,
+        "peft_bfloat16": 6.0,
+        "padded_float32": 100.0,
+    }
+    figures = inner._figures(model, per_token, peak=1e9, sizes=(1, 8))
+    assert figures["ratios"] == {"as_published": 50.0, "tuned_peft": 3.0, "one_at_a_time": 2.0}
+    assert figures["num_adapters"] == 8
+    params = inner._matmul_params(model)
+    c = model.config
+    layer = 2 * c.embed_dim * (c.num_heads + c.num_kv_heads) * c.head_dim
+    layer += 3 * c.embed_dim * c.mlp_dim
+    assert params == c.num_layers * layer + c.vocab_size * c.embed_dim
+    assert figures["share_of_peak"] == pytest.approx(4 * params / 2.0 / 1e9)
+    without = {name: x for name, x in per_token.items() if name.startswith("population")}
+    ratios = inner._figures(model, without, peak=1e9, sizes=(1, 8))["ratios"]
+    assert ratios["tuned_peft"] is None and ratios["as_published"] is None
+
+
+def test_a_population_is_timed_on_its_own_texts(model):
+    edits = [[list(range(1, n)) for n in (9, 30, 17)] for _ in range(3)]
+    jobs = inner._jobs(edits, 5, num_epochs=1)
+    assert len(jobs) == 5 and all(sum(map(row_length, job.rows)) == 53 for job in jobs)
+    call, num_tokens = inner._population(model, edits, 5, 512, num_calls=1)
+    _, losses = call()
+    assert num_tokens >= 200 and np.isfinite(losses[0]).all()
+
+
+def test_an_unknown_benchmark_is_refused(capsys):
+    assert main(["bench", "outer"]) == 2
+    assert "no benchmark 'outer'; there are inner" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_the_quick_benchmark_writes_its_figures(tmp_path, capsys):
+    assert main(["bench", "inner", "--quick", "--json", str(tmp_path / "inner.json")]) == 0
+    figures = json.loads((tmp_path / "inner.json").read_text())
+    assert figures["ratios"].keys() == {"as_published", "tuned_peft", "one_at_a_time"}
+    assert figures["waste"] < 1.3 and figures["compiles"] <= 6
+    assert "share of the matmul peak" in capsys.readouterr().out

@@ -31,7 +31,7 @@ def get_config():
     config.inner.batch_size = 2
     config.inner.num_seeds = 1
     config.inner.max_adapters = 6
-    config.inner.tokens_per_step = 512
+    config.inner.tokens_per_step = 320
     config.outer.num_steps = 1
     config.outer.problems_per_step = 4
     config.outer.batch_size = 1

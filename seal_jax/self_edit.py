@@ -6,7 +6,8 @@ of 20, so a lane per adapter, padded to the longest, would compute 4.6 times the
 (simulated on the published self-edits). Instead, a step is a budget of tokens, cut into small
 blocks, and each row takes the blocks it needs: rows of several adapters lie behind one another, and
 a step takes the adapters whose next rows fill it. An adapter that finds no place waits. It still
-takes its own rows in its own order, so what it becomes does not depend on its neighbors.
+takes its own rows in its own order, so what it becomes does not depend on its neighbors. Adapters
+too large to be copied for every block have array rows of their own, in buckets of like length.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,13 @@ import numpy as np
 from seal_jax.types import InnerBatch
 
 BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
-# A row takes whole blocks; a block belongs to one adapter.
+# A row takes whole blocks; a block belongs to one adapter, whose matrices are copied for each of
+# its blocks: the smallest block wastes the fewest tokens, and copies the most.
 BLOCK = 8
+# The tokens that a CPU multiplies through a model while it copies, forward and backward, an
+# adapter as large as that model: roughly 16 bytes a parameter at 10 GB/s, against 4 products a
+# token at 180 GFLOP/s.
+_COPY_COST = 72
 # Tokens that attend to one another lie in one array row of T; attention's cost grows with T, so it
 # is no longer than the texts ask for.
 SHORTEST, LONGEST = 256, 8192
@@ -83,13 +89,24 @@ def bucket_of(length: int, buckets: Sequence[int] = BUCKETS) -> int:
     raise ValueError(f"a row of {length} tokens: at most {buckets[-1]} fit into one step")
 
 
+def block_for(adapter_size: int, model_size: int) -> int | None:
+    """Return BLOCK where copying an adapter for each block costs little beside its tokens.
+
+    None, for large adapters, gives each an array row of its own, as long as its bucket.
+
+    Args:
+      adapter_size, model_size: numbers of parameters.
+    """
+    return BLOCK if _COPY_COST * adapter_size / model_size <= 0.15 * BLOCK else None
+
+
 class Place(NamedTuple):
     """Where one row of a job lies in a step."""
 
     job: int
     row: int
     w: int  # which array row
-    t: int  # its first token there, a multiple of BLOCK
+    t: int  # its first token there, a multiple of the block
 
 
 class Step(NamedTuple):
@@ -97,16 +114,17 @@ class Step(NamedTuple):
 
     num_rows: int  # W of each shard
     length: int  # T
+    num_lanes: int  # U of each shard, the adapters that it has room for
     shards: tuple[tuple[Place, ...], ...]
-
-    @property
-    def num_lanes(self) -> int:
-        """U, the adapters that each shard has room for."""
-        return max(1, self.num_rows * self.length // _TOKENS_PER_LANE)
 
 
 def schedule(
-    jobs: Sequence[Job], *, tokens_per_step: int, num_shards: int = 1, shortest: int = SHORTEST
+    jobs: Sequence[Job],
+    *,
+    tokens_per_step: int,
+    num_shards: int = 1,
+    shortest: int = SHORTEST,
+    block: int | None = BLOCK,
 ) -> Iterator[Step]:
     """Yield steps until every job has taken all its rows, in order.
 
@@ -128,28 +146,35 @@ def schedule(
         ]
         options = []
         longest = max(lengths[j][at[j]] for js in ready for j in js)
-        for W, T in _shapes(longest, tokens_per_step, shortest):
-            room = max(1, W * T // _TOKENS_PER_LANE)
+        for W, T in _shapes(longest, tokens_per_step, shortest, block):
+            room = W if block is None else max(1, W * T // _TOKENS_PER_LANE)
             shards = tuple(
-                _fill(W, T, room, [(j, at[j], lengths[j][at[j]]) for j in js]) for js in ready
+                _fill(W, T, room, block or T, [(j, at[j], lengths[j][at[j]]) for j in js])
+                for js in ready
             )
             text = sum(lengths[p.job][p.row] for places in shards for p in places)
             cost = W * T * (1 + T * _ATTENTION_COST) + STEP_COST
-            options.append((text / cost, W, T, shards))
-        _, W, T, shards = max(options, key=lambda option: option[0])
-        yield Step(W, T, shards)
+            options.append((text / cost, W, T, room, shards))
+        _, W, T, room, shards = max(options, key=lambda option: option[0])
+        yield Step(W, T, room, shards)
         for places in shards:
             for place in places:
                 left[place.job] -= lengths[place.job][place.row]
                 at[place.job] += 1
 
 
-def _shapes(longest: int, tokens_per_step: int, shortest: int) -> list[tuple[int, int]]:
+def _shapes(
+    longest: int, tokens_per_step: int, shortest: int, block: int | None
+) -> list[tuple[int, int]]:
     """Return the shapes [W T] that a step may have: few, because each is a program."""
     if longest > LONGEST:
         raise ValueError(f"a row of {longest} tokens: at most {LONGEST} fit into one step")
+    if block is None:
+        lengths = BUCKETS[: BUCKETS.index(bucket_of(longest)) + 1]
+        widths = {T: max(1, tokens_per_step // T) for T in lengths}
+        return sorted({(W, T) for T, most in widths.items() for W in (most, -(-most // 4))})
     budget, T = max(shortest, tokens_per_step), shortest
-    shapes = [(1, budget // part) for part in (16, 4) if budget // part % BLOCK == 0]
+    shapes = [(1, budget // part) for part in (16, 4) if budget // part % block == 0]
     while True:
         shapes.append((max(1, tokens_per_step // T), T))
         if T >= longest:
@@ -158,17 +183,17 @@ def _shapes(longest: int, tokens_per_step: int, shortest: int) -> list[tuple[int
 
 
 def _fill(
-    num_rows: int, length: int, num_lanes: int, rows: Sequence[tuple[int, int, int]]
+    num_rows: int, length: int, num_lanes: int, block: int, rows: Sequence[tuple[int, int, int]]
 ) -> tuple[Place, ...]:
     """Place rows (job, row, tokens), in their order, each where the least space stays."""
     used, places = [0] * num_rows, []
     for job, row, tokens in rows:
-        blocks = -(-tokens // BLOCK) * BLOCK
-        fits = [w for w in range(num_rows) if used[w] + blocks <= length]
+        space = -(-tokens // block) * block
+        fits = [w for w in range(num_rows) if used[w] + space <= length]
         if fits and len(places) < num_lanes:
             w = max(fits, key=lambda w: used[w])
             places.append(Place(job, row, w, used[w]))
-            used[w] += blocks
+            used[w] += space
     return tuple(places)
 
 
@@ -180,6 +205,7 @@ def pack(
     pad_id: int = 0,
     num_shards: int = 1,
     shortest: int = SHORTEST,
+    block: int | None = BLOCK,
 ) -> list[InnerBatch]:
     """Return the inner batches (numpy) that train adapter i on jobs[i].
 
@@ -187,7 +213,8 @@ def pack(
       tokens_per_step: the tokens that one step has room for, on each shard.
       steps_per_call: I, the steps of one device call; missing ones are empty, and cost no compute.
       num_shards: over how many parts of the mesh the population is divided.
-      shortest: the least T, a power of two times BLOCK.
+      shortest: the least T, a power of two times the block.
+      block: b, the tokens of a block; see `block_for`.
     """
     learning_rate = np.array([job.learning_rate for job in jobs], np.float32)
     num_steps = np.array([len(job.rows) for job in jobs], np.int32)
@@ -196,12 +223,16 @@ def pack(
 
     def close() -> None:
         if run:
-            arrays = _to_arrays(jobs, run, steps_per_call, pad_id)
+            arrays = _to_arrays(jobs, run, steps_per_call, pad_id, block)
             batches.append(InnerBatch(*arrays, learning_rate, num_steps))
             run.clear()
 
     for step in schedule(
-        jobs, tokens_per_step=tokens_per_step, num_shards=num_shards, shortest=shortest
+        jobs,
+        tokens_per_step=tokens_per_step,
+        num_shards=num_shards,
+        shortest=shortest,
+        block=block,
     ):
         if run and (run[0][:2] != step[:2] or len(run) == steps_per_call):
             close()
@@ -211,13 +242,13 @@ def pack(
 
 
 def _to_arrays(
-    jobs: Sequence[Job], run: Sequence[Step], steps_per_call: int, pad_id: int
+    jobs: Sequence[Job], run: Sequence[Step], steps_per_call: int, pad_id: int, block: int | None
 ) -> tuple[np.ndarray, ...]:
     W, T, U = run[0].num_rows, run[0].length, run[0].num_lanes
-    num_shards = len(run[0].shards)
+    num_shards, block = len(run[0].shards), block or T
     shape = (steps_per_call, num_shards * W, T)
     lanes = np.full((steps_per_call, num_shards * U), -1, np.int32)
-    blocks = np.zeros((steps_per_call, num_shards * W, T // BLOCK), np.int32)
+    blocks = np.zeros((steps_per_call, num_shards * W, T // block), np.int32)
     tokens = np.full(shape, pad_id, np.int32)
     segments = np.zeros(shape, np.int32)
     positions = np.zeros(shape, np.int32)
@@ -229,7 +260,7 @@ def _to_arrays(
                 lanes[i, s * U + lane] = job
                 at = s * W + w
                 length = row_length(jobs[job].rows[row])
-                blocks[i, at, t // BLOCK : -(-(t + length) // BLOCK)] = lane
+                blocks[i, at, t // block : -(-(t + length) // block)] = lane
                 for text in jobs[job].rows[row]:
                     num_texts[w] += 1
                     span = slice(t, t + len(text.tokens))

@@ -15,6 +15,7 @@ from seal_jax.self_edit import (
     LONGEST,
     Job,
     Text,
+    block_for,
     bucket_of,
     make_job,
     pack,
@@ -246,3 +247,27 @@ def test_published_self_edits_waste_little(shared_data, num_adapters):
     print(f"{num_adapters} adapters: {computed / text:.3f} tokens computed per token of text")
     assert computed / text <= 1.2
     assert len(shapes) <= 4
+
+
+def test_the_block_grows_with_the_adapter():
+    """A small adapter is copied for every 8 tokens, a large one has array rows of its own."""
+    smollm2 = 134_515_008
+    assert block_for(1_843_200, smollm2) == 8  # rank 32 on q and v
+    assert block_for(9_768_960, smollm2) is None  # on all linear layers
+
+
+@given(populations(), st.sampled_from([1, 16, 64, 128]), st.integers(1, 3))
+@settings(max_examples=30)
+def test_large_adapters_have_array_rows_of_their_own(jobs, tokens_per_step, shards):
+    options = {"tokens_per_step": tokens_per_step, "num_shards": shards, "block": None}
+    batches = pack(jobs, pad_id=PAD, **options)
+    for b in batches:
+        assert b.blocks.shape[2] == 1 and b.lanes.shape[1] == b.tokens.shape[1]
+        for lanes, blocks, segments in zip(b.lanes, b.blocks[:, :, 0], b.segments, strict=True):
+            used = segments.any(axis=1)
+            assert used.sum() == (lanes >= 0).sum()
+            assert len(set(blocks[used])) * shards >= used.sum()
+    for step in schedule(jobs, **options):
+        assert step.length in BUCKETS and step.num_lanes == step.num_rows
+        most = max(1, tokens_per_step // step.length)
+        assert step.num_rows in (most, -(-most // 4))

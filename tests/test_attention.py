@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from seal_jax import lora
 from seal_jax.inner import lane_losses, make_inner_update
-from seal_jax.models.attention import _choose, attend
+from seal_jax.models.attention import _choose, attend, attend_apart
 from seal_jax.models.config import REMATS, ModelConfig
 from seal_jax.models.transformer import forward, init_params
 from seal_jax.optim import make_optimizer
@@ -312,3 +312,19 @@ def test_no_word_of_remat_changes_a_gradient(word):
         grads(word),
         grads("none"),
     )
+
+
+def test_a_gradient_that_overflows_stays_with_its_own_text():
+    """0 * inf is NaN: the texts before and behind it in the array row must not get it."""
+    config = config_of("xla")
+    rng = np.random.default_rng(0)
+    num_heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    q, k, v = (rng.normal(size=(1, n, 24, 64)).astype(np.float32) for n in num_heads)
+    segments = jnp.repeat(jnp.arange(1, 4), 8)[None]
+    _, pull = jax.vjp(lambda q, k, v: attend_apart(config, q, k, v, segments, local=False), q, k, v)
+    grads = jnp.ones_like(q)
+    expected, found = pull(grads), pull(grads.at[0, 1, 12].set(jnp.inf))
+    others = np.r_[0:8, 16:24]
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(x[:, :, others], y[:, :, others])
+    assert np.isnan(found[0][:, :, 12]).all()  # and its adapter learns of it

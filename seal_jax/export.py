@@ -150,10 +150,9 @@ def _read_merged(folder: Path, base: Model, dtype: str, mesh: Any) -> Params:
 def _logits(config: ModelConfig, params: Params, adapters: Adapters | None) -> np.ndarray:
     """Return the logits of two fixed rows of tokens, f32[2 T V]."""
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(2, 32), dtype=np.int32)
-    positions = np.broadcast_to(np.arange(32, dtype=np.int32), tokens.shape)
     run = jax.jit(forward, static_argnums=0)
     with jax.default_matmul_precision("highest"):
-        return to_host(run(config, params, tokens, positions, np.ones_like(tokens), adapters))
+        return to_host(run(config, params, tokens, adapters=adapters))
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:

@@ -20,6 +20,7 @@ import xxhash
 
 from seal_jax import keys, lora
 from seal_jax.inner import batch_sharding
+from seal_jax.inner import num_shards as inner_shards
 from seal_jax.metrics import append_json, progress, read_jsonl
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import hidden_states, token_logp
@@ -37,7 +38,7 @@ from seal_jax.self_edit import (
     text_of,
     useful_tokens,
 )
-from seal_jax.sharding import RULES, leading, replicated, to_device, to_host
+from seal_jax.sharding import leading, replicated, to_device, to_host
 from seal_jax.tasks.task import Exam, Problem, SelfEdit
 from seal_jax.types import Adapters, Params
 
@@ -84,7 +85,7 @@ def make_evaluate(
         tokens_per_step, steps_per_call.
       answers: max_tokens and max_rows.
     """
-    num_shards = mesh.shape[RULES["adapter"]]
+    num_shards = inner_shards(mesh)
     num_adapters = -(-inner["max_adapters"] // num_shards) * num_shards
     init_adapters = partial(
         lora.init_adapters,

@@ -169,7 +169,7 @@ def make_inner_update(
 def _on_shards(run_steps: Callable, mesh: Mesh | None) -> Callable:
     """Return `run_steps` as every part of the mesh does it, with its own adapters and lanes."""
     axis = RULES["adapter"]
-    if mesh is None or mesh.shape[axis] == 1:
+    if mesh is None or num_shards(mesh) == 1:
         return run_steps
 
     def on_shard(params: Params, state: InnerState, batch: InnerBatch):
@@ -192,10 +192,21 @@ _BY_LANE, _BY_ADAPTER = PartitionSpec(None, RULES["adapter"]), PartitionSpec(RUL
 _BATCH_SPEC = InnerBatch(*(_BY_LANE,) * 6, _BY_ADAPTER, _BY_ADAPTER)
 
 
+def num_shards(mesh: Mesh) -> int:
+    """Return into how many parts `make_inner_update(mesh=mesh)` divides a population.
+
+    One, where the base is divided too: XLA of JAX 0.12 aborts on a loop that is manual over one
+    axis of the mesh and automatic over the others, so there the compiler divides everything.
+    """
+    size = mesh.shape[RULES["adapter"]]
+    return size if size == mesh.size else 1
+
+
 def batch_sharding(mesh: Mesh) -> InnerBatch:
     """Return where `make_inner_update(mesh=mesh)` wants the arrays of a batch."""
+    whole = num_shards(mesh) == 1
     return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec),
+        lambda spec: NamedSharding(mesh, PartitionSpec() if whole else spec),
         _BATCH_SPEC,
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )

@@ -13,7 +13,7 @@ from tiny_run import run_loop
 from seal_jax import keys, lora
 from seal_jax.config import load_config
 from seal_jax.evaluate import answer, mean_logp
-from seal_jax.inner import batch_sharding, make_inner_update
+from seal_jax.inner import batch_sharding, make_inner_update, num_shards
 from seal_jax.metrics import read_jsonl
 from seal_jax.models import Model
 from seal_jax.models.config import ModelConfig
@@ -69,10 +69,10 @@ def inner_arguments(model, mesh):
     ]
     batches = pack(
         jobs,
-        tokens_per_step=512 // mesh.shape["data"],
+        tokens_per_step=512 // num_shards(mesh),
         steps_per_call=4,
         pad_id=model.tokenizer.pad_id,
-        num_shards=mesh.shape["data"],
+        num_shards=num_shards(mesh),
         shortest=32,
     )
     init = jax.jit(

@@ -29,7 +29,6 @@ from seal_jax.sample import check_lengths, generate, pad_prompts
 from seal_jax.self_edit import (
     Job,
     Text,
-    block_for,
     bucket_of,
     job_losses,
     make_job,
@@ -95,11 +94,6 @@ def make_evaluate(
         targets=inner["targets"],
     )
     init = jax.jit(init_adapters)
-    one = jax.eval_shape(
-        init_adapters, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-    )
-    sizes = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (one.weights, model.params))
-    block = block_for(*sizes)
 
     def job_of(run: Run) -> Job:
         edit = run.edit
@@ -131,7 +125,6 @@ def make_evaluate(
             steps_per_call=inner["steps_per_call"],
             pad_id=model.tokenizer.pad_id,
             num_shards=num_shards,
-            block=block,
         )
         fresh = to_device(init(keys.fold(paths)), leading(mesh, "adapter", num_adapters))
         on_devices = [to_device(batch, batch_sharding(mesh)) for batch in batches]

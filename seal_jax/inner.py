@@ -5,8 +5,9 @@ For every adapter, and whatever shares the step with it:
   for row in its rows:
     loss = -mean log p(row's text);  adapter -= optimizer(learning_rate(step), grad)
 
-A step takes some of the population's adapters, one per lane (see self_edit.py). The base is frozen
-and shared. Learning rate and number of steps are data, so programs differ only by bucket.
+A step takes some of the population's adapters, one per lane, the first lanes first (see
+self_edit.py). The base is frozen and shared. Learning rate and number of steps are data, so
+programs differ only by shape.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,23 +17,30 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from seal_jax.lora import take
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.transformer import hidden_states, token_logp
+from seal_jax.models.lora_product import make_chunks, token_lanes
+from seal_jax.models.transformer import hidden_states, rope_tables, token_logp
 from seal_jax.optim import Optimizer, scheduled_rate
 from seal_jax.sharding import RULES
 from seal_jax.types import Adapters, InnerBatch, InnerState, Params
 
 
 def lane_losses(
-    config: ModelConfig, params: Params, adapters: Adapters, batch: InnerBatch
+    config: ModelConfig,
+    params: Params,
+    adapters: Adapters,
+    batch: InnerBatch,
+    rope: tuple | None = None,
 ) -> jax.Array:
     """Return the mean negative log-likelihood f32[U] of each lane's row; 0 for an empty lane.
 
     Args:
       adapters: U of them, one per lane.
-      batch: one step: lanes [U], blocks [W T/b], the rest [W T].
+      batch: one step: lanes [U], chunks [n 3], the rest [W T].
     """
-    num_lanes, length = adapters.scale.shape[0], batch.tokens.shape[-1]
+    num_lanes, num_tokens = adapters.scale.shape[0], batch.tokens.size
+    chunks = make_chunks(batch.chunks, num_tokens)
     hidden, _ = hidden_states(
         config,
         params,
@@ -40,13 +48,14 @@ def lane_losses(
         batch.positions,
         batch.segments,
         adapters,
-        blocks=batch.blocks.reshape(-1),
+        chunks=chunks,
+        rope=rope,
     )
     finite = jnp.isfinite(hidden).all(axis=-1)
     hidden = jnp.where(finite[..., None], hidden, 0)[:, :-1]
     targets, counts = batch.tokens[:, 1:], batch.loss_mask[:, 1:].astype(jnp.float32)
     logp = token_logp(config, params, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
-    lane = jnp.repeat(batch.blocks, length // batch.blocks.shape[-1], axis=-1)  # of each token
+    lane = token_lanes(chunks).reshape(batch.tokens.shape)
     in_lane = (lane[None] == jnp.arange(num_lanes)[:, None, None]).astype(jnp.float32)  # [U W T]
     lost = jnp.einsum("uwt,wt->u", in_lane, (~finite).astype(jnp.float32))
     in_lane = in_lane[:, :, 1:]
@@ -62,51 +71,47 @@ def inner_step(
     params: Params,
     state: InnerState,
     batch: InnerBatch,
+    rope: tuple | None = None,
 ) -> tuple[InnerState, jax.Array]:
-    """Take one step: lanes [U], blocks [W T/b], tokens [W T], learning_rate and num_steps [A].
+    """Take one step: lanes [U], chunks [n 3], tokens [W T], learning_rate and num_steps [A].
 
     Returns:
       The new state, and the losses f32[U] before the step. A lane whose loss or update is not
       finite keeps its adapter and reports NaN.
     """
-    num_adapters = state.step.shape[0]
     lane = jnp.maximum(batch.lanes, 0)
     scale = state.adapters.scale[lane]
-    weights = jax.tree.map(lambda x: x[lane], state.adapters.weights)
-    opt_state = jax.tree.map(lambda x: x[lane], state.opt_state)
+    weights = take(state.adapters.weights, lane)
 
     def total(weights: Params) -> tuple[jax.Array, jax.Array]:
-        losses = lane_losses(config, params, Adapters(weights, scale), batch)
+        losses = lane_losses(config, params, Adapters(weights, scale), batch, rope)
         return losses.sum(), losses
 
     grads, losses = jax.grad(total, has_aux=True)(weights)
 
-    def apply(grads, opt_state, weights, learning_rate, step, num_steps):
-        rate = scheduled_rate(schedule, learning_rate, step, num_steps)
-        updates, opt_state = optimizer(rate).update(grads, opt_state, weights)
-        return jax.tree.map(lambda w, u: w + u.astype(w.dtype), weights, updates), opt_state
+    def update_lane(u: jax.Array, carry: tuple) -> tuple:
+        (population, opt_states), steps, losses = carry
+        a = batch.lanes[u]
+        weights, opt_state = take(population, a), take(opt_states, a)
+        rate = scheduled_rate(schedule, batch.learning_rate[a], steps[a], batch.num_steps[a])
+        updates, new_state = optimizer(rate).update(take(grads, u), opt_state, weights)
+        new = jax.tree.map(lambda w, change: w + change.astype(w.dtype), weights, updates)
+        finite = jnp.isfinite(losses[u])
+        for x in jax.tree.leaves(new):
+            finite &= jnp.isfinite(x).all()
 
-    rate, num_steps = batch.learning_rate[lane], batch.num_steps[lane]
-    new = jax.vmap(apply)(grads, opt_state, weights, rate, state.step[lane], num_steps)
-    finite = jnp.isfinite(losses)
-    for x in jax.tree.leaves(new[0]):
-        finite &= jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+        def put(stack: jax.Array, x: jax.Array, old: jax.Array) -> jax.Array:
+            return stack.at[a].set(jnp.where(finite, x.astype(old.dtype), old))
 
-    # An index out of range is dropped: empty and failed lanes write nothing.
+        stacks = jax.tree.map(put, (population, opt_states), (new, new_state), (weights, opt_state))
+        losses = losses.at[u].set(jnp.where(finite, losses[u], jnp.nan))
+        return stacks, steps.at[a].add(1), losses
+
+    # One adapter at a time: nothing but its own numbers is moved, and an empty lane costs nothing.
     used = batch.lanes >= 0
-    target = jnp.where(used & finite, lane, num_adapters)
-
-    def put(population: jax.Array, lanes: jax.Array) -> jax.Array:
-        return population.at[target].set(lanes.astype(population.dtype), mode="drop")
-
-    weights, opt_state = jax.tree.map(put, (state.adapters.weights, state.opt_state), new)
-    taken = jnp.where(used, lane, num_adapters)
-    state = InnerState(
-        state.adapters._replace(weights=weights),
-        opt_state,
-        state.step.at[taken].add(1, mode="drop"),
-    )
-    return state, jnp.where(used, jnp.where(finite, losses, jnp.nan), 0.0)
+    carry = (state.adapters.weights, state.opt_state), state.step, jnp.where(used, losses, 0.0)
+    (weights, opt_state), steps, losses = jax.lax.fori_loop(0, used.sum(), update_lane, carry)
+    return InnerState(state.adapters._replace(weights=weights), opt_state, steps), losses
 
 
 def make_inner_update(
@@ -132,9 +137,11 @@ def make_inner_update(
 
     def run_steps(params: Params, state: InnerState, batch: InnerBatch):
         step = partial(inner_step, config, optimizer, schedule, params)
+        rope = rope_tables(config, batch.positions)
 
         def take_step(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
-            return step(state, InnerBatch(*(x[i] for x in batch[:6]), *batch[6:]))
+            one = InnerBatch(*(x[i] for x in batch[:6]), *batch[6:])
+            return step(state, one, jax.tree.map(lambda x: x[i], rope))
 
         def skip(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
             del i

@@ -3,11 +3,10 @@
 A `Job` is one inner run: a self-edit's token texts with one seed. Each of its optimizer steps is
 one row of tokens (its batch of texts, packed behind one another). Rows differ in length by a factor
 of 20, so a lane per adapter, padded to the longest, would compute 4.6 times the text at 16 adapters
-(simulated on the published self-edits). Instead, a step is a budget of tokens, cut into small
-blocks, and each row takes the blocks it needs: rows of several adapters lie behind one another, and
-a step takes the adapters whose next rows fill it. An adapter that finds no place waits. It still
-takes its own rows in its own order, so what it becomes does not depend on its neighbors. Adapters
-too large to be copied for every block have array rows of their own, in buckets of like length.
+(simulated on the published self-edits). Instead, a step is a budget of tokens in which the rows of
+several adapters lie behind one another, and it takes the adapters whose next rows fill it. An
+adapter that finds no place waits. It still takes its own rows in its own order, so what it becomes
+does not depend on its neighbors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,22 +17,19 @@ import numpy as np
 from seal_jax.types import InnerBatch
 
 BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
-# A row takes whole blocks; a block belongs to one adapter, whose matrices are copied for each of
-# its blocks: the smallest block wastes the fewest tokens, and copies the most.
-BLOCK = 8
-# The tokens that a CPU multiplies through a model while it copies, forward and backward, an
-# adapter as large as that model: roughly 16 bytes a parameter at 10 GB/s, against 4 products a
-# token at 180 GFLOP/s.
-_COPY_COST = 72
 # Tokens that attend to one another lie in one array row of T; attention's cost grows with T, so it
-# is no longer than the texts ask for.
+# is no longer than the texts ask for: a power of two, because each is a program.
 SHORTEST, LONGEST = 256, 8192
-# A step has a lane, a place for one adapter, for each so many of its tokens.
-_TOKENS_PER_LANE = 32
+# Where LoRA is computed, a row takes whole chunks of this many tokens, or of a part of a long array
+# row; there are twice as many slots in chunks as tokens. The smaller a chunk, the fewer slots are
+# empty, and the more often an adapter is copied.
+_CHUNK, _CHUNK_PART = 64, 8
 # What a step costs beside its tokens, in tokens, and by how much a token of a long row is dearer:
 # rough figures, which only decide between steps of about the same worth.
 STEP_COST = 64
-_ATTENTION_COST = 1 / 4096
+_ATTENTION_COST = 1 / 2048
+# Small steps, for what the last adapters of a population have left.
+_PARTS = (8, 2)
 
 
 class Text(NamedTuple):
@@ -89,32 +85,35 @@ def bucket_of(length: int, buckets: Sequence[int] = BUCKETS) -> int:
     raise ValueError(f"a row of {length} tokens: at most {buckets[-1]} fit into one step")
 
 
-def block_for(adapter_size: int, model_size: int) -> int | None:
-    """Return BLOCK where copying an adapter for each block costs little beside its tokens.
-
-    None, for large adapters, gives each an array row of its own, as long as its bucket.
-
-    Args:
-      adapter_size, model_size: numbers of parameters.
-    """
-    return BLOCK if _COPY_COST * adapter_size / model_size <= 0.15 * BLOCK else None
-
-
 class Place(NamedTuple):
     """Where one row of a job lies in a step."""
 
     job: int
     row: int
     w: int  # which array row
-    t: int  # its first token there, a multiple of the block
+    t: int  # its first token there
+
+
+class Shape(NamedTuple):
+    """The static shape of a step, on each shard of the population."""
+
+    num_rows: int  # W
+    length: int  # T
+    num_chunks: int  # n; and as many lanes
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_rows * self.length
+
+    @property
+    def chunk_size(self) -> int:
+        return 2 * self.num_tokens // self.num_chunks
 
 
 class Step(NamedTuple):
     """One step of the schedule: for each shard of the population, which rows it takes."""
 
-    num_rows: int  # W of each shard
-    length: int  # T
-    num_lanes: int  # U of each shard, the adapters that it has room for
+    shape: Shape
     shards: tuple[tuple[Place, ...], ...]
 
 
@@ -124,13 +123,11 @@ def schedule(
     tokens_per_step: int,
     num_shards: int = 1,
     shortest: int = SHORTEST,
-    block: int | None = BLOCK,
 ) -> Iterator[Step]:
     """Yield steps until every job has taken all its rows, in order.
 
-    Shard s has an equal part of the jobs, the s-th. Of the shapes [W T] that could run now, take
-    the one with the most text per cost, filled with the rows of the jobs that have the most text
-    left.
+    Shard s has an equal part of the jobs, the s-th. Of the shapes that could run now, take the one
+    with the most text per cost, filled with the rows of the jobs that have the most text left.
     """
     lengths = [[row_length(row) for row in job.rows] for job in jobs]
     left = [sum(x) for x in lengths]
@@ -146,54 +143,50 @@ def schedule(
         ]
         options = []
         longest = max(lengths[j][at[j]] for js in ready for j in js)
-        for W, T in _shapes(longest, tokens_per_step, shortest, block):
-            room = W if block is None else max(1, W * T // _TOKENS_PER_LANE)
+        for shape in _shapes(longest, tokens_per_step, shortest):
             shards = tuple(
-                _fill(W, T, room, block or T, [(j, at[j], lengths[j][at[j]]) for j in js])
-                for js in ready
+                _fill(shape, [(j, at[j], lengths[j][at[j]]) for j in js]) for js in ready
             )
             text = sum(lengths[p.job][p.row] for places in shards for p in places)
-            cost = W * T * (1 + T * _ATTENTION_COST) + STEP_COST
-            options.append((text / cost, W, T, room, shards))
-        _, W, T, room, shards = max(options, key=lambda option: option[0])
-        yield Step(W, T, room, shards)
+            cost = shape.num_tokens * (1 + shape.length * _ATTENTION_COST) + STEP_COST
+            options.append((text / cost, shape, shards))
+        _, shape, shards = max(options, key=lambda option: option[0])
+        yield Step(shape, shards)
         for places in shards:
             for place in places:
                 left[place.job] -= lengths[place.job][place.row]
                 at[place.job] += 1
 
 
-def _shapes(
-    longest: int, tokens_per_step: int, shortest: int, block: int | None
-) -> list[tuple[int, int]]:
-    """Return the shapes [W T] that a step may have: few, because each is a program."""
+def _shapes(longest: int, tokens_per_step: int, shortest: int) -> list[Shape]:
+    """Return the shapes that a step may have: few, because each is a program."""
     if longest > LONGEST:
         raise ValueError(f"a row of {longest} tokens: at most {LONGEST} fit into one step")
-    if block is None:
-        lengths = BUCKETS[: BUCKETS.index(bucket_of(longest)) + 1]
-        widths = {T: max(1, tokens_per_step // T) for T in lengths}
-        return sorted({(W, T) for T, most in widths.items() for W in (most, -(-most // 4))})
     budget, T = max(shortest, tokens_per_step), shortest
-    shapes = [(1, budget // part) for part in (16, 4) if budget // part % block == 0]
+    sizes = [(1, budget // part) for part in _PARTS]
     while True:
-        shapes.append((max(1, tokens_per_step // T), T))
+        sizes.append((max(1, tokens_per_step // T), T))
         if T >= longest:
-            return shapes
+            break
         T *= 2
+    return [Shape(W, T, _num_chunks(W * T, T)) for W, T in sizes]
 
 
-def _fill(
-    num_rows: int, length: int, num_lanes: int, block: int, rows: Sequence[tuple[int, int, int]]
-) -> tuple[Place, ...]:
+def _num_chunks(num_tokens: int, length: int) -> int:
+    return max(2, 2 * num_tokens // max(_CHUNK, length // _CHUNK_PART))
+
+
+def _fill(shape: Shape, rows: Sequence[tuple[int, int, int]]) -> tuple[Place, ...]:
     """Place rows (job, row, tokens), in their order, each where the least space stays."""
-    used, places = [0] * num_rows, []
+    used, places, num_chunks = [0] * shape.num_rows, [], 0
     for job, row, tokens in rows:
-        space = -(-tokens // block) * block
-        fits = [w for w in range(num_rows) if used[w] + space <= length]
-        if fits and len(places) < num_lanes:
+        chunks = -(-tokens // shape.chunk_size)
+        fits = [w for w in range(shape.num_rows) if used[w] + tokens <= shape.length]
+        if fits and num_chunks + chunks <= shape.num_chunks:
             w = max(fits, key=lambda w: used[w])
             places.append(Place(job, row, w, used[w]))
-            used[w] += space
+            used[w] += tokens
+            num_chunks += chunks
     return tuple(places)
 
 
@@ -205,7 +198,6 @@ def pack(
     pad_id: int = 0,
     num_shards: int = 1,
     shortest: int = SHORTEST,
-    block: int | None = BLOCK,
 ) -> list[InnerBatch]:
     """Return the inner batches (numpy) that train adapter i on jobs[i].
 
@@ -213,8 +205,7 @@ def pack(
       tokens_per_step: the tokens that one step has room for, on each shard.
       steps_per_call: I, the steps of one device call; missing ones are empty, and cost no compute.
       num_shards: over how many parts of the mesh the population is divided.
-      shortest: the least T, a power of two times the block.
-      block: b, the tokens of a block; see `block_for`.
+      shortest: the least T, a power of two.
     """
     learning_rate = np.array([job.learning_rate for job in jobs], np.float32)
     num_steps = np.array([len(job.rows) for job in jobs], np.int32)
@@ -223,18 +214,14 @@ def pack(
 
     def close() -> None:
         if run:
-            arrays = _to_arrays(jobs, run, steps_per_call, pad_id, block)
+            arrays = _to_arrays(jobs, run, steps_per_call, pad_id)
             batches.append(InnerBatch(*arrays, learning_rate, num_steps))
             run.clear()
 
     for step in schedule(
-        jobs,
-        tokens_per_step=tokens_per_step,
-        num_shards=num_shards,
-        shortest=shortest,
-        block=block,
+        jobs, tokens_per_step=tokens_per_step, num_shards=num_shards, shortest=shortest
     ):
-        if run and (run[0][:2] != step[:2] or len(run) == steps_per_call):
+        if run and (run[0].shape != step.shape or len(run) == steps_per_call):
             close()
         run.append(step)
     close()
@@ -242,34 +229,35 @@ def pack(
 
 
 def _to_arrays(
-    jobs: Sequence[Job], run: Sequence[Step], steps_per_call: int, pad_id: int, block: int | None
+    jobs: Sequence[Job], run: Sequence[Step], steps_per_call: int, pad_id: int
 ) -> tuple[np.ndarray, ...]:
-    W, T, U = run[0].num_rows, run[0].length, run[0].num_lanes
-    num_shards, block = len(run[0].shards), block or T
-    shape = (steps_per_call, num_shards * W, T)
-    lanes = np.full((steps_per_call, num_shards * U), -1, np.int32)
-    blocks = np.zeros((steps_per_call, num_shards * W, T // block), np.int32)
-    tokens = np.full(shape, pad_id, np.int32)
-    segments = np.zeros(shape, np.int32)
-    positions = np.zeros(shape, np.int32)
-    loss_mask = np.zeros(shape, bool)
+    shape, num_shards = run[0].shape, len(run[0].shards)
+    W, T, n = shape
+    lanes = np.full((steps_per_call, num_shards * n), -1, np.int32)
+    chunks = np.zeros((steps_per_call, num_shards * n, 3), np.int32)
+    tokens = np.full((steps_per_call, num_shards * W, T), pad_id, np.int32)
+    segments = np.zeros(tokens.shape, np.int32)
+    positions = np.zeros(tokens.shape, np.int32)
+    loss_mask = np.zeros(tokens.shape, bool)
     for i, step in enumerate(run):
         for s, places in enumerate(step.shards):
-            num_texts = [0] * W
+            num_texts, chunk = [0] * W, s * n
             for lane, (job, row, w, t) in enumerate(places):
-                lanes[i, s * U + lane] = job
-                at = s * W + w
-                length = row_length(jobs[job].rows[row])
-                blocks[i, at, t // block : -(-(t + length) // block)] = lane
+                lanes[i, s * n + lane] = job
+                end = t + row_length(jobs[job].rows[row])
+                for start in range(t, end, shape.chunk_size):
+                    count = min(shape.chunk_size, end - start)
+                    chunks[i, chunk] = lane, w * T + start, count
+                    chunk += 1
                 for text in jobs[job].rows[row]:
                     num_texts[w] += 1
-                    span = slice(t, t + len(text.tokens))
+                    at, span = s * W + w, slice(t, t + len(text.tokens))
                     tokens[i, at, span] = text.tokens
                     segments[i, at, span] = num_texts[w]
                     positions[i, at, span] = np.arange(len(text.tokens))
                     loss_mask[i, at, span] = text.loss_mask
                     t = span.stop
-    return lanes, blocks, tokens, segments, positions, loss_mask
+    return lanes, chunks, tokens, segments, positions, loss_mask
 
 
 def useful_tokens(batches: Sequence[InnerBatch]) -> tuple[int, int]:

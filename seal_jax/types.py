@@ -37,13 +37,13 @@ class InnerState(NamedTuple):
 class InnerBatch(NamedTuple):
     """Steps of one shape. A lane is an adapter's place in a step; -1 marks an empty one.
 
-    An array row holds the rows of several adapters behind one another, each in blocks of tokens of
-    its own. Learning rate and step count come from the self-edit, so they are data: one program
-    serves all. Over a mesh, W and U are divided as the population is.
+    An array row holds the rows of several adapters behind one another; chunks say whose they are.
+    Learning rate and step count come from the self-edit, so they are data: one program serves all.
+    Over a mesh, W, U and n are divided as the population is, and count within their shard.
     """
 
     lanes: jax.Array  # i32[I U] which adapter takes the lane
-    blocks: jax.Array  # i32[I W T/b] the lane of each block of b tokens, counted within its shard
+    chunks: jax.Array  # i32[I n 3] a chunk's lane, first token (of W * T) and number of tokens
     tokens: jax.Array  # i32[I W T]
     segments: jax.Array  # i32[I W T] 0 is padding, 1.. are the texts of the array row
     positions: jax.Array  # i32[I W T] restart with each text

@@ -110,7 +110,8 @@ def compile_inner_step(mesh, config, *, quantize="none", length=256):
         tokens = jnp.zeros((NUM_ADAPTERS, length), jnp.int32)
         rate = jnp.zeros(NUM_ADAPTERS, jnp.float32)
         mask = tokens.astype(bool)
-        batch = InnerBatch(step, step[:, None], tokens, tokens, tokens, mask, rate, step)
+        spans = jnp.zeros((NUM_ADAPTERS, 3), jnp.int32)
+        batch = InnerBatch(step, spans, tokens, tokens, tokens, mask, rate, step)
         return InnerState(adapters, opt_state, step), batch
 
     state, batch = jax.eval_shape(init)

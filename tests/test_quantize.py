@@ -154,9 +154,10 @@ def batch_of(config, num_lanes, length, num_steps=None):
     shape = (num_lanes, length) if num_steps is None else (num_steps, num_lanes, length)
     lanes = jnp.broadcast_to(jnp.arange(num_lanes), shape[:-1])
     ones = jnp.ones(shape, jnp.int32)
+    spans = [(u, u * length, length) for u in range(num_lanes)]
     return InnerBatch(
         lanes=lanes,
-        blocks=lanes[..., None],
+        chunks=jnp.broadcast_to(jnp.array(spans, jnp.int32), (*lanes.shape, 3)),
         tokens=tokens_of(config, shape),
         segments=ones,
         positions=jnp.broadcast_to(jnp.arange(length), shape),

@@ -10,12 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seal_jax.self_edit import (
-    BLOCK,
     BUCKETS,
     LONGEST,
     Job,
     Text,
-    block_for,
     bucket_of,
     make_job,
     pack,
@@ -66,9 +64,11 @@ def rows_from(batches, job, num_shards=1):
             (u,) = np.flatnonzero(b.lanes[i] == job)
             shard, lane = divmod(int(u), U // num_shards)
             texts = collections.defaultdict(list)
-            for w in range(shard * W // num_shards, (shard + 1) * W // num_shards):
-                for t in range(T):
-                    if b.segments[i, w, t] and b.blocks[i, w, t // BLOCK] == lane:
+            n = b.chunks.shape[1] // num_shards
+            for of_lane, first, count in b.chunks[i, shard * n : (shard + 1) * n]:
+                if count and of_lane == lane:
+                    for at in range(first, first + count):
+                        w, t = shard * W // num_shards + at // T, at % T
                         token = (b.tokens[i, w, t], b.loss_mask[i, w, t], b.positions[i, w, t])
                         texts[w, int(b.segments[i, w, t])].append(token)
             for text in texts.values():
@@ -80,6 +80,17 @@ def rows_from(batches, job, num_shards=1):
                 )
             )
     return tuple(rows)
+
+
+def check_chunks(b, num_shards):
+    """Every token of text is in one chunk of its shard, and no chunk is longer than its slots."""
+    (num_steps, W, T), n = b.tokens.shape, b.chunks.shape[1] // num_shards
+    covered = np.zeros(b.tokens.shape, int).reshape(num_steps, num_shards, -1)
+    for i in range(num_steps):
+        for k, (_, first, count) in enumerate(b.chunks[i]):
+            assert 0 <= count <= 2 * (W // num_shards) * T // n
+            covered[i, k // n, first : first + count] += 1
+    np.testing.assert_array_equal(covered.reshape(b.tokens.shape), b.segments > 0)
 
 
 @given(populations(), st.sampled_from([1, 16, 64, 128]), st.integers(1, 4), st.integers(1, 3))
@@ -97,9 +108,9 @@ def test_every_job_reads_its_own_rows_in_order_once(jobs, tokens_per_step, steps
         assert rows_from(batches, j, shards) == job.rows
     size = -(-len(jobs) // shards)
     for b in batches:
-        assert b.tokens.shape[0] == b.lanes.shape[0] == b.blocks.shape[0] == steps_per_call
+        assert b.tokens.shape[0] == b.lanes.shape[0] == b.chunks.shape[0] == steps_per_call
         assert b.tokens.shape == b.segments.shape == b.positions.shape == b.loss_mask.shape
-        assert b.blocks.shape[2] * BLOCK == b.tokens.shape[2]
+        check_chunks(b, shards)
         assert [x.dtype for x in b[:6]] == [np.int32] * 5 + [bool]
         assert set(b.lanes.ravel()) <= {-1, *range(len(jobs))}
         # Padding carries nothing.
@@ -126,11 +137,11 @@ def test_steps_have_few_shapes(jobs, tokens_per_step, shards):
     """Array rows are powers of two, as many as the budget holds, or one of a part of it."""
     options = {"tokens_per_step": tokens_per_step, "num_shards": shards, "shortest": SHORTEST}
     for step in schedule(jobs, **options):
-        parts = [(1, max(SHORTEST, tokens_per_step) // part) for part in (4, 16)]
+        parts = [(1, max(SHORTEST, tokens_per_step) // part) for part in (2, 8)]
         powers = [(max(1, tokens_per_step // T), T) for T in (16, 32, 64)]
-        assert (step.num_rows, step.length) in [*parts, *powers]
+        assert step.shape[:2] in [*parts, *powers]
         assert len(step.shards) == shards and any(step.shards)
-        assert all(len(places) <= step.num_lanes for places in step.shards)
+        assert all(len(places) <= step.shape.num_chunks for places in step.shards)
 
 
 @given(populations(), st.sampled_from([16, 64]), st.integers(1, 3))
@@ -139,7 +150,7 @@ def test_useful_tokens_are_counted_exactly(jobs, tokens_per_step, steps_per_call
     options = {"tokens_per_step": tokens_per_step, "shortest": SHORTEST}
     useful, trained = useful_tokens(pack(jobs, steps_per_call=steps_per_call, **options))
     assert useful == sum(len(text.tokens) for job in jobs for row in job.rows for text in row)
-    assert trained == sum(s.num_rows * s.length for s in schedule(jobs, **options))
+    assert trained == sum(s.shape.num_tokens for s in schedule(jobs, **options))
     assert useful <= trained
 
 
@@ -204,16 +215,16 @@ def test_a_population_of_two_as_arrays():
     first = Job(((text_of([1, 2, 3]), text_of([4, 5])), (text_of([6]),)), 0.1)
     second = Job(((text_of([7, 8, 9, 10], 2),),), 0.2)
     one, two = pack([first, second], tokens_per_step=64, steps_per_call=2, shortest=64)
-    # Both lie in one array row: job 0 takes its first block of 8 tokens, job 1 the second.
+    # Both lie in one array row, job 0's two texts before job 1's, in one chunk each.
     assert one.lanes.tolist() == [[0, 1], [-1, -1]]
-    assert one.tokens.shape == (2, 1, 64) and not one.segments[0, 0, 16:].any()
-    assert one.blocks[0, 0].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
-    assert one.tokens[0, 0, :16].tolist() == [1, 2, 3, 4, 5, 0, 0, 0, 7, 8, 9, 10, 0, 0, 0, 0]
-    assert one.segments[0, 0, :16].tolist() == [1, 1, 1, 2, 2, 0, 0, 0, 3, 3, 3, 3, 0, 0, 0, 0]
-    assert one.positions[0, 0, :16].tolist() == [0, 1, 2, 0, 1, 0, 0, 0, 0, 1, 2, 3, 0, 0, 0, 0]
-    assert np.flatnonzero(one.loss_mask[0]).tolist() == [1, 2, 4, 10, 11]
+    assert one.chunks.tolist() == [[[0, 0, 5], [1, 5, 4]], [[0, 0, 0]] * 2]
+    assert one.tokens.shape == (2, 1, 32) and not one.segments[0, 0, 9:].any()
+    assert one.tokens[0, 0, :10].tolist() == [1, 2, 3, 4, 5, 7, 8, 9, 10, 0]
+    assert one.segments[0, 0, :10].tolist() == [1, 1, 1, 2, 2, 3, 3, 3, 3, 0]
+    assert one.positions[0, 0, :10].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 0]
+    assert np.flatnonzero(one.loss_mask[0]).tolist() == [1, 2, 4, 7, 8]
     # What is left is one short row: a small step.
-    assert two.lanes.tolist() == [[0], [-1]] and two.tokens[0, 0, :2].tolist() == [6, 0]
+    assert two.lanes.tolist() == [[0, -1], [-1, -1]] and two.tokens[0, 0, :2].tolist() == [6, 0]
     assert two.num_steps.tolist() == [2, 1]
 
 
@@ -242,32 +253,8 @@ def test_published_self_edits_waste_little(shared_data, num_adapters):
     computed, shapes = 0, set()
     for i in range(0, len(jobs), num_adapters):
         for step in schedule(jobs[i : i + num_adapters], tokens_per_step=512):
-            computed += step.num_rows * step.length
-            shapes.add((step.num_rows, step.length))
+            computed += step.shape.num_tokens
+            shapes.add(step.shape)
     print(f"{num_adapters} adapters: {computed / text:.3f} tokens computed per token of text")
-    assert computed / text <= 1.2
+    assert computed / text <= 1.15
     assert len(shapes) <= 4
-
-
-def test_the_block_grows_with_the_adapter():
-    """A small adapter is copied for every 8 tokens, a large one has array rows of its own."""
-    smollm2 = 134_515_008
-    assert block_for(1_843_200, smollm2) == 8  # rank 32 on q and v
-    assert block_for(9_768_960, smollm2) is None  # on all linear layers
-
-
-@given(populations(), st.sampled_from([1, 16, 64, 128]), st.integers(1, 3))
-@settings(max_examples=30)
-def test_large_adapters_have_array_rows_of_their_own(jobs, tokens_per_step, shards):
-    options = {"tokens_per_step": tokens_per_step, "num_shards": shards, "block": None}
-    batches = pack(jobs, pad_id=PAD, **options)
-    for b in batches:
-        assert b.blocks.shape[2] == 1 and b.lanes.shape[1] == b.tokens.shape[1]
-        for lanes, blocks, segments in zip(b.lanes, b.blocks[:, :, 0], b.segments, strict=True):
-            used = segments.any(axis=1)
-            assert used.sum() == (lanes >= 0).sum()
-            assert len(set(blocks[used])) * shards >= used.sum()
-    for step in schedule(jobs, **options):
-        assert step.length in BUCKETS and step.num_lanes == step.num_rows
-        most = max(1, tokens_per_step // step.length)
-        assert step.num_rows in (most, -(-most // 4))

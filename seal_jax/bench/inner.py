@@ -68,7 +68,7 @@ def run(
         budget = tokens_per_step if size > 1 else min(tokens_per_step, 256)
         name = f"population_{size}"
         calls[name], text_tokens[name] = _population(
-            loaded, edits, size, budget, num_calls=1 if size > 1 else 3
+            loaded, edits, size, budget, num_tokens=1000 if size == 1 else 4000
         )
     _add_peers(calls, text_tokens, loaded, edits, quick)
     seconds = interleave(calls, rounds)
@@ -116,9 +116,12 @@ def _jobs(edits: Sequence[Sequence[Sequence[int]]], count: int, num_epochs: int)
 
 
 def _population(
-    model: Model, edits: Sequence, size: int, tokens_per_step: int, num_calls: int
+    model: Model, edits: Sequence, size: int, tokens_per_step: int, num_tokens: int
 ) -> tuple[Callable[[], Any], int]:
-    """Return a call of the inner loop, `num_calls` device calls long, and its tokens of text."""
+    """Return device calls of the inner loop for about `num_tokens` of text, and how many they are.
+
+    They are the first of a whole run's, whatever their shapes.
+    """
     optimizer = make_optimizer(
         optax_name="adamw", optax_kwargs={"weight_decay": 0.0}, grad_clip=1.0
     )
@@ -127,7 +130,8 @@ def _population(
     adapters = fresh(keys.fold([(0, i) for i in range(size)]))
     jobs = _jobs(edits, size, num_epochs=10)
     batches = pack(jobs, tokens_per_step=tokens_per_step, pad_id=model.tokenizer.pad_id)
-    batches = jax.device_put(batches[:num_calls])
+    text = np.cumsum([useful_tokens([batch])[0] for batch in batches])
+    batches = jax.device_put(batches[: 1 + int(np.searchsorted(text, num_tokens))])
     return lambda: update(model.params, adapters, batches), useful_tokens(batches)[0]
 
 
@@ -197,11 +201,12 @@ def _schedule(edits: Sequence, size: int, tokens_per_step: int) -> tuple[float, 
     jobs = _jobs(edits, 3 * len(edits), num_epochs=10)
     text = sum(row_length(row) for job in jobs for row in job.rows)
     shapes = collections.Counter(
-        step[:2]
+        step.shape
         for i in range(0, len(jobs), size)
         for step in schedule(jobs[i : i + size], tokens_per_step=tokens_per_step)
     )
-    return sum(W * T * count for (W, T), count in shapes.items()) / text, set(shapes)
+    computed = sum(shape.num_tokens * count for shape, count in shapes.items())
+    return computed / text, set(shapes)
 
 
 def _print(figures: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from seal_jax.models.attention import attend, attend_apart
 from seal_jax.models.config import ModelConfig
+from seal_jax.models.lora_product import Chunks, chunked_product, grouped_product
 from seal_jax.models.quantize import product, take_rows
 from seal_jax.types import Adapters, Params
 
@@ -54,13 +55,33 @@ def rope_frequencies(config: ModelConfig, local: bool = False) -> jax.Array:
     return frequency * blend + frequency / s.factor * (1.0 - blend)
 
 
-def apply_rope(x: jax.Array, positions: jax.Array, frequency: jax.Array) -> jax.Array:
-    """Rotate x [B T N H] by its positions i32[B T]; halves are paired as in Hugging Face."""
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+def _rope_table(positions: jax.Array, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
+    angle = positions.astype(jnp.float32)[..., None, None]
+    angle = angle * jnp.expand_dims(frequency, range(positions.ndim + 1))
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate x [B T N H] by its table's angles; halves are paired as in Hugging Face."""
+    cos, sin = table
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def rope_tables(config: ModelConfig, positions: jax.Array) -> tuple:
+    """Return, for a global and for a local layer, cosine and sine of the angles.
+
+    Args:
+      positions: i32[...]
+
+    Returns:
+      ((cos, sin), (cos, sin)), f32[... 1 H/2] each.
+    """
+    table = _rope_table(positions, rope_frequencies(config))
+    if config.local_rope_theta is None:
+        return table, table
+    return table, _rope_table(positions, rope_frequencies(config, local=True))
 
 
 class RMSNorm(nn.Module):
@@ -95,12 +116,12 @@ class Linear(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(y.dtype)[None]
         if self.has_variable("lora", "a"):
-            ab = (self.get_variable("lora", "a"), self.get_variable("lora", "b"), lora.scale)
-            a, b, scale = ab if lora.blocks is None else (part[lora.blocks] for part in ab)
-            grouped = flat.reshape(a.shape[0], -1, x.shape[-1]).astype(a.dtype)
-            low = jnp.einsum("atd,adr->atr", grouped, a) * scale[:, None, None]
-            delta = jnp.einsum("atr,arf->atf", low, b)
-            y = y + delta.reshape(y.shape).astype(y.dtype)
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            if lora.chunks is None:
+                delta = grouped_product(flat, a, b, lora.scale)
+            else:
+                delta = chunked_product(flat, a, b, lora.scale, lora.chunks)
+            y = y + delta.astype(y.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
 
@@ -129,14 +150,13 @@ class Attention(nn.Module):
         v = heads("v_proj", c.num_kv_heads).transpose(0, 2, 1, 3)
         if c.qk_norm:
             q, k = _norm(c, "q_norm")(q), _norm(c, "k_norm")(k)
-        frequency = rope_frequencies(c, self.local)
-        q = apply_rope(q, call.positions, frequency).transpose(0, 2, 1, 3)
-        k = apply_rope(k, call.positions, frequency).transpose(0, 2, 1, 3)
+        q = apply_rope(q, call.rope[self.local]).transpose(0, 2, 1, 3)
+        k = apply_rope(k, call.rope[self.local]).transpose(0, 2, 1, 3)
         if cache is not None:
             start = (0, 0, call.cache_index, 0)
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), start)
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), start)
-        if call.lora is not None and call.lora.blocks is not None:
+        if call.lora is not None and call.lora.chunks is not None:
             out = attend_apart(c, q, k, v, call.segments, local=self.local)
         else:
             out = attend(
@@ -188,13 +208,13 @@ class _Lora(NamedTuple):
     """Whose adapter each token takes; the adapters' matrices are in the 'lora' collection."""
 
     scale: jax.Array  # f32[A]
-    blocks: jax.Array | None  # i32[n], see `hidden_states`
+    chunks: Chunks | None  # or rows are grouped by adapter
 
 
 class _Call(NamedTuple):
     """What every layer is called with; see `hidden_states`."""
 
-    positions: jax.Array  # i32[B T]
+    rope: tuple  # the tables of a global and of a local layer
     segments: jax.Array  # i32[B T]
     key_segments: jax.Array  # i32[B S]
     lora: "_Lora | None"
@@ -242,7 +262,7 @@ def init_params(config: ModelConfig, rng: jax.Array, dtype=jnp.float32) -> Param
     """Return random parameters for `config`."""
     one = jnp.zeros((1, 1), jnp.int32)
     init = jax.jit(Transformer(config).init)
-    params = init(rng, one, _Call(one, one, one, None, 0))["params"]
+    params = init(rng, one, _Call(rope_tables(config, one), one, one, None, 0))["params"]
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
@@ -265,7 +285,8 @@ def hidden_states(
     cache: KVCache | None = None,
     cache_index: jax.Array | int = 0,
     key_segments: jax.Array | None = None,
-    blocks: jax.Array | None = None,
+    chunks: Chunks | None = None,
+    rope: tuple | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Run the decoder.
 
@@ -277,8 +298,10 @@ def hidden_states(
       cache: where given, this call's keys and values are written into it from slot `cache_index`
         on.
       key_segments: i32[B S] of the cache's slots; goes with `cache`.
-      blocks: i32[n], the adapter of each of n equal blocks of the B * T tokens, instead of rows
-        grouped by adapter.
+      chunks: whose adapter each of the B * T tokens takes, instead of rows grouped by adapter.
+      rope: `rope_tables` of the positions, where they are at hand. A loop makes them beforehand:
+        XLA:CPU computes what is cheap to write down, as a cosine, once more for every head and
+        layer, unless it comes from outside.
 
     Returns:
       The normed hidden states [B T D], and the keys and values attended to.
@@ -292,19 +315,26 @@ def hidden_states(
                 for layer, a, b in zip(layers, _unstack(ab["a"]), _unstack(ab["b"]), strict=True):
                     layer.setdefault(block, {})[target] = {"a": a, "b": b}
         variables["lora"] = {f"layers_{i}": layer for i, layer in enumerate(layers)}
-        lora = _Lora(adapters.scale, blocks)
+        lora = _Lora(adapters.scale, chunks)
     key_segments = segments if key_segments is None else key_segments
-    call = _Call(positions, segments, key_segments, lora, cache_index)
+    call = _Call(
+        rope_tables(config, positions) if rope is None else rope,
+        segments,
+        key_segments,
+        lora,
+        cache_index,
+    )
     return Transformer(config).apply(variables, tokens, call, cache)
 
 
 def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """Return the logits f32[... V] of hidden states [... D]."""
     if config.tie_embeddings:
-        table, contract = params["embed"]["embedding"], "...d,vd->...v"
+        table, contract = params["embed"]["embedding"], "td,vd->tv"
     else:
-        table, contract = params["lm_head"]["kernel"], "...d,dv->...v"
-    logits = product(contract, hidden, table, jnp.float32)
+        table, contract = params["lm_head"]["kernel"], "td,dv->tv"
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logits = product(contract, flat, table, jnp.float32).reshape(*hidden.shape[:-1], -1)
     if config.logit_softcap is not None:
         logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
     return logits

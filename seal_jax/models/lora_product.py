@@ -1,0 +1,106 @@
+"""The two thin LoRA products of a linear map: scale * (x @ a) @ b, for many adapters at once.
+
+Either the rows of x are grouped by adapter, or, where the tokens of several adapters lie behind one
+another, `Chunks` says whose they are. Then tokens are gathered into equal chunks, each with one
+adapter, and both products are batched over chunks: a text may begin anywhere, and an adapter is
+copied once a chunk, not once for every few tokens.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Chunks(NamedTuple):
+    """n chunks of c tokens each, of M tokens; token and slot are each other's inverse."""
+
+    lane: jax.Array  # i32[n] whose adapter a chunk takes
+    token: jax.Array  # i32[n c] the token in each slot; M where the slot is empty
+    slot: jax.Array  # i32[M] the slot of each token; n * c where nobody's adapter takes it
+
+
+def make_chunks(spans: jax.Array, num_tokens: int) -> Chunks:
+    """Return the chunks of M = `num_tokens` tokens: twice as many slots as tokens.
+
+    Args:
+      spans: i32[n 3], each chunk's lane, first token and number of tokens (0: an empty chunk).
+    """
+    n = spans.shape[0]
+    size = 2 * num_tokens // n
+    lane, first, count = spans.T
+    offset = jnp.arange(size, dtype=jnp.int32)[None]
+    token = jnp.where(offset < count[:, None], first[:, None] + offset, num_tokens).reshape(-1)
+    slot = jnp.full(num_tokens, n * size, jnp.int32)
+    slot = slot.at[token].set(jnp.arange(n * size, dtype=jnp.int32), mode="drop")
+    return Chunks(lane, token, slot)
+
+
+def token_lanes(chunks: Chunks) -> jax.Array:
+    """Return the lane of each token i32[M]; -1 where it has none."""
+    n, size = chunks.lane.shape[0], chunks.token.shape[0] // chunks.lane.shape[0]
+    chunk = jnp.minimum(chunks.slot // size, n - 1)
+    return jnp.where(chunks.slot < n * size, chunks.lane[chunk], -1)
+
+
+def grouped_product(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return scale * (x @ a) @ b, [M F] for x [M D] grouped by adapter, a [A D r] and b [A r F]."""
+    grouped = x.reshape(a.shape[0], -1, x.shape[-1]).astype(a.dtype)
+    low = jnp.einsum("atd,adr->atr", grouped, a) * scale[:, None, None].astype(a.dtype)
+    return jnp.einsum("atr,arf->atf", low, b).reshape(x.shape[0], -1)
+
+
+@jax.custom_vjp
+def chunked_product(
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, chunks: Chunks
+) -> jax.Array:
+    """Return scale * (x @ a) @ b, [M F] for x [M D], a [U D r] and b [U r F]; 0 for nobody's token.
+
+    Products are taken of numbers in x's dtype and summed in float32, and gradients of a and b are
+    float32, as these are. What is not finite in one lane stays there. The backward pass gathers
+    once more what the forward pass has gathered: only the [n c r] in between is kept.
+    """
+    return _forward(x, a, b, scale, chunks)[0]
+
+
+def _forward(x, a, b, scale, chunks):
+    low = _sum("ncd,ndr->ncr", _to_slots(x, chunks), a[chunks.lane].astype(x.dtype))
+    low = (low * scale[chunks.lane, None, None]).astype(x.dtype)
+    out = _sum("ncr,nrf->ncf", low, b[chunks.lane].astype(x.dtype)).astype(x.dtype)
+    return _to_tokens(out, chunks), (x, a, b, scale, chunks, low)
+
+
+def _backward(saved, grads):
+    x, a, b, scale, chunks, low = saved
+    grads = _to_slots(grads, chunks)
+    d_low = _sum("ncf,nrf->ncr", grads, b[chunks.lane].astype(x.dtype))
+    d_low = (d_low * scale[chunks.lane, None, None]).astype(x.dtype)
+    d_a = _sum("ncd,ncr->ndr", _to_slots(x, chunks), d_low)
+    d_b = _sum("ncr,ncf->nrf", low, grads)
+    d_x = _sum("ncr,ndr->ncd", d_low, a[chunks.lane].astype(x.dtype)).astype(x.dtype)
+
+    def by_lane(d: jax.Array, like: jax.Array) -> jax.Array:
+        return jnp.zeros(like.shape, like.dtype).at[chunks.lane].add(d.astype(like.dtype))
+
+    return _to_tokens(d_x, chunks), by_lane(d_a, a), by_lane(d_b, b), None, None
+
+
+chunked_product.defvjp(_forward, _backward)
+
+
+def _sum(contract: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(contract, x, y, preferred_element_type=jnp.float32)
+
+
+def _to_slots(x: jax.Array, chunks: Chunks) -> jax.Array:
+    """Gather tokens [M D] into their slots [n c D]; an empty one is 0."""
+    used = (chunks.token < x.shape[0])[:, None]
+    slots = jnp.where(used, x[jnp.minimum(chunks.token, x.shape[0] - 1)], 0)
+    return slots.reshape(chunks.lane.shape[0], -1, x.shape[-1])
+
+
+def _to_tokens(slots: jax.Array, chunks: Chunks) -> jax.Array:
+    """Gather slots [n c D] back to their tokens [M D]; 0 for a token without one."""
+    flat = slots.reshape(-1, slots.shape[-1])
+    used = (chunks.slot < flat.shape[0])[:, None]
+    return jnp.where(used, flat[jnp.minimum(chunks.slot, flat.shape[0] - 1)], 0)

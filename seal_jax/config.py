@@ -194,6 +194,12 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     axes = [key for key in FIELDS if key.startswith("mesh.") and values[key] == -1]
     if len(axes) > 1:
         yield f"{' and '.join(axes)} = -1: only one axis can take the devices that are left"
+    if values["inner.pad_loss"] == "exact" and values["inner.batch_size"] > 4:
+        size = values["inner.batch_size"]
+        yield (
+            f"inner.batch_size = {size}: with inner.pad_loss = 'exact' at most 4, as {size} texts "
+            f"of 2,048 tokens do not fit into a step of 8,192"
+        )
     name = values["task.name"]
     taken = _task_defaults(name)
     given = {k.removeprefix("task."): v for k, v in values.items() if k.startswith("task.")}

@@ -215,6 +215,7 @@ FIELDS: dict[str, Field] = {
     "inner.optax_kwargs": Field({"weight_decay": 0.0}, _keywords()),
     "inner.optimizer": Field(None, _function()),  # learning_rate -> GradientTransformation
     "inner.schedule": Field("linear", _SCHEDULE),
+    "inner.pad_loss": Field("off", choice("off", "sampled", "exact")),  # see self_edit.make_job
     "inner.grad_clip": Field(1.0, _real(0, above=True)),  # global norm
     "inner.quantize": Field("none", choice("none", "int8", "nf4")),  # the base, not the adapters
     "inner.remat": Field("none", _REMAT, placement=True),

@@ -27,11 +27,13 @@ from seal_jax.models.transformer import hidden_states, token_logp
 from seal_jax.rewards import Outcome
 from seal_jax.sample import check_lengths, generate, pad_prompts
 from seal_jax.self_edit import (
+    PADDED,
     Job,
     Text,
     bucket_of,
     job_losses,
     make_job,
+    num_text_tokens,
     pack,
     row_length,
     text_of,
@@ -80,7 +82,7 @@ def make_evaluate(
     has its outcome, so that no outcome is without its adapter after a kill.
 
     Args:
-      inner: rank, alpha, targets, learning_rate, num_epochs, batch_size, max_adapters,
+      inner: rank, alpha, targets, learning_rate, num_epochs, batch_size, pad_loss, max_adapters,
         tokens_per_step, steps_per_call.
       answers: max_tokens and max_rows.
     """
@@ -104,6 +106,8 @@ def make_evaluate(
             batch_size=inner["batch_size"],
             learning_rate=edit.learning_rate or inner["learning_rate"],
             key=run.path(seed, keys.SHUFFLE),
+            pad_loss=inner["pad_loss"],
+            padded=min(PADDED, model.config.max_length),
         )
 
     def gold_texts(run: Run, prompts: list[list[int]]) -> list[Text]:
@@ -200,7 +204,7 @@ def _outcome(task, run: Run, num_epochs: int, job: Job, losses, answers, logps) 
         loss_before=float(np.mean(losses[:per_epoch])),
         loss_after=float(np.mean(losses[-per_epoch:])),
         answers=tuple(answers),
-        useful_tokens=sum(map(row_length, job.rows)),
+        useful_tokens=num_text_tokens(job),
     )
 
 

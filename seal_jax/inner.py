@@ -46,21 +46,22 @@ def lane_losses(
         params,
         batch.tokens,
         batch.positions,
-        batch.segments,
+        jnp.abs(batch.segments),
         adapters,
+        key_segments=batch.segments,  # nobody sees padding, not even itself
         chunks=chunks,
         rope=rope,
     )
     finite = jnp.isfinite(hidden).all(axis=-1)
     hidden = jnp.where(finite[..., None], hidden, 0)[:, :-1]
-    targets, counts = batch.tokens[:, 1:], batch.loss_mask[:, 1:].astype(jnp.float32)
+    targets, weights = batch.tokens[:, 1:], batch.loss_weight[:, 1:]
     logp = token_logp(config, params, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
     lane = token_lanes(chunks).reshape(batch.tokens.shape)
     in_lane = (lane[None] == jnp.arange(num_lanes)[:, None, None]).astype(jnp.float32)  # [U W T]
     lost = jnp.einsum("uwt,wt->u", in_lane, (~finite).astype(jnp.float32))
     in_lane = in_lane[:, :, 1:]
-    total = jnp.einsum("uwt,wt->u", in_lane, logp.reshape(targets.shape) * counts)
-    losses = -total / jnp.maximum(jnp.einsum("uwt,wt->u", in_lane, counts), 1)
+    total = jnp.einsum("uwt,wt->u", in_lane, logp.reshape(targets.shape) * weights)
+    losses = -total / jnp.maximum(jnp.einsum("uwt,wt->u", in_lane, weights), 1)
     return jnp.where(lost > 0, jnp.nan, losses)
 
 

@@ -32,11 +32,18 @@ _ATTENTION_COST = 1 / 2048
 _PARTS = (8, 2)
 
 
+# The authors' code pads every text to PADDED tokens and counts the prediction of padding too. Where
+# that is asked for, 'sampled' takes so many of the padding's tokens, each for its share of all.
+PADDED, PAD_SAMPLES = 2048, 8
+PAD_LOSSES = ("off", "sampled", "exact")
+
+
 class Text(NamedTuple):
-    """One training text."""
+    """One training text, and the padding behind it that is in the loss."""
 
     tokens: tuple[int, ...]
     loss_mask: tuple[bool, ...]  # whether predicting this token counts; the first never does
+    pads: tuple[int, ...] = ()  # positions of padding: each predicts the next, the last nothing
 
 
 class Job(NamedTuple):
@@ -53,24 +60,49 @@ def make_job(
     batch_size: int,
     learning_rate: float,
     key: Sequence[int],
+    pad_loss: str = "off",
+    padded: int = PADDED,
 ) -> Job:
     """Shuffle the texts anew in every epoch and cut them into batches.
 
     Args:
       key: nonnegative integers (seed, step, problem, self-edit, seed index) that alone decide the
-        order.
+        order, and which padding is sampled.
+      pad_loss: what of the padding to `padded` tokens is in the loss: nothing ('off'), all
+        ('exact'), or in every row other PAD_SAMPLES tokens of it in place of all ('sampled'): an
+        unbiased estimate of the same loss.
+
+    Raises:
+      ValueError: there is no such pad_loss.
     """
+    if pad_loss not in PAD_LOSSES:
+        raise ValueError(f"pad_loss={pad_loss!r}: expected one of {', '.join(PAD_LOSSES)}")
     rng = np.random.default_rng(list(key))
+
+    def pad(text: Text) -> Text:
+        first, last = len(text.tokens), padded - 1
+        if pad_loss == "off" or first > last:
+            return text
+        pads = np.arange(first, last)
+        if pad_loss == "sampled" and len(pads) > PAD_SAMPLES:
+            pads = np.sort(rng.choice(pads, PAD_SAMPLES, replace=False))
+        return text._replace(pads=(*pads.tolist(), last))
+
     rows = []
     for _ in range(num_epochs):
         order = rng.permutation(len(texts))
         for start in range(0, len(texts), batch_size):
-            rows.append(tuple(texts[i] for i in order[start : start + batch_size]))
+            rows.append(tuple(pad(texts[i]) for i in order[start : start + batch_size]))
     return Job(tuple(rows), learning_rate)
 
 
 def row_length(row: Sequence[Text]) -> int:
-    return sum(len(text.tokens) for text in row)
+    """Return the tokens that a row takes in a step: text, and padding that is in the loss."""
+    return sum(len(text.tokens) + len(text.pads) for text in row)
+
+
+def num_text_tokens(job: Job) -> int:
+    return sum(len(text.tokens) for row in job.rows for text in row)
 
 
 def bucket_of(length: int, buckets: Sequence[int] = BUCKETS) -> int:
@@ -238,7 +270,7 @@ def _to_arrays(
     tokens = np.full((steps_per_call, num_shards * W, T), pad_id, np.int32)
     segments = np.zeros(tokens.shape, np.int32)
     positions = np.zeros(tokens.shape, np.int32)
-    loss_mask = np.zeros(tokens.shape, bool)
+    loss_weight = np.zeros(tokens.shape, np.float32)
     for i, step in enumerate(run):
         for s, places in enumerate(step.shards):
             num_texts, chunk = [0] * W, s * n
@@ -255,9 +287,27 @@ def _to_arrays(
                     tokens[i, at, span] = text.tokens
                     segments[i, at, span] = num_texts[w]
                     positions[i, at, span] = np.arange(len(text.tokens))
-                    loss_mask[i, at, span] = text.loss_mask
+                    loss_weight[i, at, span] = text.loss_mask
                     t = span.stop
-    return lanes, chunks, tokens, segments, positions, loss_mask
+                    if text.pads:  # tokens are pad_id already
+                        span = slice(t, t + len(text.pads))
+                        segments[i, at, span] = -num_texts[w]
+                        positions[i, at, span] = text.pads
+                        loss_weight[i, at, span] = _pad_weights(text)
+                        t = span.stop
+    return lanes, chunks, tokens, segments, positions, loss_weight
+
+
+def _pad_weights(text: Text) -> np.ndarray:
+    """Return how much predicting each of the text's pads counts, f32.
+
+    The first is predicted by the text's last token, the others by the pad before, which stands for
+    its share of all the padding.
+    """
+    num_all, num_taken = text.pads[-1] - len(text.tokens), len(text.pads) - 1
+    weights = np.full(len(text.pads), num_all / max(num_taken, 1), np.float32)
+    weights[0] = 1
+    return weights
 
 
 def useful_tokens(batches: Sequence[InnerBatch]) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from seal_jax.models import Model, load_model
 from seal_jax.models.quantize import quantize_params
 from seal_jax.optim import make_optimizer
 from seal_jax.sample import check_lengths, write_self_edits
-from seal_jax.self_edit import BUCKETS
+from seal_jax.self_edit import LONGEST, PAD_SAMPLES
 from seal_jax.sharding import make_mesh
 from seal_jax.tasks import make_task
 from seal_jax.tasks.task import Rejected, SelfEdit, Task
@@ -132,7 +132,10 @@ def write_edits(
 def parse(stages: Stages, batch: Sequence, texts: Sequence[str]) -> list[list[Edit]]:
     """Return [P][R] self-edits; one with a text beyond the model's context is rejected too."""
     num_edits = len(texts) // len(batch)
-    limit = min(stages.model.config.max_length, BUCKETS[-1] // stages.config.inner.batch_size)
+    room = LONGEST // stages.config.inner.batch_size
+    if stages.config.inner.pad_loss == "sampled":
+        room -= PAD_SAMPLES + 1
+    limit = min(stages.model.config.max_length, room)
     edits: list[list[Edit]] = []
     for p, (problem, _) in enumerate(batch):
         row: list[Edit] = []

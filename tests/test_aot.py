@@ -109,7 +109,7 @@ def compile_inner_step(mesh, config, *, quantize="none", length=256):
         step = jnp.zeros(NUM_ADAPTERS, jnp.int32)
         tokens = jnp.zeros((NUM_ADAPTERS, length), jnp.int32)
         rate = jnp.zeros(NUM_ADAPTERS, jnp.float32)
-        mask = tokens.astype(bool)
+        mask = tokens.astype(jnp.float32)
         spans = jnp.zeros((NUM_ADAPTERS, 3), jnp.int32)
         batch = InnerBatch(step, spans, tokens, tokens, tokens, mask, rate, step)
         return InnerState(adapters, opt_state, step), batch

@@ -252,11 +252,11 @@ def packed_batch(num_lanes, length):
     positions = np.concatenate([np.arange(50), np.arange(length - 60), np.zeros(10, int)])
     return InnerBatch(
         lanes=np.arange(num_lanes),
-        blocks=np.arange(num_lanes)[:, None],
+        chunks=np.array([(u, u * length, length) for u in range(num_lanes)], np.int32),
         tokens=rng.integers(1, WIDE.vocab_size, (num_lanes, length)),
         segments=segments,
         positions=np.broadcast_to(positions, (num_lanes, length)),
-        loss_mask=segments > 0,
+        loss_weight=(segments > 0).astype(jnp.float32),
         learning_rate=np.full(num_lanes, 1e-2, np.float32),
         num_steps=np.full(num_lanes, 2),
     )
@@ -321,7 +321,9 @@ def test_a_gradient_that_overflows_stays_with_its_own_text():
     num_heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     q, k, v = (rng.normal(size=(1, n, 24, 64)).astype(np.float32) for n in num_heads)
     segments = jnp.repeat(jnp.arange(1, 4), 8)[None]
-    _, pull = jax.vjp(lambda q, k, v: attend_apart(config, q, k, v, segments, local=False), q, k, v)
+    _, pull = jax.vjp(
+        lambda q, k, v: attend_apart(config, q, k, v, segments, segments, local=False), q, k, v
+    )
     grads = jnp.ones_like(q)
     expected, found = pull(grads), pull(grads.at[0, 1, 12].set(jnp.inf))
     others = np.r_[0:8, 16:24]

@@ -11,9 +11,9 @@ import pytest
 
 from seal_jax import lora
 from seal_jax.inner import make_inner_update
-from seal_jax.models.transformer import forward, token_logp, unembed
+from seal_jax.models.transformer import forward, hidden_states, token_logp, unembed
 from seal_jax.optim import make_optimizer, scheduled_rate
-from seal_jax.self_edit import Job, make_job, pack, text_of
+from seal_jax.self_edit import PAD_SAMPLES, Job, make_job, pack, text_of
 from seal_jax.types import Adapters
 
 A = 4
@@ -218,6 +218,73 @@ def test_a_sick_adapter_shares_array_rows_and_harms_nobody(tiny, adapters, updat
         jax.tree.map(np.testing.assert_array_equal, take(new, sick), take(start, sick))
     if np.isnan(size):
         assert np.isnan(losses[sick]).all()
+
+
+def padded_loss(config, params, adapter, text, padded):
+    """Return the loss of the authors' code: `padded` tokens, all of which count.
+
+    Padding is 0; it sees the text before it, and no padding.
+    """
+    n = len(text.tokens)
+    tokens = np.array([[*text.tokens, *[0] * (padded - n)]], np.int32)
+    positions = np.arange(padded, dtype=np.int32)[None]
+    hidden, _ = hidden_states(
+        config,
+        lora.merge(params, adapter),
+        tokens,
+        positions,
+        np.ones_like(tokens),
+        key_segments=np.where(positions < n, 1, 2),
+    )
+    logits = unembed(config, params, hidden[0, :-1])
+    logp = jax.nn.log_softmax(logits)[np.arange(padded - 1), tokens[0, 1:]]
+    return -logp.mean()
+
+
+def test_the_exact_pad_loss_is_that_of_padded_texts(tiny, adapters, update):
+    texts = make_texts(0, [(9, 0), (31, 0), (20, 0), (32, 0)])
+    options = {"num_epochs": 1, "batch_size": 1, "learning_rate": 0.0}
+    jobs = [make_job([t], key=(0,), pad_loss="exact", padded=32, **options) for t in texts]
+    _, losses = run(tiny[1], adapters, jobs, update)
+    for j, text in enumerate(texts):
+        expected = padded_loss(*tiny, take(adapters, j), text, 32)
+        np.testing.assert_allclose(losses[j], [expected], rtol=1e-5)
+    # In one row the two paddings keep to their own texts; the mean is over both.
+    job = make_job(texts[:2], key=(0,), pad_loss="exact", padded=32, **options | {"batch_size": 2})
+    _, losses = run(tiny[1], take(adapters, 0), [job], update)
+    pair = [padded_loss(*tiny, take(adapters, 0), text, 32) for text in texts[:2]]
+    np.testing.assert_allclose(losses[0], [np.mean(pair)], rtol=1e-5)
+
+
+def test_the_sampled_pad_loss_is_unbiased(tiny, adapters, update):
+    (text,) = make_texts(0, [(9, 0)])
+    options = {"num_epochs": 200, "batch_size": 1, "learning_rate": 0.0, "padded": 128}
+    job = make_job([text], key=(0,), pad_loss="sampled", **options)
+    assert all(len(row[0].pads) == PAD_SAMPLES + 1 for row in job.rows)
+    assert len(set(job.rows)) > 190
+    new, losses = run(tiny[1], take(adapters, 0), [job], update)
+    jax.tree.map(np.testing.assert_array_equal, new, take(adapters, 0))
+    expected = float(padded_loss(*tiny, take(adapters, 0), text, 128))
+    error = np.std(losses[0]) / np.sqrt(len(losses[0]))
+    assert 0 < error < 0.01 * expected
+    assert abs(np.mean(losses[0]) - expected) < 4 * error
+    # With as many samples as there is padding, it is exact.
+    exact, sampled = (
+        make_job([text], key=(0,), pad_loss=word, **options | {"padded": 9 + PAD_SAMPLES})
+        for word in ("exact", "sampled")
+    )
+    assert exact == sampled
+
+
+def test_padding_stays_with_its_text(tiny, adapters, update):
+    texts = make_texts(0, [(9, 0), (14, 0)])
+    options = {"num_epochs": 2, "batch_size": 1, "learning_rate": 1e-2, "key": (0,)}
+    job = make_job(texts, pad_loss="exact", padded=32, **options)
+    others = [make_job(make_texts(3, [(20, 0)] * 4), **options), job]
+    alone, losses = run(tiny[1], take(adapters, 1), [job], update)
+    together, both = run(tiny[1], lora.take(adapters, np.array([0, 1])), others, update)
+    assert relative_error(take(together, 1), alone) < 1e-5
+    np.testing.assert_allclose(both[1], losses[0], rtol=1e-5)
 
 
 def test_arguments_stay_as_they_were(tiny, adapters, update):

@@ -161,7 +161,7 @@ def batch_of(config, num_lanes, length, num_steps=None):
         tokens=tokens_of(config, shape),
         segments=ones,
         positions=jnp.broadcast_to(jnp.arange(length), shape),
-        loss_mask=ones.astype(bool),
+        loss_weight=ones.astype(jnp.float32),
         learning_rate=jnp.full(num_lanes, 1e-3),
         num_steps=jnp.full(num_lanes, 3),
     )

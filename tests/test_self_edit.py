@@ -69,7 +69,7 @@ def rows_from(batches, job, num_shards=1):
                 if count and of_lane == lane:
                     for at in range(first, first + count):
                         w, t = shard * W // num_shards + at // T, at % T
-                        token = (b.tokens[i, w, t], b.loss_mask[i, w, t], b.positions[i, w, t])
+                        token = (b.tokens[i, w, t], b.loss_weight[i, w, t], b.positions[i, w, t])
                         texts[w, int(b.segments[i, w, t])].append(token)
             for text in texts.values():
                 assert [p for _, _, p in text] == list(range(len(text)))
@@ -109,14 +109,14 @@ def test_every_job_reads_its_own_rows_in_order_once(jobs, tokens_per_step, steps
     size = -(-len(jobs) // shards)
     for b in batches:
         assert b.tokens.shape[0] == b.lanes.shape[0] == b.chunks.shape[0] == steps_per_call
-        assert b.tokens.shape == b.segments.shape == b.positions.shape == b.loss_mask.shape
+        assert b.tokens.shape == b.segments.shape == b.positions.shape == b.loss_weight.shape
         check_chunks(b, shards)
-        assert [x.dtype for x in b[:6]] == [np.int32] * 5 + [bool]
+        assert [x.dtype for x in b[:6]] == [np.int32] * 5 + [np.float32]
         assert set(b.lanes.ravel()) <= {-1, *range(len(jobs))}
         # Padding carries nothing.
         padding = b.segments == 0
         assert (b.tokens[padding] == PAD).all()
-        assert not b.positions[padding].any() and not b.loss_mask[padding].any()
+        assert not b.positions[padding].any() and not b.loss_weight[padding].any()
         # No adapter takes two lanes of one step, nor one of another shard; empty steps come last.
         for lanes in b.lanes.reshape(-1, b.lanes.shape[1]):
             used = lanes[lanes >= 0]
@@ -177,6 +177,31 @@ def test_each_epoch_is_a_permutation_cut_into_batches(texts, num_epochs, batch_s
     assert make_job(texts, key=(seed, 1), **options) == job
 
 
+def test_an_unknown_pad_loss_is_refused():
+    with pytest.raises(ValueError, match="pad_loss='of': expected one of off, sampled, exact"):
+        make_job([], num_epochs=1, batch_size=1, learning_rate=0.1, key=(0,), pad_loss="of")
+
+
+def test_padding_in_the_loss_as_arrays():
+    options = {"num_epochs": 1, "batch_size": 1, "learning_rate": 0.1, "key": (0,)}
+    exact = make_job([text_of([7, 8])], pad_loss="exact", padded=6, **options)
+    (batch,) = pack([exact], tokens_per_step=64, steps_per_call=1, pad_id=PAD, shortest=64)
+    assert batch.tokens[0, 0, :7].tolist() == [7, 8, PAD, PAD, PAD, PAD, PAD]
+    assert batch.segments[0, 0, :7].tolist() == [1, 1, -1, -1, -1, -1, 0]
+    assert batch.positions[0, 0, :7].tolist() == [0, 1, 2, 3, 4, 5, 0]
+    assert batch.loss_weight[0, 0, :7].tolist() == [0, 1, 1, 1, 1, 1, 0]
+    assert useful_tokens([batch])[0] == 2
+    # Eight samples stand for all of the padding; the text's last token predicts the first.
+    sampled = make_job([text_of([7, 8])], pad_loss="sampled", padded=2048, **options)
+    (text,) = sampled.rows[0]
+    assert len(text.pads) == 9 and text.pads[-1] == 2047 and min(text.pads) >= 2
+    (batch,) = pack([sampled], tokens_per_step=64, steps_per_call=1, pad_id=PAD, shortest=64)
+    assert batch.positions[0, 0, 2:11].tolist() == list(text.pads)
+    weights = batch.loss_weight[0, 0]
+    assert weights[1:3].tolist() == [1, 1] and set(weights[3:11]) == {np.float32(2045 / 8)}
+    assert weights.sum() == 2047
+
+
 def test_the_key_decides_the_order():
     texts = [text_of([i, i]) for i in range(10)]
     options = {"num_epochs": 3, "batch_size": 2, "learning_rate": 0.1}
@@ -222,7 +247,7 @@ def test_a_population_of_two_as_arrays():
     assert one.tokens[0, 0, :10].tolist() == [1, 2, 3, 4, 5, 7, 8, 9, 10, 0]
     assert one.segments[0, 0, :10].tolist() == [1, 1, 1, 2, 2, 3, 3, 3, 3, 0]
     assert one.positions[0, 0, :10].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 0]
-    assert np.flatnonzero(one.loss_mask[0]).tolist() == [1, 2, 4, 7, 8]
+    assert np.flatnonzero(one.loss_weight[0]).tolist() == [1, 2, 4, 7, 8]
     # What is left is one short row: a small step.
     assert two.lanes.tolist() == [[0, -1], [-1, -1]] and two.tokens[0, 0, :2].tolist() == [6, 0]
     assert two.num_steps.tolist() == [2, 1]

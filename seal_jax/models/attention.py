@@ -44,7 +44,7 @@ def attend(
       k, v: [B K S H]; K divides N.
       segments: i32[B T] of the queries. Padding may be a segment of its own (0): a token always
         sees itself, so no softmax is empty.
-      key_segments: i32[B S].
+      key_segments: i32[B S]. A query whose own key is of another segment does not see itself.
       first_slot: the slot of the first query; key s is at slot s.
       local: whether only the last `config.sliding_window` slots are seen.
       whole: whether these are whole texts: S is T, and first_slot 0.
@@ -56,7 +56,7 @@ def attend(
     window = config.sliding_window if local else None
     way = _choose(config, q) if whole else "xla"
     if way == "splash":
-        return splash_attention(q, k, v, segments, scale, window, config.attn_softcap)
+        return splash_attention(q, k, v, segments, key_segments, scale, window, config.attn_softcap)
     visible = visible_slots(segments, key_segments, first_slot, window)
     if way == "cudnn":
         return cudnn_attention(q, k, v, visible, scale, config.attn_softcap)
@@ -69,6 +69,7 @@ def attend_apart(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array,
+    key_segments: jax.Array,
     *,
     local: bool,
 ) -> jax.Array:
@@ -81,7 +82,7 @@ def attend_apart(
     finite = [jnp.isfinite(x).all(axis=(1, 3)) for x in (q, k, v)]  # bool[B T] each
     own = (finite[0] & finite[1] & finite[2])[:, None, :, None]
     clean = (jnp.where(own, x, 0) for x in (q, k, v))
-    out = attend(config, *clean, segments, segments, 0, local=local, whole=True)
+    out = attend(config, *clean, segments, key_segments, 0, local=local, whole=True)
     return _stop_nonfinite_grads(jnp.where(own, out, jnp.nan), q)
 
 
@@ -180,6 +181,7 @@ def splash_attention(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array,
+    key_segments: jax.Array,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -193,7 +195,9 @@ def splash_attention(
     padding = -T % _TILE
     if padding:  # behind the text: causal, so nobody sees it
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q, k, v))
-        segments = jnp.pad(segments, ((0, 0), (0, padding)), constant_values=-1)
+        segments, key_segments = (
+            jnp.pad(x, ((0, 0), (0, padding)), constant_values=-1) for x in (segments, key_segments)
+        )
     kernel = partial(_splash, window=window, softcap=softcap)
     mesh = jax.sharding.get_abstract_mesh()
     # Within the inner loop the population is divided already: only the other axes are left.
@@ -206,12 +210,18 @@ def splash_attention(
         by_head, by_row = PartitionSpec(rows, heads), PartitionSpec(rows)
         kernel = jax.shard_map(
             kernel,
-            in_specs=(by_head,) * 3 + (by_row,),
+            in_specs=(by_head,) * 3 + (by_row,) * 2,
             out_specs=by_head,
             axis_names=auto,
             check_vma=False,
         )
-    out = kernel(q * jnp.asarray(scale, q.dtype), k.astype(q.dtype), v.astype(q.dtype), segments)
+    out = kernel(
+        q * jnp.asarray(scale, q.dtype),
+        k.astype(q.dtype),
+        v.astype(q.dtype),
+        segments,
+        key_segments,
+    )
     return out[:, :, :T]
 
 
@@ -220,6 +230,7 @@ def _splash(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array,
+    key_segments: jax.Array,
     *,
     window: int | None,
     softcap: float | None,
@@ -249,7 +260,7 @@ def _splash(
         block_kv_dq=block,
     )
 
-    def compute(interpret: bool, q, k, v, segments) -> jax.Array:
+    def compute(interpret: bool, q, k, v, segments, key_segments) -> jax.Array:
         kernel = kernels.make_splash_mha(
             masks.MultiHeadMask([mask] * N),
             block_sizes=blocks,
@@ -258,9 +269,15 @@ def _splash(
             attn_logits_soft_cap=softcap,
             interpret=interpret,
         )
-        ids = kernels.SegmentIds(q=segments, kv=segments)
+        ids = kernels.SegmentIds(q=segments, kv=key_segments)
         return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))(q, k, v, ids)
 
     return jax.lax.platform_dependent(
-        q, k, v, segments, cpu=partial(compute, True), default=partial(compute, False)
+        q,
+        k,
+        v,
+        segments,
+        key_segments,
+        cpu=partial(compute, True),
+        default=partial(compute, False),
     )

@@ -28,7 +28,7 @@ def make_chunks(spans: jax.Array, num_tokens: int) -> Chunks:
     """
     n = spans.shape[0]
     size = 2 * num_tokens // n
-    lane, first, count = spans.T
+    lane, first, count = jnp.asarray(spans).T
     offset = jnp.arange(size, dtype=jnp.int32)[None]
     token = jnp.where(offset < count[:, None], first[:, None] + offset, num_tokens).reshape(-1)
     slot = jnp.full(num_tokens, n * size, jnp.int32)

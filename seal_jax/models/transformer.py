@@ -157,7 +157,7 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), start)
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), start)
         if call.lora is not None and call.lora.chunks is not None:
-            out = attend_apart(c, q, k, v, call.segments, local=self.local)
+            out = attend_apart(c, q, k, v, call.segments, call.key_segments, local=self.local)
         else:
             out = attend(
                 c,
@@ -297,7 +297,8 @@ def hidden_states(
         be a segment like any other.
       cache: where given, this call's keys and values are written into it from slot `cache_index`
         on.
-      key_segments: i32[B S] of the cache's slots; goes with `cache`.
+      key_segments: i32[B S] of the keys, which are the cache's slots where there is one; a token
+        whose own key is of another segment does not see itself. The same as `segments` by default.
       chunks: whose adapter each of the B * T tokens takes, instead of rows grouped by adapter.
       rope: `rope_tables` of the positions, where they are at hand. A loop makes them beforehand:
         XLA:CPU computes what is cheap to write down, as a cosine, once more for every head and

@@ -210,6 +210,8 @@ FIELDS: dict[str, Field] = {
     "inner.learning_rate": Field(1e-3, _LEARNING_RATE),
     "inner.num_epochs": Field(10, _COUNT),
     "inner.batch_size": Field(1, _COUNT),
+    "inner.accumulation": Field(1, _COUNT),  # batches whose mean gradient makes one update
+    "inner.dropout": Field(0.0, _real(0, 0.99)),  # of what an adapter multiplies, in training
     "inner.num_seeds": Field(3, _COUNT),
     "inner.optax_name": Field("adamw", _text()),
     "inner.optax_kwargs": Field({"weight_decay": 0.0}, _keywords()),
@@ -219,7 +221,8 @@ FIELDS: dict[str, Field] = {
     "inner.grad_clip": Field(1.0, _real(0, above=True)),  # global norm
     "inner.quantize": Field("none", choice("none", "int8", "nf4")),  # the base, not the adapters
     "inner.remat": Field("none", _REMAT, placement=True),
-    "inner.max_adapters": Field(8, _COUNT, placement=True),  # side by side
+    # Side by side; -1 is as many as the devices' memory holds, see memory.py.
+    "inner.max_adapters": Field(8, _integer(1, also=(-1,)), placement=True),
     "inner.tokens_per_step": Field(512, _COUNT, placement=True),  # over all lanes of a step
     "inner.steps_per_call": Field(8, _COUNT, placement=True),  # steps in one device call
     # Grades to rewards.

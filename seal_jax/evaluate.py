@@ -69,6 +69,7 @@ def make_evaluate(
     task,
     inner_update: Callable,
     *,
+    at_once: Callable[[int], int],
     mesh,
     seed: int,
     chat: bool,
@@ -82,12 +83,12 @@ def make_evaluate(
     has its outcome, so that no outcome is without its adapter after a kill.
 
     Args:
-      inner: rank, alpha, targets, learning_rate, num_epochs, batch_size, pad_loss, max_adapters,
-        tokens_per_step, steps_per_call.
+      at_once: tokens of the longest row -> the number of adapters in flight; see memory.py.
+      inner: rank, alpha, targets, learning_rate, num_epochs, batch_size, pad_loss, tokens_per_step,
+        steps_per_call.
       answers: max_tokens and max_rows.
     """
     num_shards = inner_shards(mesh)
-    num_adapters = -(-inner["max_adapters"] // num_shards) * num_shards
     init_adapters = partial(
         lora.init_adapters,
         model.config,
@@ -120,6 +121,7 @@ def make_evaluate(
         params: Params, places: Sequence[tuple[Run, Job] | None], show: Callable[[int], None]
     ) -> tuple[list[Outcome | None], Adapters]:
         """Train, ask and grade the runs at the population's places; None is an idle one."""
+        num_adapters = len(places)
         runs = [place[0] if place else None for place in places]
         jobs = [place[1] if place else Job((), 0.0) for place in places]
         paths = [run.path(seed, keys.ADAPTER) if run else (0,) * 6 for run in runs]
@@ -152,7 +154,7 @@ def make_evaluate(
             for run, *parts in zip(runs, jobs, losses, written, logps, strict=True)
         ], adapters
 
-    def deal(pairs: Sequence[tuple[Run, Job]]) -> list[tuple[Run, Job] | None]:
+    def deal(pairs: Sequence[tuple[Run, Job]], num_adapters: int) -> list[tuple[Run, Job] | None]:
         """Return a place for each adapter: the runs, longest first, go round the shards."""
         order = [k for s in range(num_shards) for k in range(s, num_adapters, num_shards)]
         return [pairs[k] if k < len(pairs) else None for k in order]
@@ -165,7 +167,11 @@ def make_evaluate(
         keep: Callable[[Run, Adapters], None] | None = None,
     ) -> dict[tuple, Outcome]:
         outcomes = read_ledger(ledger, runs)
+        if all(run.name in outcomes for run in runs):
+            return outcomes
         planned = [(run, job_of(run)) for run in runs]
+        longest = max((row_length(row) for _, job in planned for row in job.rows), default=1)
+        num_adapters = -(-at_once(longest) // num_shards) * num_shards
         # The longest first, so that those of a wave end together.
         planned.sort(key=lambda pair: -sum(map(row_length, pair[1].rows)))
         waves = [planned[i : i + num_adapters] for i in range(0, len(planned), num_adapters)]
@@ -175,7 +181,7 @@ def make_evaluate(
         num_steps = sum(len(job.rows) for pairs in waves for _, job in pairs)
         bar = progress(num_steps, f"{label}: {sum(map(len, waves))} inner runs", "step")
         for pairs in waves:
-            places = deal(pairs)
+            places = deal(pairs, num_adapters)
             finished, adapters = wave(params, places, bar.update)
             if keep is not None:
                 adapters = to_host(adapters)

@@ -19,10 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from seal_jax.lora import take
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.lora_product import make_chunks, token_lanes
+from seal_jax.models.lora_product import Chunks, make_chunks, token_lanes
 from seal_jax.models.transformer import hidden_states, rope_tables, token_logp
-from seal_jax.optim import Optimizer, scheduled_rate
-from seal_jax.sharding import RULES
+from seal_jax.optim import Optimizer, accumulate, scheduled_rate
+from seal_jax.sharding import RULES, leading
 from seal_jax.types import Adapters, InnerBatch, InnerState, Params
 
 
@@ -32,12 +32,15 @@ def lane_losses(
     adapters: Adapters,
     batch: InnerBatch,
     rope: tuple | None = None,
+    dropout: tuple[float, jax.Array] | None = None,
 ) -> jax.Array:
     """Return the mean negative log-likelihood f32[U] of each lane's row; 0 for an empty lane.
 
     Args:
       adapters: U of them, one per lane.
       batch: one step: lanes [U], chunks [n 3], the rest [W T].
+      rope: see `hidden_states`.
+      dropout: how much of an adapter's input to drop, and each lane's key [U] for it.
     """
     num_lanes, num_tokens = adapters.scale.shape[0], batch.tokens.size
     chunks = make_chunks(batch.chunks, num_tokens)
@@ -51,6 +54,7 @@ def lane_losses(
         key_segments=batch.segments,  # nobody sees padding, not even itself
         chunks=chunks,
         rope=rope,
+        dropout=None if dropout is None else partial(_drop, *dropout, chunks, batch.chunks),
     )
     finite = jnp.isfinite(hidden).all(axis=-1)
     hidden = jnp.where(finite[..., None], hidden, 0)[:, :-1]
@@ -65,6 +69,26 @@ def lane_losses(
     return jnp.where(lost > 0, jnp.nan, losses)
 
 
+def _drop(
+    rate: float, keys: jax.Array, chunks: Chunks, spans: jax.Array, x: jax.Array, name: int
+) -> jax.Array:
+    """Drop `rate` of x [M D], and scale up the rest.
+
+    What is dropped of a token depends on its adapter's key, its place in the row and the map's
+    name, so not on what else is in the step.
+    """
+    lane, first, count = spans.T
+    start = jnp.full(keys.shape, x.shape[0]).at[lane].min(jnp.where(count > 0, first, x.shape[0]))
+    lane = jnp.maximum(token_lanes(chunks), 0)
+
+    def keep(key: jax.Array, place: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(key, place), name)
+        return jax.random.bernoulli(key, 1.0 - rate, x.shape[1:])
+
+    kept = jax.vmap(keep)(keys[lane], jnp.arange(x.shape[0]) - start[lane])
+    return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), 0)
+
+
 def inner_step(
     config: ModelConfig,
     optimizer: Optimizer,
@@ -73,8 +97,11 @@ def inner_step(
     state: InnerState,
     batch: InnerBatch,
     rope: tuple | None = None,
+    *,
+    dropout: float = 0.0,
+    accumulation: int = 1,
 ) -> tuple[InnerState, jax.Array]:
-    """Take one step: lanes [U], chunks [n 3], tokens [W T], learning_rate and num_steps [A].
+    """Take one step: lanes [U], chunks [n 3], tokens [W T], learning_rate, num_steps, seed [A].
 
     Returns:
       The new state, and the losses f32[U] before the step. A lane whose loss or update is not
@@ -82,10 +109,16 @@ def inner_step(
     """
     lane = jnp.maximum(batch.lanes, 0)
     scale = state.adapters.scale[lane]
-    weights = take(state.adapters.weights, lane)
+    with jax.named_scope("take_lanes"):
+        weights = take(state.adapters.weights, lane)
+
+    drop = None
+    if dropout > 0:
+        key_of = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))
+        drop = dropout, key_of(batch.seed[lane], state.step[lane])
 
     def total(weights: Params) -> tuple[jax.Array, jax.Array]:
-        losses = lane_losses(config, params, Adapters(weights, scale), batch, rope)
+        losses = lane_losses(config, params, Adapters(weights, scale), batch, rope, drop)
         return losses.sum(), losses
 
     grads, losses = jax.grad(total, has_aux=True)(weights)
@@ -94,8 +127,12 @@ def inner_step(
         (population, opt_states), steps, losses = carry
         a = batch.lanes[u]
         weights, opt_state = take(population, a), take(opt_states, a)
-        rate = scheduled_rate(schedule, batch.learning_rate[a], steps[a], batch.num_steps[a])
-        updates, new_state = optimizer(rate).update(take(grads, u), opt_state, weights)
+        num_updates = -(-batch.num_steps[a] // accumulation)
+        rate = scheduled_rate(
+            schedule, batch.learning_rate[a], steps[a] // accumulation, num_updates
+        )
+        tx = accumulate(optimizer(rate), accumulation, batch.num_steps[a])
+        updates, new_state = tx.update(take(grads, u), opt_state, weights)
         new = jax.tree.map(lambda w, change: w + change.astype(w.dtype), weights, updates)
         finite = jnp.isfinite(losses[u])
         for x in jax.tree.leaves(new):
@@ -111,12 +148,19 @@ def inner_step(
     # One adapter at a time: nothing but its own numbers is moved, and an empty lane costs nothing.
     used = batch.lanes >= 0
     carry = (state.adapters.weights, state.opt_state), state.step, jnp.where(used, losses, 0.0)
-    (weights, opt_state), steps, losses = jax.lax.fori_loop(0, used.sum(), update_lane, carry)
+    with jax.named_scope("optimizer"):
+        (weights, opt_state), steps, losses = jax.lax.fori_loop(0, used.sum(), update_lane, carry)
     return InnerState(state.adapters._replace(weights=weights), opt_state, steps), losses
 
 
 def make_inner_update(
-    config: ModelConfig, optimizer: Optimizer, schedule: str = "linear", mesh: Mesh | None = None
+    config: ModelConfig,
+    optimizer: Optimizer,
+    schedule: str = "linear",
+    mesh: Mesh | None = None,
+    *,
+    dropout: float = 0.0,
+    accumulation: int = 1,
 ) -> Callable[..., tuple[Adapters, list[jax.Array]]]:
     """Return `inner_update(params, adapters, batches) -> adapters, losses`.
 
@@ -127,17 +171,30 @@ def make_inner_update(
     Args:
       mesh: divides the population over the axis of 'adapter': each part of it trains its own
         adapters on its own shard of the batches (see `pack`), and no part waits for another.
+      dropout: the share of an adapter's inputs that is dropped in training.
+      accumulation: the steps whose gradients' mean makes one update; what is left at the end of a
+        run makes one too.
     """
+
+    def place(state: InnerState) -> InnerState:
+        """Keep the state divided as the adapters are: else it is copied whole, or not donated."""
+        if mesh is None:
+            return state
+        where = leading(mesh, "adapter", state.step.shape[0])
+        return jax.lax.with_sharding_constraint(state, where)
 
     @jax.jit
     def start(adapters: Adapters) -> InnerState:
-        opt_state = jax.vmap(optimizer(jnp.float32(0)).init)(adapters.weights)
+        tx = accumulate(optimizer(jnp.float32(0)), accumulation, 1)
+        opt_state = jax.vmap(tx.init)(adapters.weights)
         # The caller keeps its adapters, and the steps donate theirs: nothing is shared.
         adapters = jax.tree.map(jnp.copy, adapters)
-        return InnerState(adapters, opt_state, jnp.zeros(adapters.scale.shape, jnp.int32))
+        state = InnerState(adapters, opt_state, jnp.zeros(adapters.scale.shape, jnp.int32))
+        return place(state)  # zeros depend on no argument: jit would put all on every device
 
     def run_steps(params: Params, state: InnerState, batch: InnerBatch):
-        step = partial(inner_step, config, optimizer, schedule, params)
+        options = {"dropout": dropout, "accumulation": accumulation}
+        step = partial(inner_step, config, optimizer, schedule, params, **options)
         rope = rope_tables(config, batch.positions)
 
         def take_step(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
@@ -153,7 +210,10 @@ def make_inner_update(
 
         return jax.lax.scan(body, state, jnp.arange(batch.lanes.shape[0]))
 
-    run_batch = jax.jit(_on_shards(run_steps, mesh), donate_argnums=1)
+    @partial(jax.jit, donate_argnums=1)
+    def run_batch(params: Params, state: InnerState, batch: InnerBatch):
+        state, losses = _on_shards(run_steps, mesh)(params, state, batch)
+        return place(state), losses
 
     def inner_update(
         params: Params,
@@ -171,6 +231,17 @@ def make_inner_update(
                 show(int(num_steps))
         return state.adapters, losses
 
+    def lower_batch(params: Params, adapters: Adapters, batch: InnerBatch) -> jax.stages.Lowered:
+        """Lower the device call that `inner_update` makes; arguments may be ShapeDtypeStructs."""
+        shardings = start.lower(adapters).compile().output_shardings
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            jax.eval_shape(start, adapters),
+            shardings,
+        )
+        return run_batch.lower(params, state, batch)
+
+    inner_update.lower_batch = lower_batch  # counts its memory, see memory.py
     return inner_update
 
 
@@ -197,7 +268,7 @@ def _on_shards(run_steps: Callable, mesh: Mesh | None) -> Callable:
 
 
 _BY_LANE, _BY_ADAPTER = PartitionSpec(None, RULES["adapter"]), PartitionSpec(RULES["adapter"])
-_BATCH_SPEC = InnerBatch(*(_BY_LANE,) * 6, _BY_ADAPTER, _BY_ADAPTER)
+_BATCH_SPEC = InnerBatch(*(_BY_LANE,) * 6, *(_BY_ADAPTER,) * 3)
 
 
 def num_shards(mesh: Mesh) -> int:

@@ -76,6 +76,19 @@ def make_optimizer(
     return clipped
 
 
+def accumulate(
+    tx: optax.GradientTransformation, num_steps: int, all_steps: jax.Array | int
+) -> optax.GradientTransformation:
+    """Return `tx` on the mean gradient of `num_steps` steps, and of those left of `all_steps`."""
+    if num_steps == 1:
+        return tx
+
+    def group_size(num_updates: jax.Array) -> jax.Array:
+        return jnp.minimum(num_steps, jnp.maximum(all_steps - num_updates * num_steps, 1))
+
+    return optax.MultiSteps(tx, group_size).gradient_transformation()
+
+
 def scheduled_rate(
     schedule: str, learning_rate: jax.Array, step: jax.Array, num_steps: jax.Array
 ) -> jax.Array:

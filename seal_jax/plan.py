@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seal_jax.stages import Stages
+from seal_jax.stages import Stages, longest_row
 from seal_jax.types import Params
 
 EFFICIENCY = 0.37  # of the matmul rate over a whole quick start: compiling and writing included
@@ -31,7 +31,13 @@ def num_params(params: Params) -> int:
 
 
 def describe(stages: Stages, training: Sequence, held_out: Sequence) -> str:
-    """Return a few lines: the model, the inner runs, the tokens, and an estimate of the time."""
+    """Return a few lines: the model, the inner runs, the tokens, and an estimate of the time.
+
+    Where the config leaves the number of adapters to the memory, it is counted and printed now.
+
+    Raises:
+      ValueError: not even one adapter fits.
+    """
     config, tokenizer = stages.config, stages.model.tokenizer
     outer, inner = config.outer, config.inner
     used = training[: outer.problems_per_step * outer.num_steps]
@@ -48,13 +54,14 @@ def describe(stages: Stages, training: Sequence, held_out: Sequence) -> str:
     minutes = 4 * count * tokens / (matmul_rate() * EFFICIENCY) / 60
     control = " (and once more for the random control)" if config.eval.random_control else ""
     device = jax.devices()[0]
+    at_once = stages.at_once(longest_row(stages, [*used, *held_out]))
     return "\n".join(
         [
             f"SEAL on {config.model.source}: {count / 1e6:.0f}M parameters, {config.model.dtype},"
             f" on {jax.device_count()} x {device.device_kind}",
             f"  {outer.num_steps} round(s) of {config.outer.objective}{control}:"
             f" {outer.problems_per_step} passages x {config.sample.num_edits} self-edits x"
-            f" {inner.num_seeds} seed(s) = {runs} inner runs",
+            f" {inner.num_seeds} seed(s) = {runs} inner runs, up to {at_once} at once",
             f"  then {len(held_out)} held-out passages: the base model and {arms + 1} ways to adapt"
             f" it, {arms * tests + passages} inner runs",
             f"  about {tokens / 1e3:.0f} thousand training tokens,"

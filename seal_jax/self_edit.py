@@ -49,8 +49,9 @@ class Text(NamedTuple):
 class Job(NamedTuple):
     """One inner run."""
 
-    rows: tuple[tuple[Text, ...], ...]  # the texts of each optimizer step, in order
+    rows: tuple[tuple[Text, ...], ...]  # the texts of each step, in order
     learning_rate: float
+    seed: int = 0  # of the LoRA dropout
 
 
 def make_job(
@@ -67,7 +68,7 @@ def make_job(
 
     Args:
       key: nonnegative integers (seed, step, problem, self-edit, seed index) that alone decide the
-        order, and which padding is sampled.
+        order, which padding is sampled and what LoRA dropout drops.
       pad_loss: what of the padding to `padded` tokens is in the loss: nothing ('off'), all
         ('exact'), or in every row other PAD_SAMPLES tokens of it in place of all ('sampled'): an
         unbiased estimate of the same loss.
@@ -93,7 +94,8 @@ def make_job(
         order = rng.permutation(len(texts))
         for start in range(0, len(texts), batch_size):
             rows.append(tuple(pad(texts[i]) for i in order[start : start + batch_size]))
-    return Job(tuple(rows), learning_rate)
+    seed = int(np.random.default_rng([*key, 1]).integers(2**31))
+    return Job(tuple(rows), learning_rate, seed)
 
 
 def row_length(row: Sequence[Text]) -> int:
@@ -175,7 +177,7 @@ def schedule(
         ]
         options = []
         longest = max(lengths[j][at[j]] for js in ready for j in js)
-        for shape in _shapes(longest, tokens_per_step, shortest):
+        for shape in step_shapes(longest, tokens_per_step, shortest):
             shards = tuple(
                 _fill(shape, [(j, at[j], lengths[j][at[j]]) for j in js]) for js in ready
             )
@@ -190,7 +192,7 @@ def schedule(
                 at[place.job] += 1
 
 
-def _shapes(longest: int, tokens_per_step: int, shortest: int) -> list[Shape]:
+def step_shapes(longest: int, tokens_per_step: int, shortest: int) -> list[Shape]:
     """Return the shapes that a step may have: few, because each is a program."""
     if longest > LONGEST:
         raise ValueError(f"a row of {longest} tokens: at most {LONGEST} fit into one step")
@@ -241,13 +243,14 @@ def pack(
     """
     learning_rate = np.array([job.learning_rate for job in jobs], np.float32)
     num_steps = np.array([len(job.rows) for job in jobs], np.int32)
+    seed = np.array([job.seed for job in jobs], np.int32)
     batches: list[InnerBatch] = []
     run: list[Step] = []
 
     def close() -> None:
         if run:
-            arrays = _to_arrays(jobs, run, steps_per_call, pad_id)
-            batches.append(InnerBatch(*arrays, learning_rate, num_steps))
+            arrays = to_arrays(jobs, run, steps_per_call, pad_id)
+            batches.append(InnerBatch(*arrays, learning_rate, num_steps, seed))
             run.clear()
 
     for step in schedule(
@@ -260,7 +263,7 @@ def pack(
     return batches
 
 
-def _to_arrays(
+def to_arrays(
     jobs: Sequence[Job], run: Sequence[Step], steps_per_call: int, pad_id: int
 ) -> tuple[np.ndarray, ...]:
     shape, num_shards = run[0].shape, len(run[0].shards)

@@ -5,7 +5,8 @@ know the config.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +17,15 @@ from seal_jax import keys
 from seal_jax.config import task_arguments
 from seal_jax.evaluate import Run, answer, exam_prompts, make_evaluate
 from seal_jax.inner import make_inner_update
+from seal_jax.memory import make_at_once, shaped, tree_bytes
 from seal_jax.metrics import progress
 from seal_jax.models import Model, load_model
 from seal_jax.models.quantize import quantize_params
-from seal_jax.optim import make_optimizer
+from seal_jax.optim import Optimizer, make_optimizer
+from seal_jax.policy import init_train_state
 from seal_jax.sample import check_lengths, write_self_edits
-from seal_jax.self_edit import LONGEST, PAD_SAMPLES
-from seal_jax.sharding import make_mesh
+from seal_jax.self_edit import LONGEST, PAD_SAMPLES, PADDED
+from seal_jax.sharding import make_mesh, param_shardings
 from seal_jax.tasks import make_task
 from seal_jax.tasks.task import Rejected, SelfEdit, Task
 from seal_jax.types import Params, Rollout
@@ -38,6 +41,7 @@ class Stages(NamedTuple):
     task: Task
     mesh: jax.sharding.Mesh
     evaluate: Any  # see evaluate.make_evaluate
+    at_once: Callable[[int], int]  # the longest row's tokens -> adapters in flight, see memory.py
 
 
 def make_stages(config: ConfigDict) -> Stages:
@@ -47,15 +51,20 @@ def make_stages(config: ConfigDict) -> Stages:
     task = make_task(**task_arguments(config))
     inner = config.inner.to_dict()
     optimizer = make_optimizer(**optimizer_arguments(inner))
+    inner_update = make_inner_update(
+        dataclasses.replace(model.config, remat=inner["remat"]),
+        optimizer,
+        inner["schedule"],
+        mesh,
+        dropout=inner["dropout"],
+        accumulation=inner["accumulation"],
+    )
+    at_once = _at_once(config, model, mesh, inner_update, optimizer)
     evaluate = make_evaluate(
         model,
         task,
-        make_inner_update(
-            dataclasses.replace(model.config, remat=inner["remat"]),
-            optimizer,
-            inner["schedule"],
-            mesh,
-        ),
+        inner_update,
+        at_once=at_once,
         mesh=mesh,
         seed=config.seed,
         chat=config.model.chat,
@@ -63,7 +72,74 @@ def make_stages(config: ConfigDict) -> Stages:
         answers=config.answer.to_dict(),
         with_log_likelihood=config.reward.kind == "log_likelihood",
     )
-    return Stages(config, model, task, mesh, evaluate)
+    return Stages(config, model, task, mesh, evaluate, at_once)
+
+
+def _at_once(
+    config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, inner_update, optimizer: Optimizer
+) -> Callable[[int], int]:
+    """Return how many adapters are in flight, given the tokens of the longest row."""
+    inner = config.inner
+    if inner.max_adapters != -1:
+        return lambda longest: inner.max_adapters
+    # No more than there are runs at once, and than there may be rows of answers: every adapter
+    # answers at least one question at a time.
+    runs = max(
+        config.outer.problems_per_step * config.sample.num_edits * inner.num_seeds,
+        config.eval.num_problems * config.eval.num_edits * config.eval.num_seeds,
+    )
+    base = jax.eval_shape(partial(quantize_params, word=inner.quantize), model.params)
+    return make_at_once(
+        model.config,
+        inner_update,
+        optimizer,
+        shaped(base, param_shardings(mesh, base)),
+        mesh=mesh,
+        resident=_resident_bytes(config, model, mesh),
+        most=min(config.answer.max_rows, runs),
+        rank=inner.rank,
+        alpha=inner.alpha,
+        targets=inner.targets,
+        accumulation=inner.accumulation,
+        tokens_per_step=inner.tokens_per_step,
+        steps_per_call=inner.steps_per_call,
+    )
+
+
+def _resident_bytes(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) -> int:
+    """Return what lies on each device beside the inner loop's own base and adapters, at most."""
+    outer, policy = config.outer, tree_bytes(model.params)
+    optimizer = make_optimizer(**optimizer_arguments(outer.to_dict()))
+
+    def init(params: Params) -> Any:
+        lora = {"rank": outer.rank, "alpha": outer.alpha, "targets": outer.targets}
+        update = outer["update"]
+        state = init_train_state(model.config, params, optimizer, mesh=mesh, update=update, **lora)
+        return state.adapters, state.opt_state
+
+    state = jax.eval_shape(init, model.params)
+    # While a policy is trained there is the base too; in the end, every policy that was trained.
+    training = policy + tree_bytes(shaped(state, param_shardings(mesh, state)))
+    comparing = policy * (2 if config.eval.random_control else 1)
+    own = 0 if config.inner.quantize == "none" else policy  # a quantized base is one more
+    return max(training, comparing) + own
+
+
+def longest_row(stages: Stages, problems: Sequence) -> int:
+    """Return about how many tokens the longest row of an inner run on these problems will have."""
+    config, encode = stages.config, stages.model.tokenizer.encode
+    passage = max(
+        len(encode(text))
+        for problem, _ in problems
+        for text in stages.task.passage_only(problem).training_texts
+    )
+    size, written = config.inner.batch_size, config.sample.max_tokens
+    longest = max(passage, written) if size == 1 else passage + written
+    if config.inner.pad_loss == "sampled":
+        longest += size * (PAD_SAMPLES + 1)
+    if config.inner.pad_loss == "exact":
+        longest = max(longest, size * min(PADDED, stages.model.config.max_length))
+    return min(longest, LONGEST)
 
 
 def place_model(config: ConfigDict, source: str, mesh: jax.sharding.Mesh) -> Model:

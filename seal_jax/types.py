@@ -53,6 +53,7 @@ class InnerBatch(NamedTuple):
     loss_weight: jax.Array  # f32[I W T] how much predicting this token counts
     learning_rate: jax.Array  # f32[A] at the first step
     num_steps: jax.Array  # i32[A] at whose end the schedule ends
+    seed: jax.Array  # i32[A] of the LoRA dropout
 
 
 class Rollout(NamedTuple):

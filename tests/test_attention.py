@@ -259,6 +259,7 @@ def packed_batch(num_lanes, length):
         loss_weight=(segments > 0).astype(jnp.float32),
         learning_rate=np.full(num_lanes, 1e-2, np.float32),
         num_steps=np.full(num_lanes, 2),
+        seed=np.zeros(num_lanes, np.int32),
     )
 
 

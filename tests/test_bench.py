@@ -27,23 +27,28 @@ def test_the_work_is_like_the_published_one():
 
 def test_ratios_are_those_of_seconds_per_token(model):
     per_token = {
-        "population_1": 4.0,
-        "population_8": 2.0,
+        "population_1_float32": 6.0,
+        "population_8_float32": 3.0,
+        "population_1_bfloat16": 4.0,
+        "population_8_bfloat16": 2.0,
         "peft_float32": 8.0,
         "peft_bfloat16": 6.0,
         "padded_float32": 100.0,
     }
-    figures = inner._figures(model, per_token, peak=1e9, sizes=(1, 8))
+    peaks = {"float32": 1e9, "bfloat16": 2e9}
+    figures = inner._figures(model, per_token, peaks, sizes=(1, 8))
     assert figures["ratios"] == {"as_published": 50.0, "tuned_peft": 3.0, "one_at_a_time": 2.0}
-    assert figures["num_adapters"] == 8
+    assert figures["num_adapters"] == 8 and figures["dtype"] == "bfloat16"
     params = inner._matmul_params(model)
     c = model.config
     layer = 2 * c.embed_dim * (c.num_heads + c.num_kv_heads) * c.head_dim
     layer += 3 * c.embed_dim * c.mlp_dim
     assert params == c.num_layers * layer + c.vocab_size * c.embed_dim
-    assert figures["share_of_peak"] == pytest.approx(4 * params / 2.0 / 1e9)
+    # Each dtype's share is of its own peak.
+    assert figures["share_of_peak"] == pytest.approx(4 * params / 3.0 / 1e9)
+    assert figures["share_of_peak_bfloat16"] == pytest.approx(4 * params / 2.0 / 2e9)
     without = {name: x for name, x in per_token.items() if name.startswith("population")}
-    ratios = inner._figures(model, without, peak=1e9, sizes=(1, 8))["ratios"]
+    ratios = inner._figures(model, without, peaks, sizes=(1, 8))["ratios"]
     assert ratios["tuned_peft"] is None and ratios["as_published"] is None
 
 

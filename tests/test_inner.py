@@ -13,7 +13,7 @@ from seal_jax import lora
 from seal_jax.inner import make_inner_update
 from seal_jax.models.transformer import forward, hidden_states, token_logp, unembed
 from seal_jax.optim import make_optimizer, scheduled_rate
-from seal_jax.self_edit import PAD_SAMPLES, Job, make_job, pack, text_of
+from seal_jax.self_edit import PAD_SAMPLES, Job, make_job, pack, row_length, text_of
 from seal_jax.types import Adapters
 
 A = 4
@@ -51,7 +51,7 @@ def varied_jobs():
 
 def init(config, num_adapters=A, targets=("q_proj", "v_proj")):
     """Return fresh adapters (numpy), each from its own key."""
-    rngs = jax.random.split(jax.random.key(1), A)[:num_adapters]
+    rngs = jax.random.split(jax.random.key(1), max(A, num_adapters))[:num_adapters]
     start = jax.jit(lambda k: lora.init_adapters(config, k, rank=4, alpha=8.0, targets=targets))
     return jax.tree.map(np.asarray, start(rngs))
 
@@ -312,25 +312,28 @@ def small(tiny):
     return dataclasses.replace(config, num_layers=1), params
 
 
-def test_programs_are_compiled_by_bucket_only(small, strict):
-    config, params = small
+def varied_self_edits(num_jobs):
+    """Return jobs that differ in all that a self-edit chooses: texts, masks, epochs, rates."""
     rng = np.random.default_rng(0)
     jobs = []
-    for i in range(50):
-        lengths = [(int(n), 0) for n in rng.integers(2, T, size=rng.integers(1, 5))]
+    for i in range(num_jobs):
+        lengths = np.minimum(rng.lognormal(3.4, 0.8, rng.integers(1, 6)) + 2, 500).astype(int)
         job = make_job(
-            make_texts(i, lengths),
-            num_epochs=int(rng.integers(1, 4)),
+            make_texts(i, [(int(n), int(rng.integers(0, n))) for n in lengths]),
+            num_epochs=int(rng.integers(1, 3)),
             batch_size=1,
             learning_rate=float(rng.uniform(1e-4, 1e-1)),
             key=(i,),
         )
         jobs.append(job)
-    waves = [pack(jobs[i : i + 4], tokens_per_step=64, shortest=T) for i in range(0, 50, 4)]
-    waves[-1] = pack(jobs[-4:], tokens_per_step=64, shortest=T)
-    shapes = {batch.tokens.shape for wave in waves for batch in wave}
-    assert 2 <= len(shapes) <= 4  # two buckets, in two widths at most
-    adapters = init(config)
+    return jobs
+
+
+def test_500_self_edits_compile_6_programs_at_most(small, strict):
+    config, params = small
+    jobs = varied_self_edits(500)
+    assert max(row_length(row) for job in jobs for row in job.rows) > 256
+    adapters = init(config, 16)
     update = make_inner_update(config, make_optimizer(optax_name="sgd"))
     compiled = []
 
@@ -338,14 +341,19 @@ def test_programs_are_compiled_by_bucket_only(small, strict):
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(duration)
 
+    def train(jobs):
+        for i in range(0, len(jobs), 16):
+            wave = [*jobs[i : i + 16], *[Job((), 0.0)] * 16][:16]
+            jax.block_until_ready(update(params, adapters, pack(wave)))
+        return len(compiled)
+
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        for wave in waves:
-            jax.block_until_ready(update(params, adapters, wave))
+        num_programs = train(jobs)
+        again = train([job._replace(learning_rate=0.1) for job in jobs])
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    # One more: the program that starts the optimizer.
-    assert 1 <= len(compiled) <= len(shapes) + 1
+    assert 2 <= num_programs == again <= 6  # one of them starts the optimizer
 
 
 class SteadyState(NamedTuple):
@@ -432,6 +440,44 @@ def test_log_probabilities_in_tiles(small, num_tokens):
         expected = np.asarray(jax.jit(function(plain))(hidden))
         found = np.asarray(jax.jit(function(tiled))(hidden))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_dropout_is_an_adapters_own(tiny, adapters):
+    """It drops the same in every company, other things in every step, and 0 on average."""
+    config, params = tiny
+    update = make_inner_update(config, make_optimizer(optax_name="sgd"), dropout=0.3)
+    jobs = varied_jobs()
+    fill = jax.tree.map(lambda x: x + np.float32(0.02), adapters.weights)
+    start = adapters._replace(weights=fill)
+    trained, losses = run(params, start, jobs, update)
+    for j in range(3):
+        alone, own = run(params, take(start, j), [jobs[j]], update, shortest=2 * T)
+        assert relative_error(alone, take(trained, j)) < 1e-5
+        np.testing.assert_allclose(own[0], losses[j], rtol=1e-5)
+    (text,) = make_texts(0, [(16, 0)])
+    still = Job(((text,),) * 100, 0.0, seed=3)
+    _, varied = run(params, take(start, 0), [still], update)
+    _, other = run(params, take(start, 0), [still._replace(seed=4)], update)
+    none = make_inner_update(config, make_optimizer(optax_name="sgd"))
+    _, without = run(params, take(start, 0), [still], none)
+    assert len(set(varied[0])) > 90 and varied[0] != other[0]
+    error = np.std(varied[0]) / 10
+    assert abs(np.mean(varied[0]) - without[0][0]) < 5 * error + 0.01 * without[0][0]
+
+
+@pytest.mark.parametrize("num_rows", [4, 5])
+def test_accumulated_steps_are_one_of_a_larger_batch(small, num_rows):
+    config, params = small
+    texts = make_texts(0, [(12, 0)] * num_rows)
+    apart = Job(tuple((text,) for text in texts), 1e-2)
+    joined = Job(tuple(tuple(texts[i : i + 2]) for i in range(0, num_rows, 2)), 1e-2)
+    optimizer = make_optimizer(optax_kwargs=ADAMW)
+    adapters = init(config, 1)
+    slow, _ = run(params, adapters, [joined], make_inner_update(config, optimizer))
+    update = make_inner_update(config, optimizer, accumulation=2)
+    found, losses = run(params, adapters, [apart], update)
+    assert len(losses[0]) == num_rows
+    assert relative_error(found, slow) < 1e-5
 
 
 def test_schedules():

@@ -164,6 +164,7 @@ def batch_of(config, num_lanes, length, num_steps=None):
         loss_weight=ones.astype(jnp.float32),
         learning_rate=jnp.full(num_lanes, 1e-3),
         num_steps=jnp.full(num_lanes, 3),
+        seed=jnp.zeros(num_lanes, jnp.int32),
     )
 
 

@@ -24,6 +24,7 @@ _SPLASH_FROM = 1024
 _CUDNN_FROM = 256
 
 
+@partial(jax.named_call, name="attention")
 def attend(
     config: ModelConfig,
     q: jax.Array,

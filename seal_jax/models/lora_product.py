@@ -6,6 +6,7 @@ adapter, and both products are batched over chunks: a text may begin anywhere, a
 copied once a chunk, not once for every few tokens.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -43,6 +44,7 @@ def token_lanes(chunks: Chunks) -> jax.Array:
     return jnp.where(chunks.slot < n * size, chunks.lane[chunk], -1)
 
 
+@partial(jax.named_call, name="lora")
 def grouped_product(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
     """Return scale * (x @ a) @ b, [M F] for x [M D] grouped by adapter, a [A D r] and b [A r F]."""
     grouped = x.reshape(a.shape[0], -1, x.shape[-1]).astype(a.dtype)
@@ -63,6 +65,7 @@ def chunked_product(
     return _forward(x, a, b, scale, chunks)[0]
 
 
+@partial(jax.named_call, name="lora")
 def _forward(x, a, b, scale, chunks):
     low = _sum("ncd,ndr->ncr", _to_slots(x, chunks), a[chunks.lane].astype(x.dtype))
     low = (low * scale[chunks.lane, None, None]).astype(x.dtype)
@@ -70,6 +73,7 @@ def _forward(x, a, b, scale, chunks):
     return _to_tokens(out, chunks), (x, a, b, scale, chunks, low)
 
 
+@partial(jax.named_call, name="lora_backward")
 def _backward(saved, grads):
     x, a, b, scale, chunks, low = saved
     grads = _to_slots(grads, chunks)

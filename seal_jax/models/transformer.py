@@ -13,6 +13,8 @@ compiler's own estimate.
 
 import functools
 import math
+import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -117,6 +119,8 @@ class Linear(nn.Module):
             y = y + bias.astype(y.dtype)[None]
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            if lora.dropout is not None:
+                flat = lora.dropout(flat, zlib.crc32("/".join(self.path).encode()))
             if lora.chunks is None:
                 delta = grouped_product(flat, a, b, lora.scale)
             else:
@@ -209,6 +213,7 @@ class _Lora(NamedTuple):
 
     scale: jax.Array  # f32[A]
     chunks: Chunks | None  # or rows are grouped by adapter
+    dropout: Callable | None  # see `hidden_states`
 
 
 class _Call(NamedTuple):
@@ -287,6 +292,7 @@ def hidden_states(
     key_segments: jax.Array | None = None,
     chunks: Chunks | None = None,
     rope: tuple | None = None,
+    dropout: Callable[[jax.Array, int], jax.Array] | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Run the decoder.
 
@@ -303,6 +309,8 @@ def hidden_states(
       rope: `rope_tables` of the positions, where they are at hand. A loop makes them beforehand:
         XLA:CPU computes what is cheap to write down, as a cosine, once more for every head and
         layer, unless it comes from outside.
+      dropout: is given what every adapter multiplies, [B*T D], with a number that names the linear
+        map, and returns it with some of it dropped.
 
     Returns:
       The normed hidden states [B T D], and the keys and values attended to.
@@ -316,7 +324,7 @@ def hidden_states(
                 for layer, a, b in zip(layers, _unstack(ab["a"]), _unstack(ab["b"]), strict=True):
                     layer.setdefault(block, {})[target] = {"a": a, "b": b}
         variables["lora"] = {f"layers_{i}": layer for i, layer in enumerate(layers)}
-        lora = _Lora(adapters.scale, chunks)
+        lora = _Lora(adapters.scale, chunks, dropout)
     key_segments = segments if key_segments is None else key_segments
     call = _Call(
         rope_tables(config, positions) if rope is None else rope,

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from seal_jax.models.attention import attend, attend_apart
 from seal_jax.models.config import ModelConfig
@@ -103,6 +104,9 @@ class RMSNorm(nn.Module):
         return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
+_PRODUCT = "product"  # how policies of remat call the product of a linear map
+
+
 class Linear(nn.Module):
     """x @ kernel + bias, plus scale * (x @ a) @ b where the 'lora' collection has an adapter."""
 
@@ -113,7 +117,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array, lora: "_Lora | None") -> jax.Array:
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
         flat = x.reshape(-1, x.shape[-1])
-        y = product("td,df->tf", flat, kernel, x.dtype)
+        y = checkpoint_name(product("td,df->tf", flat, kernel, x.dtype), _PRODUCT)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(y.dtype)[None]
@@ -144,7 +148,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, call: "_Call", cache):
         c = self.config
-        B, T, _ = x.shape
+        B, T = call.segments.shape
 
         def heads(name: str, num_heads: int) -> jax.Array:
             y = _linear(c, num_heads * c.head_dim, name)(x, call.lora)
@@ -174,7 +178,7 @@ class Attention(nn.Module):
                 local=self.local,
                 whole=cache is None,
             )
-        out = out.transpose(0, 2, 1, 3).reshape(B, T, -1)
+        out = out.transpose(0, 2, 1, 3).reshape(B * T, -1)
         return _linear(c, c.embed_dim, "o_proj")(out, call.lora), (k, v)
 
 
@@ -226,11 +230,19 @@ class _Call(NamedTuple):
     cache_index: jax.Array | int
 
 
+def _and_products(policy: Callable) -> Callable:
+    """Return the policy that also keeps what `product` returns: its own rule hides it from them."""
+    policies = jax.checkpoint_policies
+    return policies.save_from_both_policies(policy, policies.save_only_these_names(_PRODUCT))
+
+
 # What a backward pass keeps of a layer's forward pass, by config word; 'none' keeps everything.
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots_saveable": jax.checkpoint_policies.dots_saveable,
-    "dots_with_no_batch_dims_saveable": (jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots_saveable": _and_products(jax.checkpoint_policies.dots_saveable),
+    "dots_with_no_batch_dims_saveable": _and_products(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
 }
 
 
@@ -245,7 +257,9 @@ class Transformer(nn.Module):
         embed = nn.Embed(
             c.vocab_size, c.embed_dim, embedding_init=nn.initializers.normal(0.02), name="embed"
         )
-        x = take_rows(embed.embedding, tokens)
+        # Flat from here on, but for attention: on TPUs norms and activations are then computed as
+        # part of the products beside them.
+        x = take_rows(embed.embedding, tokens.reshape(-1))
         if c.scale_embeddings:
             x = x * jnp.asarray(c.embed_dim**0.5, x.dtype)
         layer = Layer
@@ -257,7 +271,7 @@ class Transformer(nn.Module):
             x, (k, v) = layer(c, c.is_local(i), name=f"layers_{i}")(x, call, layer_cache)
             keys.append(k)
             values.append(v)
-        hidden = _norm(c, "final_norm")(x)
+        hidden = _norm(c, "final_norm")(x).reshape(*tokens.shape, -1)
         if self.is_initializing() and not c.tie_embeddings:
             Linear(c.vocab_size, name="lm_head")(hidden, None)
         return hidden, KVCache(tuple(keys), tuple(values))

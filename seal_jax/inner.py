@@ -110,7 +110,10 @@ def inner_step(
     lane = jnp.maximum(batch.lanes, 0)
     scale = state.adapters.scale[lane]
     with jax.named_scope("take_lanes"):
-        weights = take(state.adapters.weights, lane)
+        # Layer by layer: what the model takes, and its gradients, need no stacks of their own.
+        leaves, treedef = jax.tree.flatten(state.adapters.weights)
+        layers = range(config.num_layers)
+        weights = tuple(treedef.unflatten([x[lane, i] for x in leaves]) for i in layers)
 
     drop = None
     if dropout > 0:
@@ -122,6 +125,8 @@ def inner_step(
         return losses.sum(), losses
 
     grads, losses = jax.grad(total, has_aux=True)(weights)
+    with jax.named_scope("stack_grads"):
+        grads = jax.tree.map(lambda *layers: jnp.stack(layers, axis=1), *grads)
 
     def update_lane(u: jax.Array, carry: tuple) -> tuple:
         (population, opt_states), steps, losses = carry

@@ -322,11 +322,12 @@ def test_a_gradient_that_overflows_stays_with_its_own_text():
     num_heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     q, k, v = (rng.normal(size=(1, n, 24, 64)).astype(np.float32) for n in num_heads)
     segments = jnp.repeat(jnp.arange(1, 4), 8)[None]
+    finite = jnp.ones(segments.shape, bool)
     _, pull = jax.vjp(
-        lambda q, k, v: attend_apart(config, q, k, v, segments, segments, local=False), q, k, v
+        lambda *qkv: attend_apart(config, *qkv, segments, segments, finite, local=False), q, k, v
     )
-    grads = jnp.ones_like(q)
-    expected, found = pull(grads), pull(grads.at[0, 1, 12].set(jnp.inf))
+    grads = jnp.ones((24, config.num_heads * 64))
+    expected, found = pull(grads), pull(grads.at[12, 64].set(jnp.inf))
     others = np.r_[0:8, 16:24]
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_array_equal(x[:, :, others], y[:, :, others])

@@ -71,6 +71,7 @@ def attend_apart(
     v: jax.Array,
     segments: jax.Array,
     key_segments: jax.Array,
+    finite: jax.Array,
     *,
     local: bool,
 ) -> jax.Array:
@@ -78,28 +79,52 @@ def attend_apart(
 
     Attention multiplies what it must not see by 0, and 0 * NaN is NaN: one adapter that diverges
     would reach all that share its array row. So a token that is not finite takes part as zeros and
-    gets NaN itself, and the backward pass does the same.
+    gets NaN itself. The backward pass does the same with a token's gradient, which goes to the
+    token's own query as NaN.
+
+    Args:
+      finite: bool[B T], whether a token's query, key and value are.
+
+    Returns:
+      [B*T N*H]
     """
-    finite = [jnp.isfinite(x).all(axis=(1, 3)) for x in (q, k, v)]  # bool[B T] each
-    own = (finite[0] & finite[1] & finite[2])[:, None, :, None]
-    clean = (jnp.where(own, x, 0) for x in (q, k, v))
-    out = attend(config, *clean, segments, key_segments, 0, local=local, whole=True)
-    return _stop_nonfinite_grads(jnp.where(own, out, jnp.nan), q)
+    own = finite[:, None, :, None]
+    q, k, v = (jnp.where(own, x, 0) for x in (q, k, v))
+    q, lost = _with_lost(q)
+    out = attend(config, q, k, v, segments, key_segments, 0, local=local, whole=True)
+    out = flat_heads(out)
+    return _stop_nonfinite_grads(jnp.where(finite.reshape(-1, 1), out, jnp.nan), lost)
+
+
+def flat_heads(x: jax.Array) -> jax.Array:
+    """Return x [B N T H] as [B*T N*H]."""
+    B, N, T, H = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(B * T, N * H)
 
 
 @jax.custom_vjp
-def _stop_nonfinite_grads(out: jax.Array, q: jax.Array) -> jax.Array:
-    """Return `out`; a token's gradient that is not finite goes to its own query as NaN instead."""
-    del q
+def _with_lost(q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return q [B N T H], and zeros [B 1 T 1] whose gradient is added to all of a token's query."""
+    return q, jnp.zeros_like(q, shape=(q.shape[0], 1, q.shape[2], 1))
+
+
+_with_lost.defvjp(lambda q: (_with_lost(q), None), lambda _, grads: (grads[0] + grads[1],))
+
+
+@jax.custom_vjp
+def _stop_nonfinite_grads(out: jax.Array, lost: jax.Array) -> jax.Array:
+    """Return out [B*T D]; a token's gradient that is not finite goes to `lost` instead, as NaN."""
+    del lost
     return out
 
 
-def _stop_backward(_, grads: jax.Array) -> tuple[jax.Array, jax.Array]:
-    bad = ~jnp.isfinite(grads).all(axis=(1, 3), keepdims=True)
-    return jnp.where(bad, 0, grads), jnp.where(bad, jnp.nan, jnp.zeros_like(grads))
+def _stop_backward(lost: jax.Array, grads: jax.Array) -> tuple[jax.Array, jax.Array]:
+    bad = ~jnp.isfinite(grads).all(axis=-1, keepdims=True)
+    nan = jnp.where(bad.reshape(lost.shape), jnp.nan, lost)
+    return jnp.where(bad, 0, grads), nan
 
 
-_stop_nonfinite_grads.defvjp(lambda out, q: (out, None), _stop_backward)
+_stop_nonfinite_grads.defvjp(lambda out, lost: (out, lost), _stop_backward)
 
 
 def _choose(config: ModelConfig, q: jax.Array) -> str:
@@ -142,24 +167,59 @@ def xla_attention(
     """Compute attention in plain XLA, scores in float32; visible is bool[B T S].
 
     The heads that share keys are rows of one product, and the softmax's division waits until after
-    the values: half as long forward and backward on a CPU as the textbook order.
+    the values: half as long forward and backward on a CPU as the textbook order. The backward pass
+    is written out: it needs no more than the weights and the output, both in q's dtype.
     """
+    return _xla_attention(scale, softcap, q, k, v.astype(q.dtype), visible)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _xla_attention(scale, softcap, q, k, v, visible) -> jax.Array:
+    return _xla_forward(scale, softcap, q, k, v, visible)[0]
+
+
+def _xla_forward(scale, softcap, q, k, v, visible):
     B, N, T, H = q.shape
     K, S = k.shape[1:3]
     rows = q.reshape(B, K, -1, H)  # [B K G*T H]
     scores = jnp.einsum("bkth,bksh->bkts", rows, k, preferred_element_type=jnp.float32) * scale
+    slope = None
     if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+        capped = jnp.tanh(scores / softcap)
+        slope = (1 - capped * capped).astype(q.dtype)
+        scores = softcap * capped
     scores = scores.reshape(B, K, -1, T, S)
-    scores = jnp.where(visible[:, None, None], scores, -1e30)
-    # Whatever is subtracted cancels, so no gradient need go through the maximum.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    total = weights.sum(axis=-1).reshape(B, K, -1, 1)
+    seen = visible[:, None, None]
+    highest = jnp.where(seen, scores, -1e30).max(axis=-1, keepdims=True)
+    weights = jnp.where(seen, jnp.exp(scores - highest), 0)
+    # One over the softmax's sum, which is 0 for who sees nothing.
+    share = 1 / jnp.maximum(weights.sum(axis=-1), 1e-30).reshape(B, K, -1, 1)
     weights = weights.reshape(B, K, -1, S).astype(q.dtype)
-    out = jnp.einsum(
-        "bkts,bksh->bkth", weights, v.astype(q.dtype), preferred_element_type=jnp.float32
-    )
-    return (out / total).astype(q.dtype).reshape(B, N, T, H)
+    out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=jnp.float32)
+    out = (out * share).astype(q.dtype).reshape(B, N, T, H)
+    return out, (q, k, v, weights, share, slope, out)
+
+
+def _xla_backward(scale, softcap, saved, grads):
+    del softcap
+    q, k, v, weights, share, slope, out = saved
+    rows, out, grads = (x.reshape(*weights.shape[:3], -1) for x in (q, out, grads))
+    grads = grads.astype(jnp.float32) * share
+    lost = (grads * out).sum(axis=-1, keepdims=True)
+    grads = grads.astype(q.dtype)
+    d_v = jnp.einsum("bkts,bkth->bksh", weights, grads, preferred_element_type=jnp.float32)
+    d_weights = jnp.einsum("bkth,bksh->bkts", grads, v, preferred_element_type=jnp.float32)
+    d_scores = (d_weights - lost) * weights * scale
+    if slope is not None:
+        d_scores *= slope
+    d_scores = d_scores.astype(q.dtype)
+    d_q = jnp.einsum("bkts,bksh->bkth", d_scores, k, preferred_element_type=jnp.float32)
+    d_k = jnp.einsum("bkts,bkth->bksh", d_scores, rows, preferred_element_type=jnp.float32)
+    d_q = d_q.astype(q.dtype).reshape(q.shape)
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+_xla_attention.defvjp(_xla_forward, _xla_backward)
 
 
 def cudnn_attention(

@@ -68,7 +68,7 @@ def chunked_product(
 @partial(jax.named_call, name="lora")
 def _forward(x, a, b, scale, chunks):
     low = _sum("ncd,ndr->ncr", _to_slots(x, chunks), a[chunks.lane].astype(x.dtype))
-    low = (low * scale[chunks.lane, None, None]).astype(x.dtype)
+    low = _in_use((low * scale[chunks.lane, None, None]).astype(x.dtype), chunks)
     out = _sum("ncr,nrf->ncf", low, b[chunks.lane].astype(x.dtype)).astype(x.dtype)
     return _to_tokens(out, chunks), (x, a, b, scale, chunks, low)
 
@@ -78,13 +78,16 @@ def _backward(saved, grads):
     x, a, b, scale, chunks, low = saved
     grads = _to_slots(grads, chunks)
     d_low = _sum("ncf,nrf->ncr", grads, b[chunks.lane].astype(x.dtype))
-    d_low = (d_low * scale[chunks.lane, None, None]).astype(x.dtype)
+    d_low = _in_use((d_low * scale[chunks.lane, None, None]).astype(x.dtype), chunks)
     d_a = _sum("ncd,ncr->ndr", _to_slots(x, chunks), d_low)
     d_b = _sum("ncr,ncf->nrf", low, grads)
     d_x = _sum("ncr,ndr->ncd", d_low, a[chunks.lane].astype(x.dtype)).astype(x.dtype)
 
+    is_empty = chunks.token.reshape(len(chunks.lane), -1)[:, 0] == x.shape[0]
+    lane = jnp.where(is_empty, a.shape[0], chunks.lane)  # beyond the last: dropped
+
     def by_lane(d: jax.Array, like: jax.Array) -> jax.Array:
-        return jnp.zeros(like.shape, like.dtype).at[chunks.lane].add(d.astype(like.dtype))
+        return jnp.zeros_like(like).at[lane].add(d.astype(like.dtype), mode="drop")
 
     return _to_tokens(d_x, chunks), by_lane(d_a, a), by_lane(d_b, b), None, None
 
@@ -97,10 +100,16 @@ def _sum(contract: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _to_slots(x: jax.Array, chunks: Chunks) -> jax.Array:
-    """Gather tokens [M D] into their slots [n c D]; an empty one is 0."""
-    used = (chunks.token < x.shape[0])[:, None]
-    slots = jnp.where(used, x[jnp.minimum(chunks.token, x.shape[0] - 1)], 0)
-    return slots.reshape(chunks.lane.shape[0], -1, x.shape[-1])
+    """Gather tokens [M D] into their slots [n c D]; an empty one holds its chunk's first token."""
+    token = chunks.token.reshape(len(chunks.lane), -1)
+    token = jnp.where(token < x.shape[0], token, jnp.minimum(token[:, :1], x.shape[0] - 1))
+    return x[token]
+
+
+def _in_use(low: jax.Array, chunks: Chunks) -> jax.Array:
+    """Return [n c r] with zeros in empty slots: what they hold counts for nothing."""
+    used = (chunks.token < chunks.slot.shape[0]).reshape(*low.shape[:2], 1)
+    return jnp.where(used, low, 0)
 
 
 def _to_tokens(slots: jax.Array, chunks: Chunks) -> jax.Array:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from seal_jax.models.attention import attend, attend_apart
+from seal_jax.models.attention import attend, attend_apart, flat_heads
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.lora_product import Chunks, chunked_product, grouped_product
 from seal_jax.models.quantize import product, take_rows
@@ -59,27 +59,32 @@ def rope_frequencies(config: ModelConfig, local: bool = False) -> jax.Array:
 
 
 def _rope_table(positions: jax.Array, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
-    angle = positions.astype(jnp.float32)[..., None, None]
+    angle = positions.astype(jnp.float32)[..., None, :, None]
     angle = angle * jnp.expand_dims(frequency, range(positions.ndim + 1))
-    return jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate x [B T N H] by its table's angles; halves are paired as in Hugging Face."""
+    """Rotate x [B N T H] by its table's angles; halves are paired as in Hugging Face."""
     cos, sin = table
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    half = x.shape[-1] // 2
+    # The halves change places in a product: on TPUs they lie in one register's lanes. It is exact.
+    swap = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=-1)
+    other = jnp.einsum(
+        "...h,hi->...i", x, swap, precision="highest", preferred_element_type=jnp.float32
+    )
+    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
 
 
 def rope_tables(config: ModelConfig, positions: jax.Array) -> tuple:
-    """Return, for a global and for a local layer, cosine and sine of the angles.
+    """Return, for a global and for a local layer, cosine and signed sine of the angles.
 
     Args:
-      positions: i32[...]
+      positions: i32[... T]
 
     Returns:
-      ((cos, sin), (cos, sin)), f32[... 1 H/2] each.
+      ((cos, sin), (cos, sin)), f32[... 1 T H] each.
     """
     table = _rope_table(positions, rope_frequencies(config))
     if config.local_rope_theta is None:
@@ -149,37 +154,38 @@ class Attention(nn.Module):
     def __call__(self, x, call: "_Call", cache):
         c = self.config
         B, T = call.segments.shape
-
-        def heads(name: str, num_heads: int) -> jax.Array:
-            y = _linear(c, num_heads * c.head_dim, name)(x, call.lora)
-            return y.reshape(B, T, num_heads, c.head_dim)
-
-        q, k = heads("q_proj", c.num_heads), heads("k_proj", c.num_kv_heads)
-        v = heads("v_proj", c.num_kv_heads).transpose(0, 2, 1, 3)
+        num_heads = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
+        flat = [_linear(c, n * c.head_dim, name)(x, call.lora) for name, n in num_heads.items()]
+        q, k, v = (y.reshape(B, T, -1, c.head_dim).transpose(0, 2, 1, 3) for y in flat)
         if c.qk_norm:
             q, k = _norm(c, "q_norm")(q), _norm(c, "k_norm")(k)
-        q = apply_rope(q, call.rope[self.local]).transpose(0, 2, 1, 3)
-        k = apply_rope(k, call.rope[self.local]).transpose(0, 2, 1, 3)
+        q, k = apply_rope(q, call.rope[self.local]), apply_rope(k, call.rope[self.local])
         if cache is not None:
             start = (0, 0, call.cache_index, 0)
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), start)
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), start)
+        texts = call.segments, call.key_segments
         if call.lora is not None and call.lora.chunks is not None:
-            out = attend_apart(c, q, k, v, call.segments, call.key_segments, local=self.local)
+            finite = [jnp.isfinite(y).all(axis=-1) for y in flat]
+            finite = (finite[0] & finite[1] & finite[2]).reshape(B, T)
+            out = attend_apart(c, q, k, v, *texts, finite, local=self.local)
         else:
-            out = attend(
-                c,
-                q,
-                k,
-                v,
-                call.segments,
-                call.key_segments,
-                call.cache_index,
-                local=self.local,
-                whole=cache is None,
-            )
-        out = out.transpose(0, 2, 1, 3).reshape(B * T, -1)
+            whole = cache is None
+            out = attend(c, q, k, v, *texts, call.cache_index, local=self.local, whole=whole)
+            out = flat_heads(out)
         return _linear(c, c.embed_dim, "o_proj")(out, call.lora), (k, v)
+
+
+@jax.custom_vjp
+def _grads_at_once(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Return xs. Their gradients are made before any is used: else XLA for TPUs makes them anew for
+    every tile of the products that take them."""
+    return xs
+
+
+_grads_at_once.defvjp(
+    lambda xs: (xs, None), lambda _, grads: (jax.lax.optimization_barrier(grads),)
+)
 
 
 class MLP(nn.Module):
@@ -190,6 +196,7 @@ class MLP(nn.Module):
         c = self.config
         gate = _linear(c, c.mlp_dim, "gate_proj")(x, lora)
         up = _linear(c, c.mlp_dim, "up_proj")(x, lora)
+        gate, up = _grads_at_once((gate, up))
         gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
         return _linear(c, c.embed_dim, "down_proj")(gate * up, lora)
 
@@ -294,6 +301,12 @@ def _unstack(x: jax.Array) -> list[jax.Array]:
 _unstack.defvjp(lambda x: (_unstack(x), None), lambda _, grads: (jnp.stack(grads, axis=1),))
 
 
+def _split_layers(weights: Params) -> tuple[Params, ...]:
+    leaves, treedef = jax.tree.flatten(weights)
+    by_layer = zip(*(_unstack(x) for x in leaves), strict=True)
+    return tuple(treedef.unflatten(layer) for layer in by_layer)
+
+
 def hidden_states(
     config: ModelConfig,
     params: Params,
@@ -313,6 +326,7 @@ def hidden_states(
     Args:
       tokens: i32[B T]; with A adapters, B is a multiple of A and rows are grouped by adapter.
       positions: i32[B T], for the rotary embedding.
+      adapters: a stack, whose weights may also be a tuple of L already, [A ...] each.
       segments: i32[B T]; a token sees the tokens of its own segment, from itself back. Padding may
         be a segment like any other.
       cache: where given, this call's keys and values are written into it from slot `cache_index`
@@ -332,11 +346,9 @@ def hidden_states(
     variables = {"params": params}
     lora = None
     if adapters is not None:
-        layers = [{} for _ in range(config.num_layers)]
-        for block, targets in adapters.weights.items():
-            for target, ab in targets.items():
-                for layer, a, b in zip(layers, _unstack(ab["a"]), _unstack(ab["b"]), strict=True):
-                    layer.setdefault(block, {})[target] = {"a": a, "b": b}
+        layers = adapters.weights
+        if not isinstance(layers, tuple):
+            layers = _split_layers(layers)
         variables["lora"] = {f"layers_{i}": layer for i, layer in enumerate(layers)}
         lora = _Lora(adapters.scale, chunks, dropout)
     key_segments = segments if key_segments is None else key_segments
@@ -392,8 +404,7 @@ def token_logp(
 
     def one_tile(h: jax.Array, y: jax.Array) -> jax.Array:
         logits = unembed(config, params, h)
-        chosen = jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+        return _log_softmax_at(jnp.dtype(h.dtype), logits, y)
 
     num_tokens = hidden.shape[0]
     if num_tokens <= tile:
@@ -403,3 +414,34 @@ def token_logp(
     y = jnp.pad(targets, (0, padding)).reshape(-1, tile)
     logp = jax.lax.map(lambda hy: jax.checkpoint(one_tile)(*hy), (h, y))
     return logp.reshape(-1)[:num_tokens]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_softmax_at(dtype: jnp.dtype, logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return log_softmax(logits)[targets], f32[M] of f32[M V]; the backward pass keeps the softmax
+    in `dtype`, that of the products it goes into, and neither the logits nor an exponential more.
+    """
+    return _log_softmax_forward(dtype, logits, targets)[0]
+
+
+def _log_softmax_forward(dtype, logits, targets):
+    highest = logits.max(axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - highest)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    logp = (chosen - highest - jnp.log(total))[:, 0]
+    # Behind a barrier, or XLA for TPUs keeps the logits and takes exponentials again.
+    exponentials = jax.lax.optimization_barrier(exponentials.astype(dtype))
+    return logp, (exponentials, total, targets)
+
+
+def _log_softmax_backward(dtype, saved, grads):
+    del dtype
+    exponentials, total, targets = saved
+    grads = grads[:, None]
+    is_target = jnp.arange(exponentials.shape[1])[None] == targets[:, None]
+    softmax = exponentials.astype(jnp.float32) * (grads / total)
+    return jnp.where(is_target, grads - softmax, -softmax), None
+
+
+_log_softmax_at.defvjp(_log_softmax_forward, _log_softmax_backward)

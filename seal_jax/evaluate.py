@@ -299,8 +299,8 @@ def _mean_logp(
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     hidden, _ = hidden_states(config, params, tokens, positions, segments, adapters)
     hidden, targets = hidden[:, :-1].reshape(B * (T - 1), -1), tokens[:, 1:].reshape(-1)
-    logp = token_logp(config, params, hidden, targets).reshape(B, T - 1) * loss_mask[:, 1:]
-    return logp.sum(axis=1) / jnp.maximum(loss_mask[:, 1:].sum(axis=1), 1)
+    logp = token_logp(config, params, hidden, targets, loss_mask[:, 1:].reshape(-1))
+    return logp.reshape(B, T - 1).sum(axis=1) / jnp.maximum(loss_mask[:, 1:].sum(axis=1), 1)
 
 
 def mean_logp(

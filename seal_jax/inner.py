@@ -59,7 +59,13 @@ def lane_losses(
     finite = jnp.isfinite(hidden).all(axis=-1)
     hidden = jnp.where(finite[..., None], hidden, 0)[:, :-1]
     targets, weights = batch.tokens[:, 1:], batch.loss_weight[:, 1:]
-    logp = token_logp(config, params, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+    logp = token_logp(
+        config,
+        params,
+        hidden.reshape(-1, hidden.shape[-1]),
+        targets.reshape(-1),
+        weights.reshape(-1) != 0,
+    )
     lane = token_lanes(chunks).reshape(batch.tokens.shape)
     in_lane = (lane[None] == jnp.arange(num_lanes)[:, None, None]).astype(jnp.float32)  # [U W T]
     lost = jnp.einsum("uwt,wt->u", in_lane, (~finite).astype(jnp.float32))

@@ -32,10 +32,9 @@ def rollout_logp(
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     segments = jnp.ones((B, T), jnp.int32)  # causal: the padding behind a row is seen by none
     hidden, _ = hidden_states(config, params, rollout.tokens, positions, segments, adapters)
-    logp = token_logp(
-        config, params, hidden[:, :-1].reshape(B * (T - 1), -1), rollout.tokens[:, 1:].reshape(-1)
-    )
-    return jnp.pad(logp.reshape(B, T - 1), ((0, 0), (1, 0))) * rollout.loss_mask
+    hidden, targets = hidden[:, :-1].reshape(B * (T - 1), -1), rollout.tokens[:, 1:].reshape(-1)
+    logp = token_logp(config, params, hidden, targets, rollout.loss_mask[:, 1:].reshape(-1))
+    return jnp.pad(logp.reshape(B, T - 1), ((0, 0), (1, 0)))
 
 
 def init_train_state(

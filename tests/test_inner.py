@@ -423,23 +423,40 @@ def test_over_a_bfloat16_base_the_adapter_stays_float32(small):
 
 
 @pytest.mark.parametrize("num_tokens", [5, 8, 19])
-def test_log_probabilities_in_tiles(small, num_tokens):
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_log_probabilities_in_tiles(small, num_tokens, share):
     config, params = small
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.standard_normal((num_tokens, config.embed_dim)), jnp.float32)
     targets = jnp.asarray(rng.integers(config.vocab_size, size=num_tokens), jnp.int32)
+    wanted = jnp.asarray(rng.random(num_tokens) < share)
 
     def plain(hidden):
         logp = jax.nn.log_softmax(unembed(config, params, hidden))
-        return jnp.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
+        return jnp.where(wanted, jnp.take_along_axis(logp, targets[:, None], axis=-1)[:, 0], 0)
 
     def tiled(hidden):
-        return token_logp(config, params, hidden, targets, tile=8)
+        return token_logp(config, params, hidden, targets, wanted, tile=8)
 
     for function in (lambda f: f, lambda f: jax.grad(lambda h: (f(h) ** 2).sum())):
         expected = np.asarray(jax.jit(function(plain))(hidden))
         found = np.asarray(jax.jit(function(tiled))(hidden))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_no_logits_where_nobody_wants_any(small):
+    """Tiles without a loss are not computed: hidden states that would give NaN there give 0."""
+    config, params = small
+    hidden = jnp.full((40, config.embed_dim), jnp.nan).at[30:35].set(0.5)
+    wanted = (jnp.arange(40) >= 30) & (jnp.arange(40) < 34)  # with token 0, one tile of 5
+
+    def total(hidden):
+        targets = jnp.zeros(40, jnp.int32)
+        return token_logp(config, params, hidden, targets, wanted, tile=5).sum()
+
+    value, grads = jax.jit(jax.value_and_grad(total))(hidden)
+    assert np.isfinite(value)
+    assert np.isfinite(grads[1:]).all()
 
 
 def test_dropout_is_an_adapters_own(tiny, adapters):

@@ -156,7 +156,8 @@ def test_log_probabilities_of_a_text(pair):
 
     def logp(params, tokens, positions, segments):
         hidden, _ = hidden_states(config, params, tokens, positions, segments)
-        return token_logp(config, params, hidden[0, :-1], tokens[0, 1:], tile=16)
+        every = jnp.ones(39, bool)
+        return token_logp(config, params, hidden[0, :-1], tokens[0, 1:], every, tile=16)
 
     found = jax.jit(logp)(params, tokens, positions_of(mask), mask)
     np.testing.assert_allclose(found, expected.numpy(), rtol=2e-4, atol=2e-4)

@@ -394,26 +394,48 @@ def forward(
 
 @functools.partial(jax.named_call, name="token_logp")
 def token_logp(
-    config: ModelConfig, params: Params, hidden: jax.Array, targets: jax.Array, tile: int = 1024
+    config: ModelConfig,
+    params: Params,
+    hidden: jax.Array,
+    targets: jax.Array,
+    wanted: jax.Array,
+    tile: int = 1024,
 ) -> jax.Array:
     """Return log p(targets), f32[M], for hidden states [M D] and targets i32[M].
 
     The [tokens, V] logits would be the largest array of a training step. Beyond `tile` tokens they
-    are made tile by tile, and once more in the backward pass.
+    are made tile by tile, those that are wanted first, and once more in the backward pass; a tile
+    in which nobody wants any is left out.
+
+    Args:
+      wanted: bool[M] whose log-probabilities are asked for; the others' are 0.
     """
 
-    def one_tile(h: jax.Array, y: jax.Array) -> jax.Array:
+    def one_tile(h: jax.Array, y: jax.Array, wanted: jax.Array) -> jax.Array:
         logits = unembed(config, params, h)
-        return _log_softmax_at(jnp.dtype(h.dtype), logits, y)
+        return jnp.where(wanted, _log_softmax_at(jnp.dtype(h.dtype), logits, y), 0.0)
+
+    def tile_if_wanted(arrays: tuple[jax.Array, ...]) -> jax.Array:
+        none = jnp.zeros(tile, jnp.float32)
+        return jax.lax.cond(arrays[2].any(), jax.checkpoint(one_tile), lambda *_: none, *arrays)
 
     num_tokens = hidden.shape[0]
     if num_tokens <= tile:
-        return one_tile(hidden, targets)
-    padding = -num_tokens % tile
-    h = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, tile, hidden.shape[-1])
-    y = jnp.pad(targets, (0, padding)).reshape(-1, tile)
-    logp = jax.lax.map(lambda hy: jax.checkpoint(one_tile)(*hy), (h, y))
-    return logp.reshape(-1)[:num_tokens]
+        return one_tile(hidden, targets, wanted)
+    num_tiles = -(-num_tokens // tile)
+    order = jnp.argsort(~wanted)  # stable
+    order = jnp.pad(order, (0, num_tiles * tile - num_tokens), mode="edge")
+    is_token = jnp.arange(num_tiles * tile) < num_tokens
+    logp = jax.lax.map(
+        tile_if_wanted,
+        (
+            hidden[order].reshape(num_tiles, tile, -1),
+            targets[order].reshape(num_tiles, tile),
+            (wanted[order] & is_token).reshape(num_tiles, tile),
+        ),
+    )
+    place = jnp.where(is_token, order, num_tokens)
+    return jnp.zeros(num_tokens, jnp.float32).at[place].set(logp.reshape(-1), mode="drop")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -198,6 +198,9 @@ FIELDS: dict[str, Field] = {
     "sample.num_edits": Field(5, _COUNT),  # per problem
     "sample.temperature": Field(1.0, _real(0, 10)),
     "sample.top_p": Field(0.95, _real(0, 1, above=True)),
+    "sample.top_k": Field(0, _integer(0)),  # 0: of all tokens
+    "sample.min_p": Field(0.0, _real(0, 1)),
+    "sample.repetition_penalty": Field(1.0, _real(0, 10, above=True)),
     "sample.max_tokens": Field(512, _COUNT),
     "sample.max_rows": Field(16, _COUNT, placement=True),  # decoded at once
     # How adapted models answer: greedy.

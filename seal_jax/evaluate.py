@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from seal_jax import keys, lora
+from seal_jax.draw import make_settings
 from seal_jax.inner import batch_sharding
 from seal_jax.inner import num_shards as inner_shards
 from seal_jax.metrics import append_json, progress, read_jsonl
@@ -259,7 +260,7 @@ def answer(
     most = max(len(group) for group in prompts)
     per_call = max(1, min(most, max_rows // num_adapters))
     stop_ids = np.asarray(tokenizer.stop_ids, np.int32)
-    settings = to_device((stop_ids, np.float32(0), np.float32(1)), replicated(mesh))
+    stop_ids = to_device(stop_ids, replicated(mesh))
     length = max(len(p) for p in flat)
     answers: list[list[str]] = [[] for _ in prompts]
     for start in range(0, most, per_call):
@@ -267,13 +268,16 @@ def answer(
         rows = [(*g[start : start + per_call], *[()] * per_call)[:per_call] for g in prompts]
         tokens, mask = pad_prompts([r for group in rows for r in group], tokenizer.pad_id, length)
         num_rows = len(tokens)
+        where = leading(mesh, "rows", num_rows)
         row_keys = keys.fold([(0,)] * num_rows)
+        greedy = make_settings(num_rows, temperature=0.0)
         samples = generate(
             model.config,
             params,
             adapters,
-            *to_device((tokens, mask, row_keys), leading(mesh, "rows", num_rows)),
-            *settings,
+            *to_device((tokens, mask, row_keys), where),
+            stop_ids,
+            to_device(greedy, where),
             max_tokens=max_tokens,
             pad_id=tokenizer.pad_id,
         )

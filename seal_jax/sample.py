@@ -4,9 +4,11 @@ Prompts are padded on the left, so that every row writes its cache at the same s
 
   logits = prefill(prompts);  while any row is not done:  token ~ p(logits);  logits = decode(token)
 
-Each row draws from its own key, folded with the step: its text does not depend on its neighbors.
+A prompt that is continued several times is computed once. Each row draws from its own key, folded
+with the step: its text does not depend on its neighbors.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seal_jax.draw import Settings, draw, make_settings
 from seal_jax.keys import fold
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import KVCache, hidden_states, init_cache, unembed
@@ -32,47 +35,6 @@ class Samples(NamedTuple):
     finished: jax.Array  # bool[B] whether the row ended by a stop token
 
 
-def top_p_mask(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Return the smallest set of likeliest tokens with mass >= top_p, bool[B V]; ties stay
-    together.
-
-    No sort: bisection over the bits of the threshold probability, exact after 31 halvings (the
-    bits of nonnegative floats are ordered as the floats are).
-    """
-    probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
-
-    def halve(_, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # mass(bits >= low) >= top_p > mass(bits >= high)
-        middle = low + (high - low) // 2
-        mass = jnp.where(bits >= middle[:, None], probs, 0.0).sum(axis=-1)
-        enough = mass >= top_p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    rows = probs.shape[0]
-    low = jnp.zeros((rows,), jnp.int32)
-    high = jnp.full((rows,), 0x3F800001, jnp.int32)  # just above the bits of 1.0
-    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
-    # The likeliest token stays, whatever rounding does to the mass.
-    return (bits >= low[:, None]) | (probs == probs.max(axis=-1, keepdims=True))
-
-
-def choose(
-    logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array
-) -> jax.Array:
-    """Draw one token per row, i32[B], from logits f32[B V]; temperature 0 takes the likeliest."""
-
-    def draw(_: None) -> jax.Array:
-        scaled = logits / jnp.maximum(temperature, 1e-6)
-        scaled = jnp.where(top_p_mask(scaled, top_p), scaled, -jnp.inf)
-        return jax.vmap(jax.random.categorical)(keys, scaled)
-
-    def greedy(_: None) -> jax.Array:
-        return jnp.argmax(logits, axis=-1)
-
-    return jax.lax.cond(temperature > 0, draw, greedy, None).astype(jnp.int32)
-
-
 class _Decode(NamedTuple):
     step: jax.Array  # i32[]
     logits: jax.Array  # f32[B V] for the next token
@@ -80,10 +42,11 @@ class _Decode(NamedTuple):
     tokens: jax.Array  # i32[B T]
     logp: jax.Array  # f32[B T]
     mask: jax.Array  # bool[B T]
+    seen: jax.Array  # bool[B V] the tokens of the prompt and of what was written
     cache: KVCache
 
 
-@partial(jax.jit, static_argnames=("config", "max_tokens", "pad_id"))
+@partial(jax.jit, static_argnames=("config", "max_tokens", "pad_id", "copies"))
 def generate(
     config: ModelConfig,
     params: Params,
@@ -92,27 +55,28 @@ def generate(
     prompt_mask: jax.Array,
     keys: jax.Array,
     stop_ids: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
+    settings: Settings,
     *,
     max_tokens: int,
     pad_id: int,
+    copies: int = 1,
 ) -> Samples:
     """Continue every prompt until a stop token or `max_tokens`.
 
     Args:
       adapters: A of them; rows are grouped by adapter, B / A each. None is the base model.
-      prompts: i32[B S], padded on the left.
-      prompt_mask: bool[B S], the prompts' tokens.
+      prompts: i32[P S], padded on the left.
+      prompt_mask: bool[P S], the prompts' tokens.
       keys: typed PRNG keys [B], one per row.
       stop_ids: i32[n]; a row ends with the first of them, which counts as written.
-      temperature: f32[]; 0 is greedy.
-      top_p: f32[]; 1 keeps all tokens.
+      settings: of each row [B].
+      copies: the rows that continue each prompt, behind one another: B is P * copies.
     """
-    B, S = prompts.shape
+    P, S = prompts.shape
+    B = P * copies
     lengths = prompt_mask.sum(axis=1)
     padding = S - lengths
-    cache = init_cache(config, B, S + max_tokens, params["embed"]["embedding"].dtype)
+    cache = init_cache(config, P, S + max_tokens, params["embed"]["embedding"].dtype)
     slots = jnp.arange(S + max_tokens)
     written = slots[None] >= padding[:, None]  # the padding's slots are a segment apart
     positions = jnp.maximum(jnp.arange(S)[None] - padding[:, None], 0)
@@ -120,13 +84,20 @@ def generate(
     hidden, cache = hidden_states(
         config, params, prompts, positions, key_segments[:, :S], adapters, cache, 0, key_segments
     )
+    seen = jnp.zeros((P, config.vocab_size), bool)
+    seen = seen.at[jnp.arange(P)[:, None], prompts].max(prompt_mask)
+    prefilled = unembed(config, params, hidden[:, -1]), lengths, key_segments, seen, cache
+    logits, lengths, key_segments, seen, cache = jax.tree.map(
+        lambda x: jnp.repeat(x, copies, axis=0), prefilled
+    )
     first = _Decode(
         step=jnp.int32(0),
-        logits=unembed(config, params, hidden[:, -1]),
+        logits=logits,
         done=lengths == 0,
         tokens=jnp.full((B, max_tokens), pad_id, jnp.int32),
         logp=jnp.zeros((B, max_tokens), jnp.float32),
         mask=jnp.zeros((B, max_tokens), bool),
+        seen=seen,
         cache=cache,
     )
 
@@ -135,7 +106,7 @@ def generate(
 
     def decode(s: _Decode) -> _Decode:
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, s.step)
-        token = jnp.where(s.done, pad_id, choose(s.logits, step_keys, temperature, top_p))
+        token = jnp.where(s.done, pad_id, draw(s.logits, step_keys, settings, s.seen))
         logp = jnp.take_along_axis(jax.nn.log_softmax(s.logits), token[:, None], axis=-1)[:, 0]
         slot = S + s.step
         hidden, cache = hidden_states(
@@ -156,6 +127,7 @@ def generate(
             tokens=s.tokens.at[:, s.step].set(token),
             logp=s.logp.at[:, s.step].set(jnp.where(s.done, 0.0, logp)),
             mask=s.mask.at[:, s.step].set(~s.done),
+            seen=s.seen.at[jnp.arange(B), token].set(True),
             cache=cache,
         )
 
@@ -195,52 +167,62 @@ def write_self_edits(
     paths: Sequence[Sequence[int]],
     *,
     mesh,
-    temperature: float,
-    top_p: float,
     max_tokens: int,
     max_rows: int,
     adapters: Adapters | None = None,
     show: Callable[[int], None] = lambda rows: None,
+    **settings: float,
 ) -> tuple[Rollout, list[str]]:
-    """Let the policy continue each prompt once; returns the rollout (host, one row each) and the
-    texts.
+    """Let the policy continue each of P prompts R times, rows p * R + r.
 
     Args:
       model: whose config and tokenizer are used; the policy is `params`.
-      paths: of each row's key (see keys.py).
+      paths: of each of the P * R rows' key (see keys.py).
       max_rows: rows decoded at once; shorter last calls are filled up, so one program serves.
       adapters: one adapter, or None.
       show: called with the number of rows of each finished call.
+      settings: see `make_settings`.
+
+    Returns:
+      The rollout (host, one row each), and the texts.
     """
     check_lengths(model.config, prompts, max_tokens)
     tokenizer = model.tokenizer
     tokens, mask = pad_prompts(prompts, tokenizer.pad_id)
-    everywhere = replicated(mesh)
-    stop_ids = np.asarray(tokenizer.stop_ids, np.int32)
-    settings = to_device((stop_ids, np.float32(temperature), np.float32(top_p)), everywhere)
-    size = min(max_rows, len(prompts))
-    parts = []
-    for start in range(0, len(prompts), size):
-        index = np.arange(start, start + size) % len(prompts)
-        row_keys = fold([paths[i] for i in index])
-        rows = to_device((tokens[index], mask[index], row_keys), leading(mesh, "rows", size))
+    stop_ids = to_device(np.asarray(tokenizer.stop_ids, np.int32), replicated(mesh))
+    num_copies = len(paths) // len(prompts)
+    copies = min(num_copies, max_rows)
+    size = min(max_rows // copies, len(prompts))
+    where, row_where = leading(mesh, "rows", size), leading(mesh, "rows", size * copies)
+    row_settings = to_device(make_settings(size * copies, **settings), row_where)
+    parts: dict[int, Samples] = {}
+    for p, r in itertools.product(range(0, len(prompts), size), range(0, num_copies, copies)):
+        index = np.arange(p, p + size) % len(prompts)
+        rows = [i * num_copies + (r + j) % num_copies for i in index for j in range(copies)]
         samples = generate(
             model.config,
             params,
             adapters,
-            *rows,
-            *settings,
+            *to_device((tokens[index], mask[index]), where),
+            to_device(fold([paths[i] for i in rows]), row_where),
+            stop_ids,
+            row_settings,
             max_tokens=max_tokens,
             pad_id=tokenizer.pad_id,
+            copies=copies,
         )
-        used = min(size, len(prompts) - start)
-        parts.append(jax.tree.map(lambda x, used=used: x[:used], to_host(samples)))
-        show(used)
-    samples = Samples(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+        samples = to_host(samples)
+        new = {row: Samples(*(x[i] for x in samples)) for i, row in enumerate(rows)}
+        show(len(new.keys() - parts.keys()))
+        parts |= new
+    samples = Samples(
+        *(np.stack(x) for x in zip(*(parts[i] for i in range(len(paths))), strict=True))
+    )
     texts = [
         tokenizer.decode(row[written].tolist())
         for row, written in zip(samples.tokens, samples.mask, strict=True)
     ]
+    prompts = [prompt for prompt in prompts for _ in range(num_copies)]
     return to_rollout(prompts, samples, tokenizer.pad_id), texts
 
 

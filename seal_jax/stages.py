@@ -187,11 +187,11 @@ def write_edits(
         tokens = stages.model.tokenizer.encode_prompt(
             stages.task.edit_prompt(problem), config.model.chat
         )
-        prompts += [tokens] * num_edits
+        prompts.append(tokens)
         number = keys.number_of(problem.id)
         paths += [(config.seed, keys.SAMPLE, step, number, r) for r in range(num_edits)]
     check_lengths(stages.model.config, prompts, config.sample.max_tokens)
-    bar = progress(len(prompts), f"{label}: self-edits", "edit")
+    bar = progress(len(paths), f"{label}: self-edits", "edit")
     written = write_self_edits(
         stages.model,
         params,

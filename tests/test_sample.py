@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
 
 from seal_jax import lora
+from seal_jax.draw import make_settings
 from seal_jax.models.transformer import forward
-from seal_jax.sample import check_lengths, choose, generate, pad_prompts, top_p_mask
+from seal_jax.sample import check_lengths, generate, pad_prompts
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -27,21 +26,22 @@ def keys_of(num_rows, seed=0):
     return jax.random.split(jax.random.key(seed), len(PROMPTS))[:num_rows]
 
 
-def write(model, prompts=PROMPTS, *, adapters=None, keys=None, stop=(), temperature=0.0, top_p=1.0):
+def write(model, prompts=PROMPTS, *, adapters=None, keys=None, stop=(), copies=1, **settings):
     config, params = model
     tokens, mask = pad_prompts(prompts, PAD)
+    num_rows = len(prompts) * copies
     samples = generate(
         config,
         params,
         adapters,
         tokens,
         mask,
-        keys_of(len(prompts)) if keys is None else keys,
+        keys_of(num_rows) if keys is None else keys,
         np.array([*stop, NOBODY, NOBODY][:2], np.int32),
-        np.float32(temperature),
-        np.float32(top_p),
+        make_settings(num_rows, **{"temperature": 0.0} | settings),
         max_tokens=MAX_TOKENS,
         pad_id=PAD,
+        copies=copies,
     )
     return jax.tree.map(np.asarray, samples)
 
@@ -106,8 +106,9 @@ def test_draws_stay_within_top_p(tiny):
     for row, prompt in enumerate(PROMPTS):
         written = samples.tokens[row].tolist()
         logits = logits_of(tiny, prompt + written)[len(prompt) - 1 : -1] / 1.5
-        kept = np.asarray(top_p_mask(jnp.asarray(logits), jnp.float32(0.3)))
-        assert kept[np.arange(MAX_TOKENS), written].all()
+        probs = np.exp(log_softmax(logits))
+        likelier = np.where(probs > probs[np.arange(MAX_TOKENS), written][:, None], probs, 0)
+        assert (likelier.sum(axis=1) < 0.3 + 1e-5).all()
 
 
 def test_a_row_depends_on_its_prompt_and_key_alone(tiny):
@@ -138,6 +139,42 @@ def test_each_row_is_written_by_the_adapter_of_its_group(tiny, greedy):
         np.testing.assert_array_equal(samples.tokens[group], merged.tokens[group])
         np.testing.assert_allclose(samples.logp[group], merged.logp[group], rtol=0, atol=1e-4)
         assert (samples.tokens[group] != greedy.tokens[group]).any()
+
+
+def test_copies_of_a_prompt_are_rows_of_their_own(tiny):
+    options = {"temperature": 1.0, "top_p": 0.95, "repetition_penalty": 1.3}
+    keys = keys_of(6)
+    copied = write(tiny, PROMPTS[:3], copies=2, keys=keys, **options)
+    repeated = write(tiny, [p for p in PROMPTS[:3] for _ in range(2)], keys=keys, **options)
+    np.testing.assert_array_equal(copied.tokens, repeated.tokens)
+    np.testing.assert_allclose(copied.logp, repeated.logp, rtol=1e-5, atol=1e-5)
+    config, _ = tiny
+    adapters = random_adapters(config, 3)
+    copied = write(tiny, PROMPTS[:3], copies=2, adapters=adapters)
+    repeated = write(tiny, [p for p in PROMPTS[:3] for _ in range(2)], adapters=adapters)
+    np.testing.assert_array_equal(copied.tokens, repeated.tokens)
+
+
+def test_rows_have_settings_of_their_own(tiny, greedy):
+    temperature = [0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    mixed = write(tiny, temperature=temperature, top_k=[0, 0, 3, 1, 0, 5])
+    drawn = write(tiny, temperature=1.0, top_k=[0, 0, 0, 0, 0, 5])
+    for row in (0, 2, 4, 3):  # greedy, or the one likeliest
+        np.testing.assert_array_equal(mixed.tokens[row], greedy.tokens[row])
+    for row in (1, 5):
+        np.testing.assert_array_equal(mixed.tokens[row], drawn.tokens[row])
+
+
+def test_a_penalty_is_for_what_was_read_and_written(tiny):
+    samples = write(tiny, repetition_penalty=1e6)
+    for row, prompt in enumerate(PROMPTS):
+        text = list(prompt)
+        for token in samples.tokens[row].tolist():
+            logits = logits_of(tiny, text)[-1]
+            seen = np.isin(np.arange(len(logits)), text)
+            punished = np.where(seen, np.where(logits > 0, logits / 1e6, logits * 1e6), logits)
+            assert token == punished.argmax()
+            text.append(token)
 
 
 def test_stop_tokens_end_rows(tiny, greedy):
@@ -180,65 +217,3 @@ def test_texts_that_exceed_the_context_are_refused(tiny):
     check_lengths(config, [[1] * 200, []], config.max_length - 200)
     with pytest.raises(ValueError, match="a prompt of 200 tokens and up to 57 written ones"):
         check_lengths(config, [[1] * 200, []], config.max_length - 199)
-
-
-LOGITS = st.lists(st.integers(-6, 6).map(lambda x: x / 2), min_size=8, max_size=8)
-
-
-@given(LOGITS, st.floats(0.0, 0.999))
-def test_top_p_mask_equals_sorting(logits, top_p):
-    logits = np.array([logits], np.float32)
-    probs = np.asarray(jax.nn.softmax(logits, axis=-1))[0].astype(np.float64)
-    kept = np.zeros(8, bool)
-    for value in sorted(set(probs), reverse=True):  # ties come and stay together
-        mass = probs[kept].sum()
-        assume(mass == 0.0 or abs(mass - top_p) > 1e-5)  # else rounding decides
-        if kept.any() and mass >= top_p:
-            break
-        kept |= probs == value
-    found = np.asarray(jax.jit(top_p_mask)(logits, np.float32(top_p)))
-    assert found[0].tolist() == kept.tolist()
-
-
-@given(LOGITS)
-def test_top_p_of_one_keeps_all_tokens(logits):
-    assert np.asarray(jax.jit(top_p_mask)(np.array([logits], np.float32), np.float32(1.0))).all()
-
-
-def test_top_p_mask_of_rows_and_of_impossible_tokens():
-    logits = np.array([[0.0, -np.inf, 0.0, -np.inf], [9.0, 0.0, 0.0, 0.0]], np.float32)
-    mask = np.asarray(top_p_mask(jnp.asarray(logits), jnp.float32(0.9)))
-    assert mask.tolist() == [[True, False, True, False], [True, False, False, False]]
-
-
-CHI_SQUARE = {1: 10.8, 4: 18.5, 7: 24.3}  # exceeded once in 1000 times, by degrees of freedom
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_p", "num_kept"), [(1.0, 1.0, 8), (0.7, 0.95, 5), (2.0, 0.3, 2)]
-)
-def test_draws_follow_their_distribution(temperature, top_p, num_kept):
-    num_draws = 20_000
-    logits = np.array([1.0, -0.5, 2.0, 0.0, 1.5, -2.0, 0.5, -1.0], np.float32)
-    probs = np.exp(logits.astype(np.float64) / temperature)
-    order = np.argsort(-probs)
-    probs /= probs.sum()
-    probs[order[num_kept:]] = 0.0
-    assert probs.sum() >= top_p - 1e-9 and probs[order[: num_kept - 1]].sum() < top_p
-    probs /= probs.sum()
-    keys = jax.random.split(jax.random.key(0), num_draws)
-    tiled = np.tile(logits, (num_draws, 1))
-    drawn = jax.jit(choose)(tiled, keys, np.float32(temperature), np.float32(top_p))
-    counts = np.bincount(np.asarray(drawn), minlength=8)
-    kept = probs > 0
-    assert counts[~kept].sum() == 0
-    expected = num_draws * probs[kept]
-    assert ((counts[kept] - expected) ** 2 / expected).sum() < CHI_SQUARE[num_kept - 1]
-
-
-def test_temperature_zero_takes_the_likeliest():
-    logits = np.array([[0.0, 3.0, 1.0], [5.0, 4.9, 5.0]], np.float32)
-    keys = jax.random.split(jax.random.key(0), 2)
-    for temperature in (0.0, 1e-9):
-        drawn = choose(jnp.asarray(logits), keys, jnp.float32(temperature), jnp.float32(0.5))
-        assert drawn.dtype == jnp.int32 and drawn[0] == 1 and drawn[1] in (0, 2)

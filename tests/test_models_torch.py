@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from seal_jax import lora
+from seal_jax.draw import make_settings
 from seal_jax.models.config import config_from_hf, config_to_hf
 from seal_jax.models.transformer import forward, hidden_states, token_logp
 from seal_jax.models.weights import load_folder_config, load_safetensors, save_safetensors
@@ -179,7 +180,7 @@ def test_greedy_text_and_the_cache(pair):
     prompts, prompt_mask = pad_prompts(texts, 0)
     write = partial(generate, config, max_tokens=64, pad_id=0)
     keys = jax.random.split(jax.random.key(0), 4)
-    settings = (jnp.array([V], jnp.int32), jnp.float32(0), jnp.float32(1))
+    settings = (jnp.array([V], jnp.int32), make_settings(4, temperature=0.0))
     samples = write(params, None, prompts, prompt_mask, keys, *settings)
     np.testing.assert_array_equal(samples.tokens, expected.numpy())
 

@@ -15,6 +15,7 @@ from tiny_run import run_loop
 from seal_jax import lora
 from seal_jax.config import load_config
 from seal_jax.config_table import FIELDS
+from seal_jax.draw import make_settings
 from seal_jax.inner import inner_step, lane_losses, make_inner_update
 from seal_jax.metrics import read_jsonl
 from seal_jax.models import load_model
@@ -207,8 +208,7 @@ def test_the_inner_loop_trains_and_answers_on_it(tiny, word):
         jnp.ones((4, 8), bool),
         jax.random.split(jax.random.key(0), 4),
         jnp.array([0]),
-        jnp.float32(0),
-        jnp.float32(1),
+        make_settings(4, temperature=0.0),
         max_tokens=4,
         pad_id=0,
     )

@@ -12,6 +12,7 @@ from tiny_run import run_loop
 
 from seal_jax import keys, lora
 from seal_jax.config import load_config
+from seal_jax.draw import make_settings
 from seal_jax.evaluate import answer, mean_logp
 from seal_jax.inner import batch_sharding, make_inner_update, num_shards
 from seal_jax.metrics import read_jsonl
@@ -101,14 +102,15 @@ def compute(model, mesh):
         golds = [[text_of(p + encode("red", start=False), len(p)) for p in g] for g in prompts]
         logps = mean_logp(model, params, adapters, golds, mesh=mesh)
         rows = pad_prompts([p for group in prompts for p in group], model.tokenizer.pad_id)
-        settings = (np.asarray([258], np.int32), np.float32(1), np.float32(0.9))
+        settings = make_settings(16, temperature=1.0, top_p=0.9)
         row_keys = keys.fold([(7, i) for i in range(16)])
         samples = generate(
             CONFIG,
             params,
             adapters,
             *to_device((*rows, row_keys), leading(mesh, "rows", 16)),
-            *to_device(settings, replicated(mesh)),
+            to_device(np.asarray([258], np.int32), replicated(mesh)),
+            to_device(settings, leading(mesh, "rows", 16)),
             max_tokens=6,
             pad_id=256,
         )

@@ -101,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--adapter", default="policy", metavar="ID", help="default: policy")
     export.add_argument("--merged", action="store_true", help="a whole model, not an adapter")
     bench = command("bench", "Time a part against what others would run, in one run.", _BENCH)
-    bench.add_argument("name", metavar="NAME", help="inner: the inner loop")
+    bench.add_argument("name", metavar="NAME", help="inner: the inner loop; sample: generation")
     bench.add_argument("--quick", action="store_true", help="a tiny model, few steps")
     bench.add_argument("--json", metavar="FILE", help="where the figures are written")
     bench.add_argument("--model", metavar="SOURCE", help="a model source in place of SmolLM2-135M")

@@ -26,7 +26,7 @@ from seal_jax.metrics import append_json, progress, read_jsonl
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import hidden_states, token_logp
 from seal_jax.rewards import Outcome
-from seal_jax.sample import check_lengths, generate, pad_prompts
+from seal_jax.sample import generate, texts_of
 from seal_jax.self_edit import (
     PADDED,
     Job,
@@ -40,7 +40,7 @@ from seal_jax.self_edit import (
     text_of,
     useful_tokens,
 )
-from seal_jax.sharding import leading, replicated, to_device, to_host
+from seal_jax.sharding import leading, to_device, to_host
 from seal_jax.tasks.task import Exam, Problem, SelfEdit
 from seal_jax.types import Adapters, Params
 
@@ -254,40 +254,22 @@ def answer(
     max_rows: int,
 ) -> list[list[str]]:
     """Return the greedy answers of adapter i (or of the base) to prompts[i]."""
-    tokenizer, num_adapters = model.tokenizer, len(prompts)
-    flat = [p for group in prompts for p in group]
-    check_lengths(model.config, flat, max_tokens)
-    most = max(len(group) for group in prompts)
-    per_call = max(1, min(most, max_rows // num_adapters))
-    stop_ids = np.asarray(tokenizer.stop_ids, np.int32)
-    stop_ids = to_device(stop_ids, replicated(mesh))
-    length = max(len(p) for p in flat)
-    answers: list[list[str]] = [[] for _ in prompts]
-    for start in range(0, most, per_call):
-        # The longest prompt of all calls decides the bucket, so that all share a program.
-        rows = [(*g[start : start + per_call], *[()] * per_call)[:per_call] for g in prompts]
-        tokens, mask = pad_prompts([r for group in rows for r in group], tokenizer.pad_id, length)
-        num_rows = len(tokens)
-        where = leading(mesh, "rows", num_rows)
-        row_keys = keys.fold([(0,)] * num_rows)
-        greedy = make_settings(num_rows, temperature=0.0)
-        samples = generate(
-            model.config,
-            params,
-            adapters,
-            *to_device((tokens, mask, row_keys), where),
-            stop_ids,
-            to_device(greedy, where),
-            max_tokens=max_tokens,
-            pad_id=tokenizer.pad_id,
-        )
-        tokens, mask = to_host((samples.tokens, samples.mask))
-        for i, group in enumerate(rows):
-            for q, prompt in enumerate(group):
-                if prompt:
-                    row = i * per_call + q
-                    answers[i].append(tokenizer.decode(tokens[row][mask[row]].tolist()).strip())
-    return answers
+    num_prompts = sum(map(len, prompts))
+    samples = generate(
+        model.config,
+        params,
+        adapters,
+        prompts,
+        keys.fold([(0,)] * num_prompts),
+        make_settings(num_prompts, temperature=0.0),
+        mesh=mesh,
+        stop_ids=model.tokenizer.stop_ids,
+        max_tokens=max_tokens,
+        max_rows=max_rows,
+        pad_id=model.tokenizer.pad_id,
+    )
+    texts = iter(texts_of(model.tokenizer, samples))
+    return [[next(texts).strip() for _ in group] for group in prompts]
 
 
 @partial(jax.jit, static_argnames="config")

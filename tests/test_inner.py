@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from seal_jax import lora
+from seal_jax.bench.timing import count_compiles
 from seal_jax.inner import make_inner_update
 from seal_jax.models.transformer import forward, hidden_states, token_logp, unembed
 from seal_jax.optim import make_optimizer, scheduled_rate
@@ -335,11 +336,6 @@ def test_500_self_edits_compile_6_programs_at_most(small, strict):
     assert max(row_length(row) for job in jobs for row in job.rows) > 256
     adapters = init(config, 16)
     update = make_inner_update(config, make_optimizer(optax_name="sgd"))
-    compiled = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(duration)
 
     def train(jobs):
         for i in range(0, len(jobs), 16):
@@ -347,12 +343,9 @@ def test_500_self_edits_compile_6_programs_at_most(small, strict):
             jax.block_until_ready(update(params, adapters, pack(wave)))
         return len(compiled)
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with count_compiles() as compiled:
         num_programs = train(jobs)
         again = train([job._replace(learning_rate=0.1) for job in jobs])
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert 2 <= num_programs == again <= 6  # one of them starts the optimizer
 
 

@@ -14,7 +14,7 @@ from seal_jax.models.config import config_from_hf, config_to_hf
 from seal_jax.models.transformer import forward, hidden_states, token_logp
 from seal_jax.models.weights import load_folder_config, load_safetensors, save_safetensors
 from seal_jax.peft import load_peft, save_peft
-from seal_jax.sample import generate, pad_prompts
+from seal_jax.sample import generate
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -177,16 +177,24 @@ def test_greedy_text_and_the_cache(pair):
             ),
         )[:, 40:]
     texts = [row[m == 1].tolist() for row, m in zip(tokens, mask, strict=True)]
-    prompts, prompt_mask = pad_prompts(texts, 0)
-    write = partial(generate, config, max_tokens=64, pad_id=0)
-    keys = jax.random.split(jax.random.key(0), 4)
-    settings = (jnp.array([V], jnp.int32), make_settings(4, temperature=0.0))
-    samples = write(params, None, prompts, prompt_mask, keys, *settings)
+    samples = generate(
+        config,
+        params,
+        None,
+        [texts],
+        jax.random.split(jax.random.key(0), 4),
+        make_settings(4, temperature=0.0),
+        mesh=jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]),
+        stop_ids=[V],
+        max_tokens=64,
+        max_rows=4,
+        pad_id=0,
+    )
     np.testing.assert_array_equal(samples.tokens, expected.numpy())
 
-    whole = np.concatenate([prompts, samples.tokens], axis=1)
-    whole_mask = np.concatenate([prompt_mask, samples.mask], axis=1).astype(np.int32)
-    logits = our_logits(config, params, whole, whole_mask)[:, prompts.shape[1] - 1 : -1]
+    whole = np.concatenate([tokens, samples.tokens], axis=1)
+    whole_mask = np.concatenate([mask, samples.mask], axis=1).astype(np.int32)
+    logits = our_logits(config, params, whole, whole_mask)[:, tokens.shape[1] - 1 : -1]
     uncached = np.take_along_axis(
         np.asarray(jax.nn.log_softmax(logits)), np.asarray(samples.tokens)[..., None], axis=-1
     )[..., 0]

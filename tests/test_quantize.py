@@ -204,12 +204,13 @@ def test_the_inner_loop_trains_and_answers_on_it(tiny, word):
         config,
         quantized,
         trained,
-        tokens_of(config, (4, 8)),
-        jnp.ones((4, 8), bool),
+        np.asarray(tokens_of(config, (4, 8))).reshape(2, 2, 8).tolist(),
         jax.random.split(jax.random.key(0), 4),
-        jnp.array([0]),
         make_settings(4, temperature=0.0),
+        mesh=jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]),
+        stop_ids=[0],
         max_tokens=4,
+        max_rows=4,
         pad_id=0,
     )
     expected = forward_jit(config, quantized, tokens_of(config, (4, 8)), None, None, trained)

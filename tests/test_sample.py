@@ -5,16 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seal_jax import lora
+from seal_jax import lora, sample
+from seal_jax.bench.timing import count_compiles
 from seal_jax.draw import make_settings
 from seal_jax.models.transformer import forward
-from seal_jax.sample import check_lengths, generate, pad_prompts
+from seal_jax.sample import check_lengths, generate
 
 pytestmark = pytest.mark.usefixtures("strict")
 
 PAD = 0
 MAX_TOKENS = 8
 T = 48  # the slow reference's length
+ONE_DEVICE = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3)
 NOBODY = -1  # a stop id that no token has
 PROMPTS = [
     [int(x) for x in np.random.default_rng(i).integers(1, 64, size=n)]
@@ -23,27 +25,34 @@ PROMPTS = [
 
 
 def keys_of(num_rows, seed=0):
-    return jax.random.split(jax.random.key(seed), len(PROMPTS))[:num_rows]
+    return jax.random.split(jax.random.key(seed), 16)[:num_rows]
 
 
-def write(model, prompts=PROMPTS, *, adapters=None, keys=None, stop=(), copies=1, **settings):
+def write(model, prompts=PROMPTS, *, adapters=None, keys=None, stop=(), max_rows=64, **settings):
+    num_groups = 1 if adapters is None else len(adapters.scale)
+    size = len(prompts) // num_groups
+    groups = [prompts[i * size : (i + 1) * size] for i in range(num_groups)]
+    return generate_groups(
+        model, adapters, groups, keys=keys, stop=stop, max_rows=max_rows, **settings
+    )
+
+
+def generate_groups(model, adapters, groups, *, keys=None, stop=(), max_rows=64, **settings):
     config, params = model
-    tokens, mask = pad_prompts(prompts, PAD)
-    num_rows = len(prompts) * copies
-    samples = generate(
+    num_rows = sum(map(len, groups))
+    return generate(
         config,
         params,
         adapters,
-        tokens,
-        mask,
+        groups,
         keys_of(num_rows) if keys is None else keys,
-        np.array([*stop, NOBODY, NOBODY][:2], np.int32),
         make_settings(num_rows, **{"temperature": 0.0} | settings),
+        mesh=ONE_DEVICE,
+        stop_ids=[*stop, NOBODY, NOBODY][:2],
         max_tokens=MAX_TOKENS,
+        max_rows=max_rows,
         pad_id=PAD,
-        copies=copies,
     )
-    return jax.tree.map(np.asarray, samples)
 
 
 def logits_of(model, tokens):
@@ -141,18 +150,65 @@ def test_each_row_is_written_by_the_adapter_of_its_group(tiny, greedy):
         assert (samples.tokens[group] != greedy.tokens[group]).any()
 
 
-def test_copies_of_a_prompt_are_rows_of_their_own(tiny):
-    options = {"temperature": 1.0, "top_p": 0.95, "repetition_penalty": 1.3}
-    keys = keys_of(6)
-    copied = write(tiny, PROMPTS[:3], copies=2, keys=keys, **options)
-    repeated = write(tiny, [p for p in PROMPTS[:3] for _ in range(2)], keys=keys, **options)
-    np.testing.assert_array_equal(copied.tokens, repeated.tokens)
-    np.testing.assert_allclose(copied.logp, repeated.logp, rtol=1e-5, atol=1e-5)
-    config, _ = tiny
+@pytest.mark.parametrize("max_rows", [1, 4, 5])
+def test_rows_that_wait_are_as_those_that_do_not(tiny, max_rows, monkeypatch):
+    """Rows come and go in the middle of others, and the last ones move together."""
+    monkeypatch.setattr(sample, "_CHUNK", 3)
+    prompts = [PROMPTS[i % 6] for i in (0, 0, 0, 3, 1, 4, 4, 2, 5, 0, 1)]
+    keys = jax.random.split(jax.random.key(3), 11)
+    options = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2}
+    stop = tuple(range(1, 9))  # rows end at different times
+    at_once = write(tiny, prompts, keys=keys, stop=stop, **options)
+    waited = write(tiny, prompts, keys=keys, stop=stop, max_rows=max_rows, **options)
+    assert 3 <= len(set(at_once.mask.sum(axis=1)))
+    for name in ("tokens", "mask", "finished"):
+        np.testing.assert_array_equal(getattr(waited, name), getattr(at_once, name))
+    np.testing.assert_allclose(waited.logp, at_once.logp, rtol=1e-5, atol=1e-5)
+
+
+def test_groups_wait_for_themselves(tiny, monkeypatch):
+    monkeypatch.setattr(sample, "_CHUNK", 3)
+    config, params = tiny
     adapters = random_adapters(config, 3)
-    copied = write(tiny, PROMPTS[:3], copies=2, adapters=adapters)
-    repeated = write(tiny, [p for p in PROMPTS[:3] for _ in range(2)], adapters=adapters)
-    np.testing.assert_array_equal(copied.tokens, repeated.tokens)
+    groups = [PROMPTS[:5], [], [PROMPTS[5], [], PROMPTS[0], PROMPTS[0]]]
+    prompts = [p for group in groups for p in group]
+    found = generate_groups(tiny, adapters, groups, max_rows=6)
+    for i, group in enumerate(groups):
+        if group:
+            merged = config, jax.jit(lora.merge)(params, adapters, i)
+            expected = write(merged, group)
+            first = sum(map(len, groups[:i]))
+            rows = slice(first, first + len(group))
+            np.testing.assert_array_equal(found.tokens[rows], expected.tokens)
+    assert found.mask.any(axis=1).tolist() == [len(p) > 0 for p in prompts]
+
+
+def test_few_programs_for_many_prompts(tiny):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 64, rng.integers(1, 33)).tolist() for _ in range(200)]
+    prompts[7] = rng.integers(1, 64, 32).tolist()
+    keys = jax.random.split(jax.random.key(0), 200)
+    reversed_keys = keys[::-1]
+    jax.block_until_ready(jax.random.key_data(keys))
+    options = {"stop": (5, 9), "max_rows": 20, "temperature": 1.0}
+    with count_compiles() as compiled:
+        found = write(tiny, prompts, keys=keys, **options)
+    assert len(compiled) <= 6, compiled
+    assert found.mask.any(axis=1).all()
+    with count_compiles() as compiled:
+        again = write(tiny, prompts[::-1], keys=reversed_keys, **options)
+    assert not compiled
+    np.testing.assert_array_equal(again.tokens[::-1], found.tokens)
+
+
+def test_the_cache_is_donated(tiny):
+    config, params = tiny
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    rows = sample._no_rows(config, jnp.dtype("float32"), 8, 64, 8, PAD, where)
+    stop_ids = jnp.array([NOBODY], jnp.int32)
+    compiled = sample._decode.lower(config, params, None, rows, stop_ids, num_steps=4).compile()
+    cache = sum(x.nbytes for x in jax.tree.leaves(rows.cache))
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache
 
 
 def test_rows_have_settings_of_their_own(tiny, greedy):
@@ -202,14 +258,6 @@ def test_an_empty_prompt_writes_nothing(tiny, greedy):
     assert not samples.mask[1].any() and not samples.finished[1]
     assert (samples.tokens[1] == PAD).all() and (samples.logp[1] == 0).all()
     np.testing.assert_array_equal(np.delete(samples.tokens, 1, 0), np.delete(greedy.tokens, 1, 0))
-
-
-def test_prompts_are_padded_on_the_left_to_a_bucket():
-    tokens, mask = pad_prompts([[5, 6, 7], [], list(range(1, 34))], pad_id=9)
-    assert tokens.shape == (3, 48) and tokens.dtype == np.int32
-    assert tokens[0].tolist() == [9] * 45 + [5, 6, 7]
-    assert mask.sum(axis=1).tolist() == [3, 0, 33]
-    assert mask[2, 15:].all() and (tokens[1] == 9).all()
 
 
 def test_texts_that_exceed_the_context_are_refused(tiny):

@@ -20,9 +20,9 @@ from seal_jax.models import Model
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import init_params
 from seal_jax.optim import make_optimizer
-from seal_jax.sample import generate, pad_prompts
+from seal_jax.sample import generate
 from seal_jax.self_edit import job_losses, make_job, pack, text_of
-from seal_jax.sharding import leading, make_mesh, param_shardings, replicated, to_device, to_host
+from seal_jax.sharding import leading, make_mesh, param_shardings, to_device, to_host
 from seal_jax.tokenizer import ByteTokenizer
 
 pytest_plugins = ["tiny_fixtures"]
@@ -101,20 +101,20 @@ def compute(model, mesh):
         answers = answer(model, params, adapters, prompts, mesh=mesh, max_tokens=6, max_rows=16)
         golds = [[text_of(p + encode("red", start=False), len(p)) for p in g] for g in prompts]
         logps = mean_logp(model, params, adapters, golds, mesh=mesh)
-        rows = pad_prompts([p for group in prompts for p in group], model.tokenizer.pad_id)
-        settings = make_settings(16, temperature=1.0, top_p=0.9)
-        row_keys = keys.fold([(7, i) for i in range(16)])
         samples = generate(
             CONFIG,
             params,
             adapters,
-            *to_device((*rows, row_keys), leading(mesh, "rows", 16)),
-            to_device(np.asarray([258], np.int32), replicated(mesh)),
-            to_device(settings, leading(mesh, "rows", 16)),
+            prompts,
+            keys.fold([(7, i) for i in range(16)]),
+            make_settings(16, temperature=1.0, top_p=0.9),
+            mesh=mesh,
+            stop_ids=[258],
             max_tokens=6,
+            max_rows=16,
             pad_id=256,
         )
-        return (to_host(adapters), losses), answers, logps, to_host(samples)
+        return (to_host(adapters), losses), answers, logps, samples
 
 
 @pytest.fixture(scope="module")

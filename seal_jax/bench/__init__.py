@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-BENCHES = ("inner",)
+BENCHES = ("inner", "sample")
 
 
 def run_bench(name: str, **options: Any) -> dict[str, Any]:

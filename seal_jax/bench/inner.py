@@ -31,7 +31,7 @@ import numpy as np
 
 from seal_jax import keys, lora
 from seal_jax.bench.peft_peer import has_peft, make_peft_step
-from seal_jax.bench.timing import interleave, machine, matmul
+from seal_jax.bench.timing import interleave, machine, matmul, matmul_params
 from seal_jax.inner import make_inner_update
 from seal_jax.models import Model, load_model
 from seal_jax.optim import make_optimizer
@@ -190,7 +190,7 @@ def _figures(
         return min(found) / best[dtype] if found else None
 
     # 2 P forward and 2 P for the gradient of the activations.
-    flops = 4.0 * _matmul_params(model)
+    flops = 4.0 * matmul_params(model)
     return {
         "ratios": {
             "as_published": ratio("padded_float32", "padded_bfloat16"),
@@ -204,14 +204,6 @@ def _figures(
         "peak_gflops": {name: peak / 1e9 for name, peak in peaks.items()},
         "text_tokens_per_second": {name: 1.0 / x for name, x in per_token.items()},
     }
-
-
-def _matmul_params(model: Model) -> int:
-    """Return P, the parameters that a token is multiplied with: the output head, not the lookup."""
-    leaves = jax.tree_util.tree_leaves_with_path(model.params)
-    kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
-    tied = model.config.vocab_size * model.config.embed_dim * model.config.tie_embeddings
-    return kernels + tied
 
 
 def _schedule(edits: Sequence, size: int, tokens_per_step: int) -> tuple[float, set]:

@@ -28,20 +28,9 @@ def make_peft_step(
     """
     import peft
     import torch
-    import transformers
 
-    torch.manual_seed(0)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    config = transformers.AutoConfig.for_model(**config_to_hf(model.config))
-    base_class = getattr(transformers, FAMILIES[model.config.family].architecture)
-    base = base_class(config)
-    missing, unexpected = base.load_state_dict(_state_dict(model), strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    base = base.to(getattr(torch, dtype))
-    lora = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none"
-    )
-    net = peft.get_peft_model(base, lora)  # keeps adapters in float32
+    base = _torch_model(model, dtype)
+    net = peft.get_peft_model(base, _lora_config(rank, alpha, targets))  # keeps these in float32
     net.train()
     trainable = [p for p in net.parameters() if p.requires_grad]
     tx = torch.optim.AdamW(trainable, lr=1e-3, weight_decay=0.0)
@@ -61,6 +50,67 @@ def make_peft_step(
         return float(loss.detach())
 
     return step
+
+
+def make_peft_generate(
+    model: Model, *, dtype: str, rank: int, alpha: float, targets: Sequence[str]
+) -> Callable[[Sequence[Sequence[Sequence[int]]], int], None]:
+    """Return `write(groups, num_tokens)`: `generate` with a cache, a batch for every group.
+
+    One group is written by the base model; of several, each by an adapter of its own, which is
+    made the active one before.
+    """
+    import peft
+    import torch
+
+    base = _torch_model(model, dtype).eval()
+    adapted = peft.get_peft_model(
+        _torch_model(model, dtype), _lora_config(rank, alpha, targets), adapter_name="0"
+    )
+    adapted.add_adapter("1", _lora_config(rank, alpha, targets))
+    adapted.eval()
+    pad = model.tokenizer.pad_id
+
+    def write(groups: Sequence[Sequence[Sequence[int]]], num_tokens: int) -> None:
+        for i, prompts in enumerate(groups):
+            if len(groups) > 1:
+                adapted.set_adapter(str(i % 2))
+            longest = max(map(len, prompts))
+            ids = torch.tensor([[*[pad] * (longest - len(p)), *p] for p in prompts])
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+            with torch.no_grad():
+                (adapted if len(groups) > 1 else base).generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    do_sample=True,
+                    top_k=0,
+                    min_new_tokens=num_tokens,
+                    max_new_tokens=num_tokens,
+                    pad_token_id=pad,
+                )
+
+    return write
+
+
+def _torch_model(model: Model, dtype: str) -> Any:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config = transformers.AutoConfig.for_model(**config_to_hf(model.config))
+    base = getattr(transformers, FAMILIES[model.config.family].architecture)(config)
+    missing, unexpected = base.load_state_dict(_state_dict(model), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    return base.to(getattr(torch, dtype))
+
+
+def _lora_config(rank: int, alpha: float, targets: Sequence[str]) -> Any:
+    import peft
+
+    return peft.LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none"
+    )
 
 
 def _state_dict(model: Model) -> dict[str, Any]:

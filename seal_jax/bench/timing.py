@@ -1,17 +1,19 @@
 """Timing: contestants take turns in one run, and the median of each counts."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from seal_jax.metrics import progress
+from seal_jax.models import Model
 
 
 def interleave(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -42,6 +44,30 @@ def matmul(dtype: str, size: int = 2048) -> tuple[Callable[[], jax.Array], float
         return product(x, x)
 
     return twice, 2 * 2.0 * size**3
+
+
+def matmul_params(model: Model) -> int:
+    """Return P, the parameters that a token is multiplied with: the output head, not the lookup."""
+    leaves = jax.tree_util.tree_leaves_with_path(model.params)
+    kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+    tied = model.config.vocab_size * model.config.embed_dim * model.config.tie_embeddings
+    return kernels + tied
+
+
+@contextlib.contextmanager
+def count_compiles() -> Iterator[list[float]]:
+    """Yield a list that gets the seconds of every program that JAX compiles within."""
+    compiled: list[float] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def machine() -> dict[str, Any]:

@@ -46,7 +46,7 @@ def attend(
       segments: i32[B T] of the queries. Padding may be a segment of its own (0): a token always
         sees itself, so no softmax is empty.
       key_segments: i32[B S]. A query whose own key is of another segment does not see itself.
-      first_slot: the slot of the first query; key s is at slot s.
+      first_slot: the slot of the first query, of all rows or i32[B]; key s is at slot s.
       local: whether only the last `config.sliding_window` slots are seen.
       whole: whether these are whole texts: S is T, and first_slot 0.
 
@@ -156,9 +156,10 @@ def visible_slots(
 ) -> jax.Array:
     """Return bool[B T S], True where query t may look at key s; see `attend`."""
     T, S = segments.shape[1], key_segments.shape[1]
-    distance = (jnp.arange(T) + first_slot)[:, None] - jnp.arange(S)[None]
+    slots = jnp.arange(T)[None] + jnp.reshape(first_slot, (-1, 1))  # [1 or B, T]
+    distance = slots[:, :, None] - jnp.arange(S)[None, None]
     near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    return (segments[:, :, None] == key_segments[:, None, :]) & near[None]
+    return (segments[:, :, None] == key_segments[:, None, :]) & near
 
 
 def xla_attention(

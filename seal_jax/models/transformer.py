@@ -146,6 +146,14 @@ def _norm(config: ModelConfig, name: str) -> RMSNorm:
     return RMSNorm(config.norm_eps, config.unit_offset, name=name)
 
 
+def _write_cache(cache: jax.Array, new: jax.Array, slot: jax.Array | int) -> jax.Array:
+    """Write new [B K T H] from `slot` on, or, of one token, each row at its own slot [B]."""
+    new = new.astype(cache.dtype)
+    if jnp.ndim(slot) == 0:
+        return jax.lax.dynamic_update_slice(cache, new, (0, 0, slot, 0))
+    return cache.at[jnp.arange(len(cache)), :, slot].set(new[:, :, 0])
+
+
 class Attention(nn.Module):
     config: ModelConfig
     local: bool
@@ -161,9 +169,9 @@ class Attention(nn.Module):
             q, k = _norm(c, "q_norm")(q), _norm(c, "k_norm")(k)
         q, k = apply_rope(q, call.rope[self.local]), apply_rope(k, call.rope[self.local])
         if cache is not None:
-            start = (0, 0, call.cache_index, 0)
-            k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), start)
-            v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), start)
+            k, v = (
+                _write_cache(x, new, call.cache_index) for x, new in zip(cache, (k, v), strict=True)
+            )
         texts = call.segments, call.key_segments
         if call.lora is not None and call.lora.chunks is not None:
             finite = [jnp.isfinite(y).all(axis=-1) for y in flat]
@@ -330,7 +338,7 @@ def hidden_states(
       segments: i32[B T]; a token sees the tokens of its own segment, from itself back. Padding may
         be a segment like any other.
       cache: where given, this call's keys and values are written into it from slot `cache_index`
-        on.
+        on; of one token a row, each row may have a slot of its own [B].
       key_segments: i32[B S] of the keys, which are the cache's slots where there is one; a token
         whose own key is of another segment does not see itself. The same as `segments` by default.
       chunks: whose adapter each of the B * T tokens takes, instead of rows grouped by adapter.

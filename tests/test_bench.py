@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from seal_jax.bench import inner
+from seal_jax.bench import inner, sample
+from seal_jax.bench.timing import matmul_params
 from seal_jax.cli import main
 from seal_jax.models import load_model
 from seal_jax.self_edit import row_length
@@ -39,7 +40,7 @@ def test_ratios_are_those_of_seconds_per_token(model):
     figures = inner._figures(model, per_token, peaks, sizes=(1, 8))
     assert figures["ratios"] == {"as_published": 50.0, "tuned_peft": 3.0, "one_at_a_time": 2.0}
     assert figures["num_adapters"] == 8 and figures["dtype"] == "bfloat16"
-    params = inner._matmul_params(model)
+    params = matmul_params(model)
     c = model.config
     layer = 2 * c.embed_dim * (c.num_heads + c.num_kv_heads) * c.head_dim
     layer += 3 * c.embed_dim * c.mlp_dim
@@ -72,4 +73,30 @@ def test_the_quick_benchmark_writes_its_figures(tmp_path, capsys):
     figures = json.loads((tmp_path / "inner.json").read_text())
     assert figures["ratios"].keys() == {"as_published", "tuned_peft", "one_at_a_time"}
     assert figures["waste"] < 1.3 and figures["compiles"] <= 6
-    assert "share of the matmul peak" in capsys.readouterr().out
+    assert "share of the float32 matmul peak" in capsys.readouterr().out
+
+
+def test_all_write_the_same_number_of_tokens(model):
+    works = sample.make_works(model, quick=True)
+    assert works["many_edits"].num_rows == 12 and works["one_row"].num_rows == 1
+    assert len(works["many_adapters"].prompts) == 8
+    for name, work in works.items():
+        written = sample._write(model, work, sample._adapters(model, work), num_tokens=2)
+        assert written.mask.shape == (work.num_rows, 2) and written.mask.all(), name
+
+
+def test_a_decode_step_s_limit_is_memory_or_products(model):
+    work = sample.Work([[[1] * 10] * 4], 22)  # 16 slots for the prompt, 38 in all
+    params, c = matmul_params(model), model.config
+    cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * 38 * 4
+    slow_memory = sample._limit(model, work, bandwidth=1e3, peak=1e15)
+    assert slow_memory == pytest.approx(4 * (params + cache) / 1e3)
+    assert sample._limit(model, work, 1e15, peak=1e6) == pytest.approx(2 * params * 4 / 1e6)
+
+
+@pytest.mark.long
+def test_the_quick_benchmark_of_generation_writes_its_figures(tmp_path):
+    assert main(["bench", "sample", "--quick", "--json", str(tmp_path / "sample.json")]) == 0
+    figures = json.loads((tmp_path / "sample.json").read_text())
+    assert figures["ratios"].keys() == {"many_edits", "many_adapters", "one_row"}
+    assert figures["compiles"] <= 6 and figures["share_of_limit"] > 0

@@ -11,7 +11,7 @@ contestant's two counts. Prefill is the time of a single token; decode is what t
 
 The limit of a decode step: the model and the cache are read once at the bandwidth of a large copy,
 or every row's products are made at the speed of one large product, whichever takes longer; both
-measured in the same run.
+measured in the same run. A model that fits into a processor's cache can be faster than that.
 """
 
 import itertools
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
 
 from seal_jax import keys, lora
 from seal_jax.bench.peft_peer import has_peft, make_peft_generate
@@ -31,7 +32,6 @@ from seal_jax.draw import make_settings
 from seal_jax.models import Model, load_model
 from seal_jax.sample import Samples, generate
 from seal_jax.self_edit import bucket_of
-from seal_jax.sharding import make_mesh
 from seal_jax.tasks.sources import load_problems
 from seal_jax.types import Adapters
 
@@ -135,12 +135,17 @@ def _write(model: Model, work: Work, adapters: Adapters | None, num_tokens: int 
         work.prompts,
         keys.fold([(1, i) for i in range(work.num_rows)]),
         make_settings(work.num_rows, temperature=1.0),
-        mesh=make_mesh(),
+        mesh=_one_device(),
         stop_ids=[-1],  # nobody writes that
         max_tokens=num_tokens or work.num_tokens,
         max_rows=max(40, work.num_rows if adapters is not None else 0),
         pad_id=model.tokenizer.pad_id,
     )
+
+
+def _one_device() -> Mesh:
+    types = (AxisType.Auto,) * 3
+    return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), types, devices=jax.devices()[:1])
 
 
 @jax.jit

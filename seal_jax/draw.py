@@ -141,7 +141,8 @@ def _invert(weights: jax.Array, u: jax.Array) -> jax.Array:
     block, rest = _step(blocks.sum(axis=-1), u)
     within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     place, _ = _step(within, rest, share=False)
-    return (block * _BLOCK + place).astype(jnp.int32)
+    # Weights that are not numbers may lead anywhere, but not beyond the vocabulary.
+    return jnp.minimum(block * _BLOCK + place, weights.shape[1] - 1).astype(jnp.int32)
 
 
 def _step(weights: jax.Array, target: jax.Array, share: bool = True) -> tuple[jax.Array, jax.Array]:

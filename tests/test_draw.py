@@ -171,6 +171,18 @@ def test_a_row_draws_by_itself():
         assert draw(jnp.asarray(logits[i : i + 1]), keys[i : i + 1], own)[0] == together[i]
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_a_row_that_diverged_ends_and_harms_nobody(broken):
+    logits = np.random.default_rng(0).normal(0, 3, (3, 300)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(1), 3)
+    settings = make_settings(3, temperature=1.0, top_p=0.5, min_p=0.1, top_k=7)
+    expected = np.asarray(draw(jnp.asarray(logits), keys, settings))
+    logits[1] = broken
+    found = np.asarray(draw(jnp.asarray(logits), keys, settings))
+    assert found[[0, 2]].tolist() == expected[[0, 2]].tolist()
+    assert 0 <= found[1] < 300
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_device import one_device_mesh
 
 from seal_jax import lora
 from seal_jax.draw import make_settings
@@ -184,7 +185,7 @@ def test_greedy_text_and_the_cache(pair):
         [texts],
         jax.random.split(jax.random.key(0), 4),
         make_settings(4, temperature=0.0),
-        mesh=jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]),
+        mesh=one_device_mesh(),
         stop_ids=[V],
         max_tokens=64,
         max_rows=4,

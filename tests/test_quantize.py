@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
+from one_device import one_device_mesh
 from tiny_run import CONFIG as TINY_CONFIG
 from tiny_run import run_loop
 
@@ -207,7 +208,7 @@ def test_the_inner_loop_trains_and_answers_on_it(tiny, word):
         np.asarray(tokens_of(config, (4, 8))).reshape(2, 2, 8).tolist(),
         jax.random.split(jax.random.key(0), 4),
         make_settings(4, temperature=0.0),
-        mesh=jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]),
+        mesh=one_device_mesh(),
         stop_ids=[0],
         max_tokens=4,
         max_rows=4,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_device import one_device_mesh
 
 from seal_jax import lora, sample
 from seal_jax.bench.timing import count_compiles
@@ -16,7 +17,6 @@ pytestmark = pytest.mark.usefixtures("strict")
 PAD = 0
 MAX_TOKENS = 8
 T = 48  # the slow reference's length
-ONE_DEVICE = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3)
 NOBODY = -1  # a stop id that no token has
 PROMPTS = [
     [int(x) for x in np.random.default_rng(i).integers(1, 64, size=n)]
@@ -47,7 +47,7 @@ def generate_groups(model, adapters, groups, *, keys=None, stop=(), max_rows=64,
         groups,
         keys_of(num_rows) if keys is None else keys,
         make_settings(num_rows, **{"temperature": 0.0} | settings),
-        mesh=ONE_DEVICE,
+        mesh=one_device_mesh(),
         stop_ids=[*stop, NOBODY, NOBODY][:2],
         max_tokens=MAX_TOKENS,
         max_rows=max_rows,

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
+from one_device import one_device_mesh
 from tiny_run import CONFIG as TINY_CONFIG
 from tiny_run import run_loop
 
@@ -48,11 +49,6 @@ def model():
     params = init_params(CONFIG, jax.random.key(0))
     params = jax.tree.map(lambda x: np.asarray(8 * x if x.ndim == 2 else x), params)
     return Model(CONFIG, params, ByteTokenizer())
-
-
-def one_device_mesh():
-    axes = ("data", "fsdp", "tensor")
-    return jax.make_mesh((1, 1, 1), axes, (jax.sharding.AxisType.Auto,) * 3)
 
 
 def inner_arguments(model, mesh):

@@ -334,6 +334,25 @@ def test_a_gradient_that_overflows_stays_with_its_own_text():
     assert np.isnan(found[0][:, :, 12]).all()  # and its adapter learns of it
 
 
+def test_a_product_that_overflows_stays_with_its_own_text():
+    """A gradient and another text's value may overflow together: what is not seen gets 0."""
+    config = config_of("xla")
+    rng = np.random.default_rng(0)
+    num_heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    q, k, v = (rng.normal(size=(1, n, 24, 64)).astype(np.float32) for n in num_heads)
+    v[:, :, 8:16] *= 1e10
+    segments = jnp.repeat(jnp.arange(1, 4), 8)[None]
+
+    def attention(q, k, v):
+        return attend(config, q, k, v, segments, segments, 0, local=False, whole=True)
+
+    _, pull = jax.vjp(attention, q, k, v)
+    grads = jnp.ones_like(q)
+    expected, found = pull(grads), pull(grads.at[:, :, 16:].set(1e30))
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(x[:, :, :16], y[:, :, :16])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kept_products_are_not_computed_again(dtype):
     params = init_params(WIDE, jax.random.key(0), jnp.dtype(dtype))

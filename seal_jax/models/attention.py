@@ -210,7 +210,8 @@ def _xla_backward(scale, softcap, saved, grads):
     grads = grads.astype(q.dtype)
     d_v = jnp.einsum("bkts,bkth->bksh", weights, grads, preferred_element_type=jnp.float32)
     d_weights = jnp.einsum("bkth,bksh->bkts", grads, v, preferred_element_type=jnp.float32)
-    d_scores = (d_weights - lost) * weights * scale
+    # Who is not seen has weight 0, and gets 0 whatever overflows.
+    d_scores = jnp.where(weights > 0, (d_weights - lost) * weights * scale, 0)
     if slope is not None:
         d_scores *= slope
     d_scores = d_scores.astype(q.dtype)

@@ -44,6 +44,7 @@ _BENCH = """\
 examples:
   seal-jax bench inner
   seal-jax bench inner --quick --json inner.json
+  seal-jax bench sample
 
 Prints the figures and their ratios. The comparison with torch and PEFT needs both installed:
 bash launch/install.sh peers"""

@@ -40,7 +40,7 @@ def test_ratios_are_those_of_seconds_per_token(model):
     figures = inner._figures(model, per_token, peaks, sizes=(1, 8))
     assert figures["ratios"] == {"as_published": 50.0, "tuned_peft": 3.0, "one_at_a_time": 2.0}
     assert figures["num_adapters"] == 8 and figures["dtype"] == "bfloat16"
-    params = matmul_params(model)
+    params = matmul_params(model.config)
     c = model.config
     layer = 2 * c.embed_dim * (c.num_heads + c.num_kv_heads) * c.head_dim
     layer += 3 * c.embed_dim * c.mlp_dim
@@ -87,7 +87,7 @@ def test_all_write_the_same_number_of_tokens(model):
 
 def test_a_decode_step_s_limit_is_memory_or_products(model):
     work = sample.Work([[[1] * 10] * 4], 22)  # 16 slots for the prompt, 38 in all
-    params, c = matmul_params(model), model.config
+    params, c = matmul_params(model.config), model.config
     cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * 38 * 4
     slow_memory = sample._limit(model, work, bandwidth=1e3, peak=1e15)
     assert slow_memory == pytest.approx(4 * (params + cache) / 1e3)

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 
 from seal_jax.bench import aot
+from seal_jax.bench.timing import matmul_params
 
 # A loop of 8 steps; in each, if there is work, a product and a loop over the lanes in use. This is
 # what XLA writes for TPUs, shortened.
@@ -81,4 +82,4 @@ def test_a_text_without_a_program_is_refused():
 @pytest.mark.parametrize("tied", [False, True])
 def test_matmul_params_count_the_head_and_not_the_lookup(tied):
     config = dataclasses.replace(aot.QWEN_7B, tie_embeddings=tied)
-    assert aot.matmul_params(config) == pytest.approx(7.07e9, rel=1e-3)
+    assert matmul_params(config) == pytest.approx(7.07e9, rel=1e-3)

@@ -11,7 +11,6 @@ kernels and for collectives, and it knows no gaps.
 """
 
 import collections
-import inspect
 import re
 from typing import Any, NamedTuple
 
@@ -21,7 +20,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from seal_jax import lora
+from seal_jax.bench.timing import matmul_params
 from seal_jax.inner import batch_sharding, make_inner_update
+from seal_jax.memory import shaped
 from seal_jax.models.config import LINEARS, ModelConfig
 from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
@@ -91,13 +92,6 @@ def report(kind: str, config: ModelConfig = QWEN_7B) -> dict[str, Any]:
     }
 
 
-def matmul_params(config: ModelConfig) -> int:
-    """Return P, the parameters that a token is multiplied with: the output head, not the lookup."""
-    heads = (config.num_heads + config.num_kv_heads) * config.head_dim
-    layer = 2 * config.embed_dim * heads + 3 * config.embed_dim * config.mlp_dim
-    return config.num_layers * layer + config.vocab_size * config.embed_dim
-
-
 def topology_mesh(name: str) -> Mesh:
     """Return a mesh of all chips of a topology, as 'v6e:2x4', over which adapters are divided."""
     from jax.experimental import topologies
@@ -120,7 +114,7 @@ def compile_inner_update(
 ) -> jax.stages.Compiled:
     """Return `make_inner_update`'s device call, compiled; its base is bfloat16 or quantized."""
     optimizer = make_optimizer(optax_kwargs={"weight_decay": 0.0})
-    inside = inspect.getclosurevars(make_inner_update(config, optimizer, mesh=mesh)).nonlocals
+    update = make_inner_update(config, optimizer, mesh=mesh)
     num_adapters = len(batch.num_steps)
 
     def init() -> tuple:
@@ -128,22 +122,15 @@ def compile_inner_update(
         keys = jax.random.split(jax.random.key(0), num_adapters)
         targets = ("q_proj", "v_proj")
         adapters = lora.init_adapters(config, keys, rank=32, alpha=64.0, targets=targets)
-        return params, inside["start"](adapters)
-
-    def placed(tree: Any, sharding: Any) -> Any:
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-        )
+        return quantize_params(params, quantize), adapters
 
     with jax.set_mesh(mesh):
-        params, state = jax.eval_shape(init)
-        params = jax.eval_shape(lambda p: quantize_params(p, quantize), params)
-        args = (
-            placed(params, replicated(mesh)),
-            placed(state, leading(mesh, "adapter", num_adapters)),
-            jax.tree.map(placed, batch, batch_sharding(mesh)),
-        )
-        return inside["run_batch"].lower(*args).compile()
+        params, adapters = jax.eval_shape(init)
+        return update.lower_batch(
+            shaped(params, replicated(mesh)),
+            shaped(adapters, leading(mesh, "adapter", num_adapters)),
+            shaped(batch, batch_sharding(mesh)),
+        ).compile()
 
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")

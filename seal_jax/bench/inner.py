@@ -190,7 +190,7 @@ def _figures(
         return min(found) / best[dtype] if found else None
 
     # 2 P forward and 2 P for the gradient of the activations.
-    flops = 4.0 * matmul_params(model)
+    flops = 4.0 * matmul_params(model.config)
     return {
         "ratios": {
             "as_published": ratio("padded_float32", "padded_bfloat16"),

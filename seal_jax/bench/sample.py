@@ -116,8 +116,8 @@ def make_works(model: Model, quick: bool) -> dict[str, Work]:
 
 def _mixed(work: Work) -> Work:
     """Return the work with prompts of many lengths, more than fit at once."""
-    prompts = [p[: 1 + 7 * i % len(p)] for i, p in enumerate(work.prompts[0] * 5)]
-    return Work([prompts[:200]], 8)
+    prompts = itertools.islice(itertools.cycle(work.prompts[0]), 200)
+    return Work([[p[: 1 + 7 * i % len(p)] for i, p in enumerate(prompts)]], 8)
 
 
 def _adapters(model: Model, work: Work) -> Adapters | None:
@@ -202,7 +202,8 @@ def _figures(
 
 def _limit(model: Model, work: Work, bandwidth: float, peak: float) -> float:
     """Return the least seconds of a decode step in the middle of the work."""
-    config, num_params = model.config, matmul_params(model)
+    config = model.config
+    num_params = matmul_params(config)
     itemsize = model.params["embed"]["embedding"].dtype.itemsize
     slots = bucket_of(max(len(p) for group in work.prompts for p in group)) + work.num_tokens
     a_row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from seal_jax.metrics import progress
-from seal_jax.models import Model
+from seal_jax.models.config import ModelConfig
 
 
 def interleave(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -46,12 +46,11 @@ def matmul(dtype: str, size: int = 2048) -> tuple[Callable[[], jax.Array], float
     return twice, 2 * 2.0 * size**3
 
 
-def matmul_params(model: Model) -> int:
+def matmul_params(config: ModelConfig) -> int:
     """Return P, the parameters that a token is multiplied with: the output head, not the lookup."""
-    leaves = jax.tree_util.tree_leaves_with_path(model.params)
-    kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
-    tied = model.config.vocab_size * model.config.embed_dim * model.config.tie_embeddings
-    return kernels + tied
+    heads = (config.num_heads + config.num_kv_heads) * config.head_dim
+    layer = 2 * config.embed_dim * heads + 3 * config.embed_dim * config.mlp_dim
+    return config.num_layers * layer + config.vocab_size * config.embed_dim
 
 
 @contextlib.contextmanager

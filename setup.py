@@ -43,6 +43,7 @@ setup(
         "importlib_resources",  # tensorflow-datasets imports it for SQuAD and does not ask for it
         "jax>=0.10",
         "jinja2>=3.1",
+        "matplotlib>=3.9",
         "ml_collections>=1.1",
         "ml_dtypes>=0.5",
         "numpy>=2",

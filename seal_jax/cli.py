@@ -45,6 +45,7 @@ examples:
   seal-jax bench inner
   seal-jax bench inner --quick --json inner.json
   seal-jax bench sample
+  seal-jax bench learning --workdir runs/bench_learning --json learning.json
 
 Prints the figures and their ratios. The comparison with torch and PEFT needs both installed:
 bash launch/install.sh peers"""
@@ -101,9 +102,14 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, metavar="FOLDER", help="where to: new, or empty")
     export.add_argument("--adapter", default="policy", metavar="ID", help="default: policy")
     export.add_argument("--merged", action="store_true", help="a whole model, not an adapter")
-    bench = command("bench", "Time a part against what others would run, in one run.", _BENCH)
-    bench.add_argument("name", metavar="NAME", help="inner: the inner loop; sample: generation")
+    bench = command("bench", "Measure a part against its peers, in one run.", _BENCH)
+    bench.add_argument(
+        "name",
+        metavar="NAME",
+        help="inner: the inner loop; sample: generation; learning: do the objectives learn",
+    )
     bench.add_argument("--quick", action="store_true", help="a tiny model, few steps")
+    bench.add_argument("--workdir", metavar="FOLDER", help="of learning: where its runs are kept")
     bench.add_argument("--json", metavar="FILE", help="where the figures are written")
     bench.add_argument("--model", metavar="SOURCE", help="a model source in place of SmolLM2-135M")
     bench.add_argument("--profile", metavar="FOLDER", help="write a JAX profile of one call there")
@@ -206,8 +212,12 @@ def run_benchmark(arguments: argparse.Namespace) -> int:
     start_jax()
     from seal_jax.bench import run_bench
 
+    if arguments.workdir and arguments.name != "learning":
+        raise ValueError(f"bench {arguments.name} keeps no runs: --workdir is for learning")
+    options = {"workdir": arguments.workdir} if arguments.workdir else {}
     run_bench(
         arguments.name,
+        **options,
         model=arguments.model,
         quick=arguments.quick,
         json_file=arguments.json,

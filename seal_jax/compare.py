@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from seal_jax.evidence import outcomes_of
 from seal_jax.keys import EVAL_STEP
 from seal_jax.metrics import write_json, write_text
-from seal_jax.record import outcomes_of
 from seal_jax.stages import (
     Edit,
     Stages,
@@ -93,7 +93,7 @@ def run_arm(
 
     A rejected self-edit, or one whose training was not finite, answered nothing: it counts as 0.
     """
-    runs = inner_runs(problems, edits, EVAL_STEP, stages.config.eval.num_seeds)
+    runs = inner_runs(problems, edits, EVAL_STEP, range(stages.config.eval.num_seeds))
     ledger = os.path.join(workdir, f"eval_{arm}.jsonl")
     frozen = inner_base(stages, params)
     outcomes = stages.evaluate(frozen, runs, ledger, f"held-out, {TITLES[arm]}")

@@ -36,14 +36,14 @@ class ConfigError(ValueError):
     """A config that cannot run; the message names the key, its value and what it may hold."""
 
 
-_FREE = tuple(key for key in FIELDS if key.endswith(".optax_kwargs"))
+_FREE = tuple(key for key in FIELDS if key.endswith(("_kwargs", ".weights")))
 
 
 def default_config() -> ConfigDict:
     """Return every key with its default, locked, so that assigning an unknown key raises.
 
-    Only the sections with free keys, `task` and the `optax_kwargs`, take new ones; `validate`
-    checks the task's.
+    Only the sections with free keys, `task`, `reward.weights` and those named `*_kwargs`, take new
+    ones; `validate` checks the first two.
     """
     config = ConfigDict(_nest({key: field.default for key, field in FIELDS.items()}))
     config.lock()

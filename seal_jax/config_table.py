@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from seal_jax.rewards import REWARDS
+
 
 class Allowed(NamedTuple):
     """What a key may hold."""
@@ -79,6 +81,18 @@ def _names(*choices: str) -> Allowed:
         return bool(value) and set(value) <= set(choices) and len(set(value)) == len(value)
 
     return Allowed(f"a tuple of different names from {', '.join(choices)}", test, _parse_names)
+
+
+def _weights(*names: str) -> Allowed:
+    """Allow a non-empty dict of finite weights for `names`."""
+
+    def test(value: Any) -> bool:
+        if not isinstance(value, Mapping | ConfigDict) or not value or not _is_plain(value):
+            return False
+        numbers = [w for w in value.values() if isinstance(w, int | float)]
+        return set(value) <= set(names) and len(numbers) == len(value)
+
+    return Allowed(f"a dict of weights of {', '.join(names)}", test, ast.literal_eval)
 
 
 def _keywords() -> Allowed:
@@ -176,6 +190,7 @@ _COUNT = _integer(1)
 _TARGETS = _names(*_ATTENTION, *_MLP)
 _SCHEDULE = choice("constant", "linear", "cosine")  # the last two decay to 0
 _AXIS = _integer(1, also=(-1,))
+_OBJECTIVE = choice("rest_em", "random_em", "reinforce", "rloo", "grpo", "ppo")
 
 # What a backward pass keeps of a layer; 'none' keeps everything and is the fastest that fits.
 _REMAT = choice("none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable")
@@ -229,14 +244,22 @@ FIELDS: dict[str, Field] = {
     "inner.tokens_per_step": Field(512, _COUNT, placement=True),  # over all lanes of a step
     "inner.steps_per_call": Field(8, _COUNT, placement=True),  # steps in one device call
     # Grades to rewards.
-    "reward.kind": Field("accuracy", choice("accuracy", "log_likelihood")),
+    "reward.weights": Field({"accuracy": 1.0}, _weights(*REWARDS)),  # of a sum; costs are negative
     "reward.rejected": Field(0.0, _real()),  # the reward of a rejected self-edit
     # The outer loop: sample, evaluate, update the policy.
-    "outer.objective": Field("rest_em", choice("rest_em")),
+    "reward.adaptive_seeds": Field(False, _flag()),  # more seeds for those that compete, see README
+    "reward.num_questions": Field(5, _COUNT),  # that the policy writes itself, for self_questions
+    "reward.num_earlier": Field(10, _COUNT),  # questions of earlier problems, for regression
+    "reward.judge_url": Field("http://localhost:8000/v1", _text()),  # OpenAI-compatible
+    "reward.judge_model": Field("judge", _text()),
+    "outer.objective": Field("rest_em", _OBJECTIVE),
+    "outer.objective_kwargs": Field({}, _keywords()),  # see objectives.py
+    "outer.kl_coef": Field(0.0, _real(0, 1e3)),  # of the KL penalty to the policy at the start
+    "outer.kl_target": Field(0.0, _real(0)),  # KL per token that kl_coef is adapted to; 0: fixed
+    "outer.entropy_coef": Field(0.0, _real(0, 1e3)),
+    "outer.max_skipped": Field(3, _integer(0)),  # updates that are not finite, before it stops
     "outer.num_steps": Field(2, _COUNT),
     "outer.problems_per_step": Field(50, _COUNT),
-    "outer.select": Field("best", choice("best", "threshold", "random")),
-    "outer.threshold": Field(0.0, _real()),  # a self-edit above it is kept, with 'threshold'
     "outer.update": Field("lora", choice("lora", "full")),
     "outer.rank": Field(64, _integer(1, 4096)),
     "outer.alpha": Field(128.0, _real(0, 1e5, above=True)),
@@ -255,6 +278,9 @@ FIELDS: dict[str, Field] = {
     "eval.num_problems": Field(200, _COUNT),
     "eval.num_edits": Field(1, _COUNT),
     "eval.num_seeds": Field(1, _COUNT),
+    "eval.every": Field(
+        0, _integer(0)
+    ),  # outer steps between looks at the held-out reward; 0: none
     "eval.random_control": Field(True, _flag()),  # a policy trained on random self-edits
     "eval.num_bootstrap": Field(10000, _COUNT),
     "checkpoint.keep": Field(2, _COUNT, placement=True),  # 1 leaves nothing to fall back on

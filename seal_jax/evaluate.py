@@ -53,6 +53,8 @@ class Run(NamedTuple):
     problem: Problem
     exam: Exam
     edit: SelfEdit
+    # Exams beside its own, (kind, problem, exam): their accuracy is reported by kind.
+    others: tuple[tuple[str, Problem, Exam], ...] = ()
 
     def path(self, seed: int, purpose: int) -> tuple[int, ...]:
         problem, edit, seed_index = self.name
@@ -141,7 +143,13 @@ def make_evaluate(
         prompts = [
             exam_prompts(model, task, run.problem, run.exam, chat) if run else [] for run in runs
         ]
-        written = answer(model, params, adapters, prompts, mesh=mesh, **answers)
+        asked = [
+            [*own, *(p for _, *exam in run.others for p in exam_prompts(model, task, *exam, chat))]
+            if run
+            else own
+            for run, own in zip(runs, prompts, strict=True)
+        ]
+        written = answer(model, params, adapters, asked, mesh=mesh, **answers)
         logps: list = [None] * num_adapters
         if with_log_likelihood:
             golds = [
@@ -202,16 +210,22 @@ def make_evaluate(
 
 
 def _outcome(task, run: Run, num_epochs: int, job: Job, losses, answers, logps) -> Outcome:
-    questions = run.exam.questions
-    grades = [task.grade(q, a) for q, a in zip(questions, answers, strict=True)]
+    exams = [run.exam, *(exam for _, _, exam in run.others)]
+    questions = [question for exam in exams for question in exam.questions]
+    grades = iter([task.grade(q, a) for q, a in zip(questions, answers, strict=True)])
+    own, *rest = ([next(grades) for _ in exam.questions] for exam in exams)
+    by_kind: dict[str, list[bool]] = {}
+    for (kind, _, _), marks in zip(run.others, rest, strict=True):
+        by_kind.setdefault(kind, []).extend(marks)
     per_epoch = len(job.rows) // (run.edit.num_epochs or num_epochs)
     return Outcome(
-        accuracy=float(np.mean(grades)),
+        accuracy=float(np.mean(own)),
         log_likelihood=None if logps is None else float(np.mean(logps)),
         loss_before=float(np.mean(losses[:per_epoch])),
         loss_after=float(np.mean(losses[-per_epoch:])),
         answers=tuple(answers),
         useful_tokens=num_text_tokens(job),
+        others={kind: float(np.mean(marks)) for kind, marks in by_kind.items()},
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-SAMPLE, ADAPTER, SHUFFLE, POLICY, SELECT = range(5)  # purposes
+SAMPLE, ADAPTER, SHUFFLE, POLICY, SELECT, QUESTIONS, EARLIER = range(7)  # purposes
 EVAL_STEP = 1_000_000  # stands in the place of the outer step in the final evaluation
 
 

@@ -42,7 +42,9 @@ def describe(stages: Stages, training: Sequence, held_out: Sequence) -> str:
     outer, inner = config.outer, config.inner
     used = training[: outer.problems_per_step * outer.num_steps]
     length = np.mean([len(tokenizer.encode(problem.passage)) for problem, _ in used])
-    runs = len(used) * config.sample.num_edits * inner.num_seeds if outer.select != "random" else 0
+    runs = len(used) * config.sample.num_edits * inner.num_seeds
+    if outer.objective == "random_em":
+        runs = 0
     arms = 3 if config.eval.random_control else 2
     tests = len(held_out) * config.eval.num_edits * config.eval.num_seeds
     passages = len(held_out) * config.eval.num_seeds

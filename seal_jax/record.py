@@ -2,54 +2,68 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from seal_jax.evidence import Evaluated
 from seal_jax.metrics import append_json
-from seal_jax.rewards import Outcome, reward_of
+from seal_jax.objectives import Rewards
+from seal_jax.reliability import reliability
+from seal_jax.rewards import Outcome, reward_of, seed_rewards
 from seal_jax.stages import Edit
 from seal_jax.tasks.task import Rejected, SelfEdit
 from seal_jax.types import Rollout
 
 
-def outcomes_of(problem_id: str, r: int, outcomes: dict[tuple, Outcome]) -> list[Outcome]:
-    """Return the outcomes of one self-edit, seed by seed."""
-    names = [name for name in outcomes if name[:2] == (problem_id, r)]
-    return [outcomes[name] for name in sorted(names)]
-
-
 def tabulate(
-    edits: Sequence[Sequence[Edit]], outcomes: dict[tuple, Outcome], *, kind: str, rejected: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return rewards f32[P R], and which self-edits may be kept, bool[P R]."""
-    shape = (len(edits), len(edits[0]))
-    rewards, valid = np.full(shape, rejected, np.float32), np.zeros(shape, bool)
-    for p, row in enumerate(edits):
-        for r, edit in enumerate(row):
-            found = outcomes_of(edit.problem_id, r, outcomes)
-            rewards[p, r] = reward_of(found, kind, rejected)
-            valid[p, r] = isinstance(edit, SelfEdit) and all(o.finite for o in found)
-    return rewards, valid
+    edits: Sequence[Sequence[Edit]], evaluated: Evaluated | None, reward: Mapping[str, Any]
+) -> Rewards:
+    """Return the rewards [P R] of self-edits; where nothing was evaluated, all nan.
+
+    Args:
+      reward: the config's section: weights of REWARDS, and what a rejected self-edit earns.
+    """
+    keepable = np.array([[isinstance(edit, SelfEdit) for edit in row] for row in edits])
+    values = np.full(keepable.shape, np.nan, np.float32)
+    for p, row in enumerate(evaluated.evidence if evaluated else ()):
+        for r, found in enumerate(row):
+            values[p, r] = reward_of(found, reward["weights"], reward["rejected"])
+            keepable[p, r] &= all(outcome.finite for outcome in found.outcomes)
+    return Rewards(values, keepable)
+
+
+def trust(evaluated: Evaluated, reward: Mapping[str, Any]) -> dict[str, float]:
+    """Return the reliability report of an outer step; see reliability.py."""
+    rewards = [
+        [
+            seed_rewards(found, reward["weights"]) if all(o.finite for o in found.outcomes) else []
+            for found in row
+        ]
+        for row in evaluated.evidence
+    ]
+    return {f"reliability/{name}": value for name, value in reliability(rewards).items()}
 
 
 def summarize(
     edits: Sequence[Sequence[Edit]],
-    outcomes: dict[tuple, Outcome],
-    rewards: np.ndarray,
-    valid: np.ndarray,
+    evaluated: Evaluated | None,
+    rewards: Rewards,
     advantages: np.ndarray,
 ) -> dict[str, float]:
     """Return the metrics of an outer step's self-edits, inner runs and rewards."""
     flat = [edit for row in edits for edit in row]
-    metrics = {
+    values, known = rewards.values, ~np.isnan(rewards.values)
+    best = np.where(known & rewards.keepable, values, -np.inf).max(axis=1)
+    metrics: dict[str, float] = {
         "edits/num": len(flat),
         "edits/rejected": sum(isinstance(edit, Rejected) for edit in flat),
         "edits/kept": int((advantages > 0).sum()),
     }
-    runs = list(outcomes.values())
-    if not runs:
+    if evaluated is None or not evaluated.outcomes:
         return metrics
+    runs = list(evaluated.outcomes.values())
     finite = [run for run in runs if run.finite]
     trained = sum(run.trained_tokens for run in runs)
     metrics |= {
@@ -57,13 +71,24 @@ def summarize(
         "inner/runs": len(runs),
         "inner/text_tokens": sum(run.useful_tokens for run in runs),
         "inner/useful_tokens": sum(run.useful_tokens for run in runs) / trained,
-        "reward/mean": float(rewards.mean()),
-        "reward/best": float(np.where(valid, rewards, -np.inf).max(axis=1).mean()),
-        "reward/kept": float((rewards * (advantages > 0)).sum() / max(1, (advantages > 0).sum())),
+        "reward/baseline_accuracy": float(np.mean(evaluated.baseline)),
+        "reward/missing": int((~known).sum()),
+        "reward/mean": float(values[known].mean()) if known.any() else 0.0,
+        "reward/best": float(best[np.isfinite(best)].mean()) if np.isfinite(best).any() else 0.0,
+        "reward/kept": float(values[advantages > 0].sum() / max(1, (advantages > 0).sum())),
     }
     for field in ("loss_before", "loss_after"):
         metrics[f"inner/{field}"] = float(np.mean([getattr(run, field) for run in finite] or [0.0]))
     return metrics
+
+
+def held_out_metrics(values: np.ndarray) -> dict[str, float]:
+    """Return the mean reward [P R] over held-out problems, and its standard error over them."""
+    by_problem = np.array([row[~np.isnan(row)].mean() for row in values if not np.isnan(row).all()])
+    if not len(by_problem):
+        return {}
+    error = by_problem.std(ddof=1) / np.sqrt(len(by_problem)) if len(by_problem) > 1 else 0.0
+    return {"eval/reward": float(by_problem.mean()), "eval/reward_error": float(error)}
 
 
 def written_lengths(rollout: Rollout, stop_ids: Sequence[int]) -> dict[str, float]:
@@ -83,14 +108,14 @@ def log_edits(
     step: int,
     batch: Sequence,
     edits: Sequence[Sequence[Edit]],
-    outcomes: dict[tuple, Outcome],
-    rewards: np.ndarray,
+    evaluated: Evaluated | None,
+    rewards: Rewards,
     advantages: np.ndarray,
 ) -> None:
     """Append every self-edit of the step to edits.jsonl, with why it was kept or not."""
     for p, (problem, _) in enumerate(batch):
         for r, edit in enumerate(edits[p]):
-            found = outcomes_of(problem.id, r, outcomes)
+            found = evaluated.evidence[p][r].outcomes if evaluated else ()
             kept = bool(advantages[p, r] > 0)
             entry = {
                 "step": step,
@@ -100,15 +125,21 @@ def log_edits(
                 "prompt": edit.prompt,
                 "text": edit.text,
                 "training_texts": list(getattr(edit, "training_texts", ())),
-                "reward": float(rewards[p, r]) if found or isinstance(edit, Rejected) else None,
+                "reward": number(rewards.values[p, r]),
+                "advantage": number(advantages[p, r]),
                 "kept": kept,
                 "why": why(edit, found, kept),
             }
             for field in ("accuracy", "log_likelihood", "loss_before", "loss_after"):
                 values = [getattr(outcome, field) for outcome in found]
-                entry[field] = [v if v is None or np.isfinite(v) else None for v in values]
+                entry[field] = [v if v is None else number(v) for v in values]
             entry["answers"] = [list(outcome.answers) for outcome in found]
             append_json(os.path.join(folder, "edits.jsonl"), entry)
+
+
+def number(value: float) -> float | None:
+    """Return what JSON can hold."""
+    return float(value) if np.isfinite(value) else None
 
 
 def why(edit: Edit, outcomes: Sequence[Outcome], kept: bool) -> str:

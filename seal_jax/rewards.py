@@ -1,9 +1,16 @@
-"""Grades to rewards: f32[P R] from what each inner run achieved."""
+"""Rewards: a number for each self-edit, from what its inner runs achieved and what it says.
 
-from collections.abc import Sequence
+A reward is a weighted sum of the terms in REWARDS, for each seed; a self-edit's is the mean over
+its seeds. nan means that nobody could tell: such a self-edit is dropped, and never counts as 0.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+OWN, EARLIER = "own", "earlier"  # exams beside a run's own: self-written questions, other problems
 
 
 class Outcome(NamedTuple):
@@ -16,17 +23,69 @@ class Outcome(NamedTuple):
     answers: tuple[str, ...]
     useful_tokens: int  # text tokens that the run trained on
     trained_tokens: float = 0.0  # its share of its wave's tokens, padding and idle lanes included
+    others: Mapping[str, float] = {}  # accuracy in other exams: OWN, EARLIER
 
     @property
     def finite(self) -> bool:
         return bool(np.isfinite(self.loss_before) and np.isfinite(self.loss_after))
 
 
-def reward_of(outcomes: Sequence[Outcome], kind: str, rejected: float) -> float:
-    """Return a self-edit's reward: the mean over its seeds of accuracy or log-likelihood.
+class Evidence(NamedTuple):
+    """What the reward of one self-edit is made of."""
+
+    outcomes: Sequence[Outcome]  # one per seed; none where it was rejected
+    text: str  # what the policy wrote
+    passage: str
+    length: float  # tokens written, as a share of those allowed
+    baseline: float  # the unadapted policy's accuracy on the problem
+    earlier_baseline: float = np.nan  # and on the questions of EARLIER; nan where there are none
+    judged: float = np.nan  # the judge's score in [0, 1]; nan where it failed
+
+
+def copying(text: str, passage: str, size: int = 4) -> float:
+    """Return the share of the text's runs of `size` words that the passage has too, in [0, 1]."""
+
+    def grams(text: str) -> list[tuple[str, ...]]:
+        words = re.findall(r"\w+", text.lower())
+        return list(zip(*(words[i:] for i in range(size)), strict=False))
+
+    ours, theirs = grams(text), set(grams(passage))
+    return sum(gram in theirs for gram in ours) / len(ours) if ours else 0.0
+
+
+def _regression(evidence: Evidence, outcome: Outcome) -> float:
+    """Return how much accuracy on earlier problems was lost; 0 where there are none yet."""
+    if np.isnan(evidence.earlier_baseline):
+        return 0.0
+    return evidence.earlier_baseline - outcome.others[EARLIER]
+
+
+# Of one seed. Costs take negative weights.
+REWARDS: dict[str, Callable[[Evidence, Outcome], float]] = {
+    "accuracy": lambda evidence, outcome: outcome.accuracy,
+    "gain": lambda evidence, outcome: outcome.accuracy - evidence.baseline,
+    "log_likelihood": lambda evidence, outcome: outcome.log_likelihood,
+    "self_questions": lambda evidence, outcome: outcome.others.get(OWN, np.nan),
+    "judge": lambda evidence, outcome: evidence.judged,
+    "length": lambda evidence, outcome: evidence.length,
+    "copying": lambda evidence, outcome: copying(evidence.text, evidence.passage),
+    "regression": _regression,
+}
+
+
+def seed_rewards(evidence: Evidence, weights: Mapping[str, float]) -> list[float]:
+    """Return the reward under each seed; nan where one of its terms is missing."""
+    return [
+        float(sum(weight * REWARDS[name](evidence, outcome) for name, weight in weights.items()))
+        for outcome in evidence.outcomes
+    ]
+
+
+def reward_of(evidence: Evidence, weights: Mapping[str, float], rejected: float) -> float:
+    """Return a self-edit's reward: the mean over its seeds, or nan where it is missing.
 
     No outcome (the self-edit was rejected), or one whose training was not finite, earns `rejected`.
     """
-    if not outcomes or not all(outcome.finite for outcome in outcomes):
+    if not evidence.outcomes or not all(outcome.finite for outcome in evidence.outcomes):
         return rejected
-    return float(np.mean([getattr(outcome, kind) for outcome in outcomes]))
+    return float(np.mean(seed_rewards(evidence, weights)))

@@ -70,7 +70,7 @@ def make_stages(config: ConfigDict) -> Stages:
         chat=config.model.chat,
         inner=inner,
         answers=config.answer.to_dict(),
-        with_log_likelihood=config.reward.kind == "log_likelihood",
+        with_log_likelihood="log_likelihood" in config.reward.weights,
     )
     return Stages(config, model, task, mesh, evaluate, at_once)
 
@@ -115,7 +115,7 @@ def _resident_bytes(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) -
         lora = {"rank": outer.rank, "alpha": outer.alpha, "targets": outer.targets}
         update = outer["update"]
         state = init_train_state(model.config, params, optimizer, mesh=mesh, update=update, **lora)
-        return state.adapters, state.opt_state
+        return state.adapters, state.opt_state  # a value head is nothing beside them
 
     state = jax.eval_shape(init, model.params)
     # While a policy is trained there is the base too; in the end, every policy that was trained.
@@ -179,23 +179,34 @@ def write_edits(
     stages: Stages, params: Params, batch: Sequence, step: int, num_edits: int, label: str
 ) -> tuple[Rollout, list[str]]:
     """Let the policy write `num_edits` self-edits per problem: rows p * num_edits + r."""
+    prompts = [stages.task.edit_prompt(problem) for problem, _ in batch]
+    paths = [
+        (stages.config.seed, keys.SAMPLE, step, keys.number_of(problem.id), r)
+        for problem, _ in batch
+        for r in range(num_edits)
+    ]
+    rollout, texts = write(stages, params, prompts, paths, f"{label}: self-edits")
+    return rollout._replace(step=step), texts
+
+
+def write(
+    stages: Stages,
+    params: Params,
+    prompts: Sequence[str],
+    paths: Sequence[Sequence[int]],
+    label: str,
+) -> tuple[Rollout, list[str]]:
+    """Let the policy continue each prompt, as often as there are paths for it (see keys.py)."""
     config = stages.config
     sample = config.sample.to_dict()
     del sample["num_edits"]
-    prompts, paths = [], []
-    for problem, _ in batch:
-        tokens = stages.model.tokenizer.encode_prompt(
-            stages.task.edit_prompt(problem), config.model.chat
-        )
-        prompts.append(tokens)
-        number = keys.number_of(problem.id)
-        paths += [(config.seed, keys.SAMPLE, step, number, r) for r in range(num_edits)]
-    check_lengths(stages.model.config, prompts, config.sample.max_tokens)
-    bar = progress(len(paths), f"{label}: self-edits", "edit")
+    tokens = [stages.model.tokenizer.encode_prompt(text, config.model.chat) for text in prompts]
+    check_lengths(stages.model.config, tokens, config.sample.max_tokens)
+    bar = progress(len(paths), label, "text")
     written = write_self_edits(
         stages.model,
         params,
-        prompts,
+        tokens,
         paths,
         mesh=stages.mesh,
         show=bar.update,
@@ -233,15 +244,23 @@ def reject_long(stages: Stages, edit: SelfEdit, limit: int) -> Edit:
 
 
 def inner_runs(
-    batch: Sequence, edits: Sequence[Sequence[Edit]], step: int, num_seeds: int
+    batch: Sequence,
+    edits: Sequence[Sequence[Edit | None]],
+    step: int,
+    seeds: Sequence[int],
+    others: Sequence[tuple] | None = None,
 ) -> list[Run]:
-    """Return the inner runs: every self-edit that was not rejected, with each seed."""
+    """Return the inner runs: every self-edit that was not rejected, with each seed.
+
+    Args:
+      others: of each problem, the exams that its runs are given beside its own; see `Run`.
+    """
     return [
-        Run((problem.id, r, e), step, problem, exam, edit)
-        for (problem, exam), row in zip(batch, edits, strict=True)
+        Run((problem.id, r, e), step, problem, exam, edit, others[p] if others else ())
+        for p, ((problem, exam), row) in enumerate(zip(batch, edits, strict=True))
         for r, edit in enumerate(row)
         if isinstance(edit, SelfEdit)
-        for e in range(num_seeds)
+        for e in seeds
     ]
 
 

@@ -8,7 +8,7 @@
     adapters = inner_update(params, adapters0, batches)      # device  A adapters at once
     answers  = answer(params, adapters, questions)           # device  greedy
     rewards  = reward(grade(problems, answers))              # host    f32[P R]
-    state    = policy_update(state, rollout, rewards)        # device  ReST-EM
+    state    = policy_update(state, rollout, rewards)        # device  an objective's
     checkpoint(step, state, adapters, rewards)               # disk    Orbax
 
 The four lines from pack to grade run wave by wave, in `evaluate`. The control that the paper
@@ -19,7 +19,7 @@ WORKDIR/random.
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,23 +32,29 @@ from seal_jax.adapters import delete_adapters, inner_id, policy_id, policy_paren
 from seal_jax.compare import compare
 from seal_jax.config import diff, to_json
 from seal_jax.evaluate import Run
+from seal_jax.evidence import check_rewards, drop_pending, evaluate_edits
 from seal_jax.lora import merge
 from seal_jax.metrics import append_json, append_metrics, truncate_after, write_json, write_text
-from seal_jax.objectives import OBJECTIVES, Objective
+from seal_jax.objectives import Objective, Past, Rewards, make_objective, random_em
 from seal_jax.optim import make_optimizer
 from seal_jax.peft import is_peft, load_peft
 from seal_jax.plan import describe
 from seal_jax.policy import init_train_state, make_policy_update
-from seal_jax.record import Clock, log_edits, summarize, tabulate, written_lengths
-from seal_jax.rewards import Outcome
+from seal_jax.record import (
+    Clock,
+    held_out_metrics,
+    log_edits,
+    number,
+    summarize,
+    tabulate,
+    trust,
+    written_lengths,
+)
 from seal_jax.runs import claim_model
 from seal_jax.sharding import param_shardings, replicated, to_device, to_host
 from seal_jax.stages import (
     Stages,
-    baseline_accuracy,
     check_prompts,
-    inner_base,
-    inner_runs,
     make_stages,
     optimizer_arguments,
     parse,
@@ -75,7 +81,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
       ValueError: the folder belongs to another config, or the data do not fit the config.
     """
     check_workdir(config, workdir)
+    objective = configured_objective(config)
     stages = make_stages(config)
+    check_rewards(stages)
     train_problems, eval_problems = split_problems(stages)
     check_prompts(stages, [*train_problems, *eval_problems])
     claim_workdir(config, workdir)
@@ -83,26 +91,31 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     print(describe(stages, train_problems, eval_problems), flush=True)
     with jax.transfer_guard("disallow"):
         base = stages.model.params
-        objective = OBJECTIVES[config.outer.objective]
         arms = {"base": base}
-        arms["seal"] = run_outer_loop(
-            stages,
-            objective(config.outer.select, config.outer.threshold),
-            base,
-            train_problems,
-            folder=workdir,
-            label="SEAL",
-        ).params
+        given = {"base": base, "problems": train_problems, "held_out": eval_problems}
+        run_loop = partial(run_outer_loop, stages, **given)
+        arms["seal"] = run_loop(objective, folder=workdir, label="SEAL").params
         if config.eval.random_control:
-            arms["random"] = run_outer_loop(
-                stages,
-                objective("random"),
-                base,
-                train_problems,
-                folder=os.path.join(workdir, "random"),
-                label="random control",
+            arms["random"] = run_loop(
+                random_em(), folder=os.path.join(workdir, "random"), label="random control"
             ).params
         return compare(stages, arms, eval_problems, workdir)
+
+
+def configured_objective(config: ConfigDict) -> Objective:
+    """Return the config's objective.
+
+    Raises:
+      ValueError: its options are wrong, or there are too few self-edits per problem for it.
+    """
+    name = config.outer.objective
+    objective = make_objective(name, **config.outer.objective_kwargs)
+    if config.sample.num_edits < objective.min_edits:
+        raise ValueError(
+            f"sample.num_edits = {config.sample.num_edits}: {name} compares the self-edits of a"
+            f" problem with each other and needs at least {objective.min_edits}"
+        )
+    return objective
 
 
 def is_done(config: ConfigDict, workdir: str) -> bool:
@@ -199,75 +212,129 @@ def run_outer_loop(
     *,
     folder: str,
     label: str,
+    held_out: Sequence[tuple[Problem, Exam]] = (),
 ) -> TrainState:
-    """Run the outer loop from its last good checkpoint in `folder` on; returns the final state."""
+    """Run the outer loop from its last good checkpoint in `folder` on; returns the final state.
+
+    Args:
+      base: the policy that training starts from, and the reference of the KL penalty.
+      held_out: problems that the policy is examined on every `eval.every` steps.
+
+    Raises:
+      FloatingPointError: more than `outer.max_skipped` updates were not finite.
+    """
     config, outer = stages.config, stages.config.outer
     update = outer["update"]  # outer.update would be ConfigDict's method of that name
-    optimizer = make_optimizer(**optimizer_arguments(outer.to_dict()))
-    lora = {"rank": outer.rank, "alpha": outer.alpha, "targets": outer.targets}
-    policy_update = make_policy_update(
-        dataclasses.replace(stages.model.config, remat=outer.remat),
-        objective,
-        optimizer,
-        mesh=stages.mesh,
-        seed=config.seed,
-        update=update,
-        schedule=outer.schedule,
-        learning_rate=outer.learning_rate,
-        num_epochs=outer.num_epochs,
-        batch_size=outer.batch_size,
-        microbatch_size=outer.microbatch_size,
-        **lora,
-    )
+    policy_update, state = make_update(stages, objective, base)
     os.makedirs(folder, exist_ok=True)
     manager = checkpoint.make_manager(os.path.join(folder, "checkpoints"), config.checkpoint.keep)
-    state = init_train_state(
-        stages.model.config, base, optimizer, mesh=stages.mesh, update=update, **lora
-    )
-    state = restore_state(manager, state, folder)
+    state, past = restore_state(manager, state, folder)
     for step in range(int(to_host(state.step)), outer.num_steps):
-        clock = Clock()
+        clock, name = Clock(), f"{label} step {step}"
         batch = take_problems(problems, step, outer.problems_per_step)
         rollout, texts = write_edits(
-            stages, state.params, batch, step, config.sample.num_edits, f"{label} step {step}"
+            stages, state.params, batch, step, config.sample.num_edits, name
         )
         edits = parse(stages, batch, texts)
         clock.lap("sample")
-        outcomes: dict[tuple, Outcome] = {}
+        evaluated = None
         if objective.needs_rewards:
-            frozen = inner_base(stages, state.params)
-            baseline = baseline_accuracy(stages, frozen, batch)
-            runs = inner_runs(batch, edits, step, config.inner.num_seeds)
-            ledger = pending(folder, step)
+            earlier = problems[: step * outer.problems_per_step]
             keep = partial(keep_adapter, folder, policy_parents(step, update))
-            if config.checkpoint.adapters == "none":
-                keep = None
-            outcomes = stages.evaluate(frozen, runs, ledger, f"{label} step {step}", keep)
-            del frozen  # the policy update needs the room
+            evaluated = evaluate_edits(
+                stages,
+                state.params,
+                batch,
+                earlier,
+                rollout,
+                edits,
+                step,
+                folder=folder,
+                label=name,
+                keep=None if config.checkpoint.adapters == "none" else keep,
+            )
         clock.lap("inner")
-        rewards, valid = tabulate(edits, outcomes, **config.reward)
+        rewards = tabulate(edits, evaluated, config.reward)
         rng = np.random.default_rng([config.seed, keys.SELECT, step])
-        advantages = objective.advantages(rewards, valid, rng)
-        state, metrics = policy_update(
-            state, rollout, advantages.reshape(-1), f"{label} step {step}"
-        )
+        advantages = objective.advantages(rewards, past, rng)
+        state, metrics = policy_update(state, rollout, advantages.reshape(-1), name, past, base)
         clock.lap("policy")
-        metrics |= summarize(edits, outcomes, rewards, valid, advantages) | clock.laps
+        past = extend(past, rewards, metrics)
+        metrics |= summarize(edits, evaluated, rewards, advantages)
         metrics |= written_lengths(rollout, stages.model.tokenizer.stop_ids)
-        if objective.needs_rewards:
-            metrics["reward/baseline_accuracy"] = float(np.mean(baseline))
-        append_metrics(os.path.join(folder, "metrics.jsonl"), step, metrics)
-        log_edits(folder, step, batch, edits, outcomes, rewards, advantages)
-        if config.checkpoint.adapters == "kept" and objective.needs_rewards:
-            drop_unkept(folder, batch, runs, advantages)
+        if evaluated is not None:
+            metrics |= trust(evaluated, config.reward)
+        if held_out and config.eval.every and (step + 1) % config.eval.every == 0:
+            metrics |= examine(stages, state.params, held_out, folder, f"{name}: held-out")
+            clock.lap("eval")
+        append_metrics(os.path.join(folder, "metrics.jsonl"), step, metrics | clock.laps)
+        log_edits(folder, step, batch, edits, evaluated, rewards, advantages)
+        if config.checkpoint.adapters == "kept" and evaluated is not None:
+            drop_unkept(folder, batch, evaluated.runs, advantages)
         if state.adapters is not None:
             save_adapter(folder, policy_id(step), state.adapters, policy_parents(step, update))
-        save_state(manager, state, step, rewards)  # returns before it is on disk ...
+        save_state(manager, state, step, rewards, past)  # returns before it is on disk ...
         drop_pending(folder, step - 1)  # ... but the one before it is
+        if past.num_skipped > outer.max_skipped:
+            raise FloatingPointError(
+                f"{name}: {past.num_skipped} updates were not finite and were skipped, of which"
+                f" outer.max_skipped = {outer.max_skipped} are allowed; lower outer.learning_rate"
+            )
     checkpoint.wait(manager)
     drop_pending(folder, outer.num_steps - 1)
     manager.close()
     return state
+
+
+def make_update(stages: Stages, objective: Objective, base: Params) -> tuple[Callable, TrainState]:
+    """Return the policy update that the config asks for, and the state before the first step."""
+    config, outer = stages.config, stages.config.outer.to_dict()
+    optimizer = make_optimizer(**optimizer_arguments(outer))
+    lora = {name: outer[name] for name in ("update", "rank", "alpha", "targets")}
+    names = ("schedule", "learning_rate", "num_epochs", "batch_size", "microbatch_size")
+    penalties = ("kl_coef", "kl_target", "entropy_coef")
+    policy_update = make_policy_update(
+        dataclasses.replace(stages.model.config, remat=outer["remat"]),
+        objective,
+        optimizer,
+        mesh=stages.mesh,
+        seed=config.seed,
+        **{name: outer[name] for name in (*names, *penalties)},
+        **lora,
+    )
+    value_head = objective.gae is not None
+    state = init_train_state(
+        stages.model.config, base, optimizer, mesh=stages.mesh, value_head=value_head, **lora
+    )
+    return policy_update, state
+
+
+def extend(past: Past, rewards: Rewards, metrics: Mapping[str, float]) -> Past:
+    """Return the past with one step more."""
+    known = rewards.values[~np.isnan(rewards.values)]
+    return Past(
+        (*past.mean_rewards, float(known.mean())) if len(known) else past.mean_rewards,
+        (*past.kls, metrics["policy/kl"]) if "policy/kl" in metrics else past.kls,
+        past.num_skipped + metrics["policy/skipped"],
+    )
+
+
+def examine(
+    stages: Stages, params: Params, problems: Sequence, folder: str, label: str
+) -> dict[str, float]:
+    """Return the policy's mean reward on held-out problems, one self-edit each, as metrics.
+
+    The randomness is that of the final comparison, the same in every step.
+    """
+    step, num_edits = keys.EVAL_STEP, stages.config.eval.num_edits
+    rollout, texts = write_edits(stages, params, problems, step, num_edits, label)
+    edits = parse(stages, problems, texts)
+    evaluated = evaluate_edits(
+        stages, params, problems, (), rollout, edits, step, folder=folder, label=label
+    )
+    drop_pending(folder, step)
+    values = tabulate(edits, evaluated, stages.config.reward).values
+    return held_out_metrics(values)
 
 
 def keep_adapter(folder: str, parents: list[str] | None, run: Run, adapter: Adapters) -> None:
@@ -276,20 +343,10 @@ def keep_adapter(folder: str, parents: list[str] | None, run: Run, adapter: Adap
 
 
 def drop_unkept(folder: str, batch: Sequence, runs: Sequence[Run], advantages: np.ndarray) -> None:
-    """Delete the adapters of the self-edits that the policy was not trained on."""
-    kept = {(batch[p][0].id, r) for p, r in np.argwhere(advantages).tolist()}
+    """Delete the adapters of the self-edits that were not reinforced."""
+    kept = {(batch[p][0].id, r) for p, r in np.argwhere(advantages > 0).tolist()}
     unkept = [run for run in runs if run.name[:2] not in kept]
     delete_adapters(folder, [inner_id(run.step, run.name) for run in unkept])
-
-
-def pending(folder: str, step: int) -> str:
-    """Return the ledger of a step's finished inner runs, kept until its checkpoint is on disk."""
-    return os.path.join(folder, f"pending_{step}.jsonl")
-
-
-def drop_pending(folder: str, step: int) -> None:
-    if os.path.exists(pending(folder, step)):
-        os.remove(pending(folder, step))
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> None:
@@ -339,30 +396,34 @@ def take_problems(problems: Sequence, step: int, count: int) -> Sequence:
     return problems[step * count : (step + 1) * count]
 
 
-def save_state(manager, state: TrainState, step: int, rewards: np.ndarray) -> None:
+def save_state(manager, state: TrainState, step: int, rewards: Rewards, past: Past) -> None:
     """Save the state after `step`; `adapters` is what this step merged into `policy`."""
-    trees = {"policy": state.params, "opt_state": state.opt_state}
-    if state.adapters is not None:
-        trees["adapters"] = state.adapters
-    position = {"next_step": step + 1, "rewards": rewards.tolist()}
-    checkpoint.save(manager, step + 1, trees, position)
+    position = {"next_step": step + 1, "past": past._asdict()}
+    position["rewards"] = [[number(value) for value in row] for row in rewards.values]
+    checkpoint.save(manager, step + 1, _trees(state), position)
 
 
-def restore_state(manager, state: TrainState, folder: str) -> TrainState:
+def restore_state(manager, state: TrainState, folder: str) -> tuple[TrainState, Past]:
     """Return the newest good checkpoint's state, or `state`; drop the log of steps to be redone."""
-    templates = {"policy": state.params, "opt_state": state.opt_state}
-    if state.adapters is not None:
-        templates["adapters"] = state.adapters
-    restored = checkpoint.restore(manager, templates)
+    restored = checkpoint.restore(manager, _trees(state))
     next_step = restored[2]["next_step"] if restored else 0
     for name in ("metrics.jsonl", "edits.jsonl"):
         truncate_after(os.path.join(folder, name), next_step - 1)
     if restored is None:
-        return state
-    trees = restored[1]
-    return TrainState(
+        return state, Past()
+    _, trees, position = restored
+    past = {k: tuple(v) if isinstance(v, list) else v for k, v in position["past"].items()}
+    state = TrainState(
         jax.device_put(np.int32(next_step)),
         trees["policy"],
         trees.get("adapters"),
         trees["opt_state"],
+        trees.get("value_head"),
     )
+    return state, Past(**past)
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    trees = {"policy": state.params, "opt_state": state.opt_state}
+    optional = {"adapters": state.adapters, "value_head": state.value_head}
+    return trees | {name: tree for name, tree in optional.items() if tree is not None}

@@ -62,6 +62,7 @@ class Rollout(NamedTuple):
     tokens: jax.Array  # i32[B T] prompt and self-edit, padded on the right
     logp: jax.Array  # f32[B T] of each written token under the policy that wrote it, else 0
     loss_mask: jax.Array  # bool[B T] the written tokens
+    step: int = 0  # the outer step whose policy wrote them
 
 
 class TrainState(NamedTuple):
@@ -71,3 +72,4 @@ class TrainState(NamedTuple):
     params: Params  # the policy
     adapters: Adapters | None  # the LoRA that the last outer step merged into params; None if full
     opt_state: Any
+    value_head: Params | None = None  # {'kernel': f32[D], 'bias': f32[]} where an objective has one

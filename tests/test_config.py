@@ -87,7 +87,7 @@ def test_every_key_refuses_nan_infinity_and_another_type(key):
         ("model.chat", 1, ["True or False"]),
         ("task.name", "knowlege", ["task.name = 'knowlege'", "knowledge"]),
         ("task.styl", "qa", ["unknown key 'task.styl'", "'task.style'"]),
-        ("outer.objective", "grop", ["'rest_em'"]),
+        ("outer.objective", "grop", ["'rest_em'", "'grpo'"]),
         ("mesh.fsdp", 0, ["an integer >= 1 or -1"]),
         ("mesh.fsdp", -1, ["mesh.data and mesh.fsdp = -1"]),
         ("inner.learning_rte", 1.0, ["unknown key", "'inner.learning_rate'"]),

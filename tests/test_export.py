@@ -273,7 +273,10 @@ def test_a_policy_trained_as_a_whole_is_exported_merged(one_device, tmp_path):
 
 @pytest.mark.long
 def test_a_policy_that_learned_nothing_is_not_exported(one_device, tmp_path, capsys):
-    overrides = ("outer.select=threshold", "outer.num_steps=1")  # all rewards are below 0
+    overrides = (
+        "outer.objective_kwargs={'select': 'threshold'}",
+        "outer.num_steps=1",
+    )  # all rewards are below 0
     arguments = train_arguments(tmp_path / "run", *overrides, "eval.random_control=False")
     assert cli.main(arguments) == 0
     assert adapters.list_adapters(str(tmp_path / "run")) == ["policy-0"]

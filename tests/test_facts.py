@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seal_jax.tasks.facts import ATTRIBUTES, Facts
+from seal_jax.tasks.facts import ATTRIBUTES, Facts, facts_of
 from seal_jax.tasks.task import Problem, Question, Rejected, SelfEdit
 
-SENTENCES = ("tromun size is big.", "tromun day is monday.", "tromun food is corn.")
+SENTENCES = ("big is tromun's size.", "monday is tromun's day.", "corn is tromun's food.")
 PROBLEM = Problem("tromun", "tromun", " ".join(SENTENCES))
 QUESTIONS = (
     Question("tromun size?", "big"),
@@ -109,3 +109,9 @@ def test_bad_fields(field):
 
 def test_the_largest_task_is_found():
     assert len(Facts(num_eval=4000).load("eval")) == 4000
+
+
+def test_facts_are_read_back_from_their_passage():
+    for problem, exam in Facts(num_facts=6).load("eval"):
+        asked = [(f"{problem.title} {a}?", v) for a, v in facts_of(problem.passage)]
+        assert asked == [tuple(question) for question in exam.questions]

@@ -1,4 +1,4 @@
-"""The policy update against a slow loop, and which self-edits ReST-EM keeps."""
+"""The policy update against a slow loop, and what every objective's update has in common."""
 
 import functools
 
@@ -10,9 +10,9 @@ import pytest
 
 from seal_jax import keys, lora
 from seal_jax.models.transformer import forward
-from seal_jax.objectives import rest_em
+from seal_jax.objectives import Past, make_objective
 from seal_jax.optim import make_optimizer
-from seal_jax.policy import init_train_state, make_policy_update
+from seal_jax.policy import init_train_state, make_policy_update, rollout_logp
 from seal_jax.types import Rollout
 
 B, T, SEED = 7, 16, 3
@@ -39,27 +39,34 @@ def one_device():
 
 
 @functools.cache
-def make_update(config, kind, microbatch_size):
+def make_update(config, kind, microbatch_size, name="rloo", **settings):
     return make_policy_update(
         config,
-        rest_em(),
+        make_objective(name),
         make_optimizer(**OPTIMIZER),
         mesh=one_device(),
         seed=SEED,
         update=kind,
         microbatch_size=microbatch_size,
-        **SETTINGS,
+        **SETTINGS | settings,
         **LORA,
     )
 
 
-def update(tiny, rollout, advantages, kind, steps=1, microbatch_size=2):
-    """Return the state after `steps` policy updates on the same rollout."""
+def first_state(tiny, kind, value_head=False):
     config, params = tiny
     optimizer = make_optimizer(**OPTIMIZER)
-    state = init_train_state(config, params, optimizer, mesh=one_device(), update=kind, **LORA)
-    for _ in range(steps):
-        state, metrics = make_update(config, kind, microbatch_size)(state, rollout, advantages)
+    return init_train_state(
+        config, params, optimizer, mesh=one_device(), update=kind, value_head=value_head, **LORA
+    )
+
+
+def update(tiny, rollout, advantages, kind, steps=1, microbatch_size=2):
+    """Return the state after `steps` policy updates on the same rollout: -advantage * log p."""
+    state = first_state(tiny, kind)
+    for step in range(steps):
+        rollout = rollout._replace(step=step)
+        state, metrics = make_update(tiny[0], kind, microbatch_size)(state, rollout, advantages)
     return state, metrics
 
 
@@ -106,7 +113,7 @@ def slow_update(tiny, rollout, advantages, kind, steps):
             )
             tx_state = tx.init(trained) if tx_state is None else tx_state
             grads = [
-                grad(trained, params, Rollout(*(x[b] for x in rollout)), advantages[b])
+                grad(trained, params, Rollout(*(x[b] for x in rollout[:3])), advantages[b])
                 for b in rows
             ]
             total = jax.tree.map(lambda *g: sum(g), *grads)
@@ -174,60 +181,105 @@ def test_rows_without_an_advantage_do_not_matter(tiny, rollout):
 def test_no_advantage_at_all_leaves_the_policy_as_it_is(tiny, rollout, kind):
     state, metrics = update(tiny, rollout, np.zeros(B, np.float32), kind)
     jax.tree.map(np.testing.assert_array_equal, state.params, tiny[1])
-    assert metrics == {"policy/num_batches": 0, "policy/num_rows": 0}
+    assert metrics["policy/no_advantage"] == 1
+    assert metrics["policy/num_batches"] == metrics["policy/num_rows"] == 0
+    assert metrics["policy/skipped"] == 0
     assert int(state.step) == 1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny, rollout):
-    broken = tiny[0], jax.tree.map(lambda x: x * np.nan, tiny[1])
-    with pytest.raises(FloatingPointError, match="outer step 0, batch 0.*outer.learning_rate"):
-        update(broken, rollout, ADVANTAGES, "lora")
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_an_update_that_is_not_finite_is_taken_back_and_counted(tiny, rollout, kind, capsys):
+    # The second batch breaks: what the first one trained is taken back, too.
+    advantages = np.where(np.arange(B) == 4, np.inf, 1).astype(np.float32)
+    state, metrics = update(tiny, rollout, advantages, kind)
+    jax.tree.map(np.testing.assert_array_equal, state.params, tiny[1])
+    before = first_state(tiny, kind)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, before.opt_state)
+    assert metrics["policy/skipped"] == 1 and "policy/loss_last" not in metrics
+    assert int(state.step) == 1
+    assert "update skipped: batch" in capsys.readouterr().out
 
 
-REWARDS = np.array([[0.1, 0.9, 0.5], [0.4, 0.4, 0.2], [0.0, 0.7, 0.8]], np.float32)
-VALID = np.array([[True, False, True], [True, True, True], [False, False, False]])
+def test_log_probabilities_at_the_start_are_the_samplers(tiny, rollout):
+    logp = np.array(rollout_logp(tiny[0], tiny[1], None, rollout))
+    _, metrics = update(tiny, rollout._replace(logp=logp), ADVANTAGES, "lora")
+    assert metrics["outer/ratio_at_start"] == pytest.approx(1, abs=1e-4)
+    logp[1, 8] += 0.5  # row 1 has no advantage: it is not looked at
+    logp[2, 8] += 0.5 * rollout.loss_mask[2, 8]
+    _, metrics = update(tiny, rollout._replace(logp=logp), ADVANTAGES, "lora")
+    assert metrics["outer/ratio_at_start"] == pytest.approx(np.exp(0.5), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("select", "threshold", "valid", "kept"),
-    [
-        ("best", 0.0, VALID, [[0, 0, 1], [1, 0, 0], [0, 0, 0]]),
-        ("best", 0.0, np.ones_like(VALID), [[0, 1, 0], [1, 0, 0], [0, 0, 1]]),
-        ("threshold", 0.3, VALID, [[0, 0, 1], [1, 1, 0], [0, 0, 0]]),
-        ("threshold", 0.4, np.ones_like(VALID), [[0, 1, 1], [0, 0, 0], [0, 1, 1]]),
-        ("threshold", 0.9, VALID, np.zeros((3, 3))),
-        ("best", 0.0, np.zeros_like(VALID), np.zeros((3, 3))),
-        ("random", 0.0, np.zeros_like(VALID), np.zeros((3, 3))),
-    ],
-)
-def test_rest_em_keeps(select, threshold, valid, kept):
-    objective = rest_em(select, threshold)
-    advantages = objective.advantages(REWARDS, valid, np.random.default_rng(0))
-    assert advantages.dtype == np.float32
-    np.testing.assert_array_equal(advantages, kept)
-    assert objective.needs_rewards == (select != "random")
+def test_a_rollout_of_another_policy_is_refused_unless_asked_for(tiny, rollout):
+    state = first_state(tiny, "lora")
+    stale = rollout._replace(step=3)
+    with pytest.raises(ValueError, match="policy of outer step 3 wrote.*the policy of step 0"):
+        make_update(tiny[0], "lora", 2)(state, stale, ADVANTAGES)
+    allowed = make_update(tiny[0], "lora", 2, allow_stale=True)
+    _, metrics = allowed(state, stale, ADVANTAGES)
+    assert metrics["policy/num_batches"] == 4
 
 
-def test_random_keeps_one_valid_self_edit_of_each_problem_whatever_its_reward():
-    objective, counts = rest_em("random"), np.zeros((3, 3))
-    for seed in range(300):
-        rng = np.random.default_rng(seed)
-        kept = objective.advantages(REWARDS, VALID, rng)
-        same = objective.advantages(-REWARDS, VALID, np.random.default_rng(seed))
-        np.testing.assert_array_equal(kept, same)
-        np.testing.assert_array_equal(kept.sum(axis=1), [1, 1, 0])
-        counts += kept
-    assert not counts[~VALID].any()
-    np.testing.assert_allclose(counts[0, [0, 2]] / 300, 1 / 2, atol=0.1)
-    np.testing.assert_allclose(counts[1] / 300, 1 / 3, atol=0.1)
+def loss_by_hand(tiny, rollout, advantages, name, kl=0.0, entropy=0.0, reference=None):
+    """Return the first batch's loss at the start, where every ratio is 1: from full logits."""
+    config, params = tiny
+
+    def log_softmax(params):
+        logits = forward(config, params, rollout.tokens)[:, :-1]
+        return jax.nn.log_softmax(logits), rollout.loss_mask[:, 1:]
+
+    logp, mask = log_softmax(params)
+    at = jnp.asarray(rollout.tokens)[:, 1:, None]
+    chosen = jnp.take_along_axis(logp, at, axis=-1)[..., 0]
+    used = ~np.isnan(advantages)
+    loss = -np.nan_to_num(advantages)[:, None] * (chosen if name == "rloo" else 1.0)
+    if kl:
+        difference = jnp.take_along_axis(log_softmax(reference)[0], at, axis=-1)[..., 0] - chosen
+        loss += kl * (jnp.exp(difference) - 1 - difference)
+    loss += entropy * (jnp.exp(logp) * logp).sum(axis=-1)
+    lengths = mask.sum(axis=1)
+    weight = 1 / lengths[used].sum() if name == "rloo" else 1 / (lengths * used.sum())
+    return float(((loss * mask).sum(axis=1) * weight)[used].sum())
 
 
-def test_rest_em_is_a_masked_negative_log_likelihood():
-    logp = jnp.asarray([[-1.0, -2.0], [-3.0, -4.0]])
-    loss = rest_em().loss(logp, jnp.zeros((2, 2)), jnp.asarray([[1.0], [0.0]]))
-    np.testing.assert_array_equal(loss, [[1, 2], [0, 0]])
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_kl_penalty_and_entropy_bonus_are_added_to_any_objective(tiny, rollout, name, kind):
+    advantages = np.array([1, np.nan, 2, -1, 0, 1, 0.5], np.float32)
+    reference = jax.tree.map(lambda x: 1.3 * x, tiny[1])
+    settings = {"kl_coef": 0.3, "entropy_coef": 0.2, "batch_size": B, "num_epochs": 1}
+    policy_update = make_update(tiny[0], kind, 2, name, **settings)
+    state = first_state(tiny, kind)
+    _, metrics = policy_update(state, rollout, advantages, reference=reference)
+    expected = loss_by_hand(tiny, rollout, advantages, name, 0.3, 0.2, reference)
+    assert metrics["policy/loss_first"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["policy/num_rows"] == 6  # the row without an advantage has a penalty
+    assert metrics["policy/kl_coef"] == 0.3 and metrics["policy/kl"] > 0
 
 
-def test_an_unknown_selection_is_refused():
-    with pytest.raises(ValueError, match="select='worst': expected 'best', 'threshold' or"):
-        rest_em("worst")
+def test_the_kl_coefficient_follows_its_target(tiny, rollout):
+    settings = {"kl_coef": 0.3, "kl_target": 0.1, "batch_size": B, "num_epochs": 1}
+    policy_update = make_update(tiny[0], "lora", 2, **settings)
+    past = Past(kls=(10.0, 0.0, 0.11))
+    _, metrics = policy_update(
+        first_state(tiny, "lora"), rollout, ADVANTAGES, past=past, reference=tiny[1]
+    )
+    assert metrics["policy/kl_coef"] == pytest.approx(0.3 * 1.02 * 0.98 * 1.01)
+    assert metrics["policy/kl"] == 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_ppo_trains_a_value_head_that_learns_what_to_expect(tiny, rollout, kind):
+    rewards = np.full(B, 0.7, np.float32)
+    settings = {"num_epochs": 8, "batch_size": B, "schedule": "constant", "learning_rate": 0.02}
+    policy_update = make_update(tiny[0], kind, 2, "ppo", **settings)
+    state = first_state(tiny, kind, value_head=True)
+    assert not any(x.any() for x in jax.tree.leaves(state.value_head))
+    errors = []
+    for step in range(3):
+        state, metrics = policy_update(state, rollout._replace(step=step), rewards)
+        errors.append(metrics["policy/value_error"])
+    assert errors[0] == pytest.approx(0.7 * 0.95 ** np.arange(0).sum(), abs=0.3)
+    assert errors[2] < errors[1] < errors[0]
+    assert state.value_head["kernel"].shape == (tiny[0].embed_dim,)
+    assert metrics["policy/num_rows"] == B

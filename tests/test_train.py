@@ -12,12 +12,13 @@ from tiny_run import CONFIG, run_loop, run_process, train_arguments
 
 from seal_jax import adapters, checkpoint, cli
 from seal_jax.config import load_config, to_json
+from seal_jax.evidence import Evaluated
 from seal_jax.metrics import read_jsonl
 from seal_jax.models import load_model
 from seal_jax.optim import make_optimizer
 from seal_jax.policy import init_train_state
 from seal_jax.record import tabulate, why
-from seal_jax.rewards import Outcome
+from seal_jax.rewards import Evidence, Outcome
 from seal_jax.stages import make_stages, optimizer_arguments
 from seal_jax.tasks.task import Rejected, SelfEdit
 from seal_jax.train import train
@@ -31,9 +32,12 @@ SMALL = (
     "eval.random_control=False",
     "eval.num_problems=1",
 )
+ACCURACY = ("reward.weights={'accuracy': 1}",)
+THRESHOLD = "outer.objective_kwargs={'select': 'threshold'}"
 EDIT_FIELDS = {
     *("step", "problem", "title", "edit", "prompt", "text", "training_texts", "answers"),
     *("accuracy", "log_likelihood", "loss_before", "loss_after", "reward", "kept", "why"),
+    "advantage",
 }
 
 
@@ -236,7 +240,7 @@ def not_a_number(learning_rate):
 
 
 def test_a_full_update_and_another_inner_optimizer_by_name(one_device, tmp_path):
-    overrides = (*SMALL, "outer.update=full", "inner.optax_name=lion", "reward.kind=accuracy")
+    overrides = (*SMALL, "outer.update=full", "inner.optax_name=lion", *ACCURACY)
     run_loop(load_config(CONFIG, overrides), tmp_path)
     (row,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert row["inner/loss_after"] < row["inner/loss_before"]
@@ -250,7 +254,7 @@ def test_a_full_update_and_another_inner_optimizer_by_name(one_device, tmp_path)
 
 
 def test_a_users_optimizer_in_both_loops_and_a_threshold_that_keeps_nothing(one_device, tmp_path):
-    config = load_config(CONFIG, (*SMALL, "outer.select=threshold"))  # log-likelihoods are below 0
+    config = load_config(CONFIG, (*SMALL, THRESHOLD))  # log-likelihoods are below 0
     with config.unlocked():
         config.inner.optimizer = config.outer.optimizer = signed_step
     stages = run_loop(config, tmp_path)
@@ -300,10 +304,15 @@ def test_one_seed_that_overflows_rejects_its_self_edit_and_no_other():
         ("a", 1, 0): outcome(0.5),
         ("a", 1, 1): outcome(0.0),
     }
-    rewards, valid = tabulate(edits, outcomes, kind="accuracy", rejected=-1.0)
-    np.testing.assert_array_equal(rewards, [[-1.0, 0.25, -1.0]])
-    np.testing.assert_array_equal(valid, [[False, True, False]])
     seeds = list(outcomes.values())
+    evidence = [
+        Evidence(found, edit.text, "", 1.0, 0.0)
+        for found, edit in zip((seeds[:2], seeds[2:], []), edits[0], strict=True)
+    ]
+    evaluated = Evaluated([evidence], [], outcomes, [0.0])
+    rewards = tabulate(edits, evaluated, {"weights": {"accuracy": 1.0}, "rejected": -1.0})
+    np.testing.assert_array_equal(rewards.values, [[-1.0, 0.25, -1.0]])
+    np.testing.assert_array_equal(rewards.keepable, [[False, True, False]])
     assert why(edit, seeds[:2], False).startswith("not finite")
     assert why(edit, seeds[2:], True) == "selected by reward"
     assert why(edit, seeds[2:], False) == "not selected by reward"

@@ -20,7 +20,8 @@ def get_config():
     config.inner.num_seeds = 2
     config.inner.max_adapters = 4
     config.inner.tokens_per_step = 384
-    config.reward.kind = "log_likelihood"  # the accuracy of a random model is 0 throughout
+    # The accuracy of a random model is 0 throughout.
+    config.reward.weights = {"log_likelihood": 1.0}
     config.reward.rejected = -100.0
     config.outer.num_steps = 2
     config.outer.problems_per_step = 2

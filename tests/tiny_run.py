@@ -74,16 +74,16 @@ def run_loop(config, folder):
     """Run the outer loop in this process, without the final comparison; returns its stages."""
     import jax
 
-    from seal_jax.objectives import OBJECTIVES
     from seal_jax.stages import make_stages
-    from seal_jax.train import run_outer_loop, split_problems
+    from seal_jax.train import configured_objective, run_outer_loop, split_problems
 
-    stages, outer = make_stages(config), config.outer
-    problems, _ = split_problems(stages)
-    objective = OBJECTIVES[outer.objective](outer.select, outer.threshold)
+    stages, objective = make_stages(config), configured_objective(config)
+    problems, held_out = split_problems(stages)
     with jax.transfer_guard("disallow"):
         base = stages.model.params
-        run_outer_loop(stages, objective, base, problems, folder=folder, label="SEAL")
+        run_outer_loop(
+            stages, objective, base, problems, folder=folder, label="SEAL", held_out=held_out
+        )
     return stages
 
 

@@ -1,7 +1,7 @@
 """Synthetic facts about invented things, for a tiny model with a byte tokenizer on a CPU.
 
     title      zorbin
-    passage    zorbin color is red. zorbin home is cave.
+    passage    red is zorbin's color. cave is zorbin's home.
     self-edit  any lines; the good ones restate a fact as it will be asked: "zorbin color? red"
     question   zorbin color?
     answer     red
@@ -85,6 +85,15 @@ class Facts:
             return SelfEdit(problem.id, prompt, text, (*lines, *_sentences(problem.passage)))
         return Rejected(problem.id, prompt, text, reason)
 
+    def question_prompt(self, problem: Problem) -> str:
+        """Return the passage and a cue."""
+        return f"{problem.passage}\nquestions:\n"
+
+    def parse_questions(self, problem: Problem, text: str) -> tuple[Question, ...]:
+        """Take every line of the form "zorbin color? red" about this thing, each question once."""
+        found = re.findall(rf"^({re.escape(problem.title)} [a-z]+\?) ([a-z]+)$", text, re.MULTILINE)
+        return tuple(Question(question, answer) for question, answer in dict(found).items())
+
     def passage_only(self, problem: Problem) -> SelfEdit:
         """Return the control that trains on the passage's sentences alone."""
         return SelfEdit(problem.id, prompt="", text="", training_texts=_sentences(problem.passage))
@@ -103,9 +112,15 @@ class Facts:
         rng = random.Random(f"{self.seed} {name}")
         attributes = rng.sample(list(ATTRIBUTES), self.num_facts)
         values = {attribute: rng.choice(ATTRIBUTES[attribute]) for attribute in attributes}
-        passage = " ".join(f"{name} {attribute} is {values[attribute]}." for attribute in values)
+        passage = " ".join(f"{values[attribute]} is {name}'s {attribute}." for attribute in values)
         questions = [Question(f"{name} {attribute}?", values[attribute]) for attribute in values]
         return Problem(name, name, passage), Exam(name, tuple(questions))
+
+
+def facts_of(passage: str) -> list[tuple[str, str]]:
+    """Return the (attribute, value) pairs of a passage of this task."""
+    found = re.findall(r"(\S+) is \S+'s (\S+)\.", passage)
+    return [(attribute, value) for value, attribute in found]
 
 
 def _names(seed: int, split: str, count: int) -> list[str]:

@@ -116,6 +116,25 @@ class Knowledge:
             return Rejected(problem.id, prompt, text, reason)
         return SelfEdit(problem.id, prompt, text, tuple(texts))
 
+    def question_prompt(self, problem: Problem) -> str:
+        """Return the prompt that asks for questions with their answers, whatever the style."""
+        passage = f"Passage:\n{problem.title}\n{problem.passage}"
+        return _EDIT_PROMPTS["self-qa"].replace("{passage}", passage)
+
+    def parse_questions(self, problem: Problem, text: str) -> tuple[Question, ...]:
+        """Take every question with its answer that is there in full, each question once.
+
+        An answer ends with its line. One that is longer than 200 characters is no short answer.
+        """
+        del problem
+        questions = {}
+        for part in _question_parts(text.translate(_UNPRINTABLE)):
+            question, colon, answer = _QUESTION_START.sub("", part, count=1).partition("Answer:")
+            question, answer = " ".join(question.split()), answer.strip().partition("\n")[0].strip()
+            if colon and question and 0 < len(answer) <= 200:
+                questions.setdefault(question, answer)
+        return tuple(Question(question, answer) for question, answer in questions.items())
+
     def passage_only(self, problem: Problem) -> SelfEdit:
         """Return the control that trains on the titled passage alone."""
         texts = training_sequences(

@@ -55,7 +55,12 @@ class Rejected(NamedTuple):
 
 
 class Task(Protocol):
-    """What the loop asks of a task. No base class: any object with these methods is one."""
+    """What the loop asks of a task. No base class: any object with these methods is one.
+
+    A task may have two more, for the reward `self_questions`: `question_prompt(problem) -> str`
+    asks the policy for questions on what it sees, and `parse_questions(problem, text) -> questions`
+    reads what it wrote, untrusted too: a tuple, empty where there is none.
+    """
 
     def load(self, split: str) -> list[tuple[Problem, Exam]]:
         """Return the problems of `split` ('train' or 'eval') with their exams, in a fixed order."""

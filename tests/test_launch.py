@@ -1,0 +1,280 @@
+"""The launch scripts: what they would call, with a `gcloud` that only writes down its arguments."""
+
+import os
+import shlex
+import shutil
+import subprocess
+
+import pytest
+import yaml
+from tiny_run import TESTS
+
+LAUNCH = TESTS.parent / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+VM = {
+    "NAME": "seal",
+    "ZONE": "us-west4-a",
+    "TYPE": "v5litepod-16",
+    "VERSION": "v2-alpha-tpuv5-lite",
+}
+TRAIN = ["--config", "configs/my config.py", "--workdir", "gs://bucket/runs/a"]
+# Answers `describe` and `storage ls` with the next line of a file, each; the rest succeeds.
+GCLOUD = """#!/usr/bin/env bash
+for argument in "$@"; do printf '%q ' "$argument"; done >> "$RECORD"
+echo >> "$RECORD"
+for argument in "$@"; do
+  case $argument in
+    --metadata-from-file=startup-script=*) cp "${argument##*=}" "$RECORD.startup" ;;
+    *.bundle) [ ! -f "$argument" ] || cp "$argument" "$RECORD.bundle" ;;
+  esac
+done
+next() { head -n 1 "$RECORD.$1"; sed -i 1d "$RECORD.$1"; }
+case "$*" in
+  *" describe "*) next states ;;
+  *"storage ls"*) [ "$(next done)" = yes ] ;;
+esac
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """Return a clean Git repository with the scripts; `gcloud` is first on its PATH."""
+    clone = tmp_path / "clone"
+    shutil.copytree(LAUNCH, clone / "launch")
+    git = [
+        "git",
+        "-C",
+        clone,
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@b",
+        "-c",
+        "init.defaultBranch=a",
+    ]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "code"], check=True)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/gcloud").write_text(GCLOUD)
+    (tmp_path / "bin/gcloud").chmod(0o755)
+    return clone
+
+
+def bash(clone, script, *arguments, states=(), done=(), **variables):
+    """Run a script from a foreign folder; returns the process and what `gcloud` was called with."""
+    record = clone.parent / "record"
+    record.write_text("")
+    (clone.parent / "record.states").write_text("".join(f"{state}\n" for state in states))
+    (clone.parent / "record.done").write_text("".join(f"{word}\n" for word in done))
+    own = {key: os.environ[key] for key in ("HOME", "TMPDIR") if key in os.environ}
+    path = f"{clone.parent / 'bin'}:/usr/bin:/bin"
+    result = subprocess.run(
+        ["bash", clone / "launch" / script, *arguments],
+        env={**own, "PATH": path, "RECORD": str(record), **variables},
+        cwd=clone.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return result, [shlex.split(line) for line in record.read_text().splitlines()]
+
+
+def head(clone):
+    command = ["git", "-C", clone, "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_strict_and_bash_reads_it(script):
+    assert script.name == "code.sh" or "\nset -euo pipefail\n" in script.read_text()
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_has_no_complaint():
+    command = [
+        "shellcheck",
+        "--severity=warning",
+        "-x",
+        *(f"launch/{path.name}" for path in SCRIPTS),
+    ]
+    result = subprocess.run(command, cwd=LAUNCH.parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("script", ["cpu.sh", "gpu.sh", "tpu_worker.sh"])
+def test_a_dry_run_ends_in_train_with_the_arguments_as_they_were(clone, script):
+    arguments = ["--config", "a b.py", "--workdir", "runs/$x"]
+    first = () if script == "tpu_worker.sh" else ("--dry-run",)
+    result, calls = bash(clone, script, *first, *arguments, DRY_RUN="1" if not first else "")
+    assert (result.returncode, calls) == (0, []), result.stderr
+    last = shlex.split(result.stdout.splitlines()[-1])
+    assert last == ["exec", "seal-jax", "train", *arguments]
+
+
+def test_a_slurm_task_does_not_install(clone):
+    result, _ = bash(clone, "gpu.sh", "--config", "a.py", SLURM_NTASKS="8")
+    assert result.returncode == 2 and "once, before srun" in result.stderr
+    result, _ = bash(clone, "gpu.sh", "--dry-run", "--config", "a.py", SLURM_NTASKS="8")
+    assert "install" not in result.stdout
+
+
+def test_a_bucket_is_mounted_and_its_paths_follow(clone):
+    result, _ = bash(clone, "tpu_worker.sh", *TRAIN, DRY_RUN="1", HOME="/home/x y")
+    lines = [shlex.split(line) for line in result.stdout.splitlines()]
+    assert lines[-2][0] == "gcsfuse" and lines[-2][-2:] == ["bucket", "/home/x y/gcs/bucket"]
+    assert lines[-1][3:] == [*TRAIN[:3], "/home/x y/gcs/bucket/runs/a"]
+
+
+def test_a_tpu_vm_is_created_and_deleted(clone):
+    _, (call,) = bash(clone, "tpu_vm.sh", "create", **VM, SPOT="1")
+    assert call[:5] == ["compute", "tpus", "tpu-vm", "create", "seal"]
+    for flag in ("--zone=us-west4-a", "--accelerator-type=v5litepod-16", "--spot"):
+        assert flag in call
+    assert "--version=v2-alpha-tpuv5-lite" in call
+    _, (call,) = bash(clone, "tpu_vm.sh", "create", **VM)
+    assert "--spot" not in call
+    _, (call,) = bash(clone, "tpu_vm.sh", "delete", **VM)
+    assert call[3:] == ["delete", "seal", "--quiet", "--zone=us-west4-a"]
+
+
+def test_setup_brings_every_worker_to_this_commit(clone):
+    result, (copy, setup) = bash(clone, "tpu_vm.sh", "setup", **VM)
+    assert result.returncode == 0, result.stderr
+    assert copy[3] == "scp" and copy[5:7] == ["seal:", "--worker=all"]
+    assert "--worker=all" in setup
+    # What the workers are told to do, done here with the bundle that was copied.
+    command = next(word for word in setup if word.startswith("--command=")).removeprefix(
+        "--command="
+    )
+    unpack, _, rest = command.rpartition(" && ")
+    assert rest == "bash seal_jax/launch/tpu_setup.sh"
+    worker = clone.parent / "worker"
+    worker.mkdir()
+    shutil.copy(clone.parent / "record.bundle", worker / "seal_jax.bundle")
+    for _ in range(2):  # again, it does nothing
+        subprocess.run(["bash", "-euc", unpack], cwd=worker, check=True)
+        assert head(worker / "seal_jax") == head(clone)
+    assert (worker / "seal_jax/launch/tpu_worker.sh").exists()
+
+
+def test_what_is_not_committed_is_refused(clone):
+    (clone / "launch/cpu.sh").write_text("changed")
+    for script, arguments in (("tpu_vm.sh", ["setup"]), ("queued_resource.sh", TRAIN)):
+        result, calls = bash(clone, script, *arguments, **VM, BUCKET="bucket")
+        assert result.returncode == 2 and "not committed" in result.stderr
+        assert calls == []
+
+
+def test_run_quotes_its_arguments_for_every_worker(clone):
+    cache = {"JAX_COMPILATION_CACHE_DIR": "gs://bucket/cache"}
+    _, (call,) = bash(clone, "tpu_vm.sh", "run", *TRAIN, **VM, **cache)
+    assert call[3:6] == ["ssh", "seal", "--worker=all"]
+    words = shlex.split(call[6].removeprefix("--command="))
+    assert words[:3] == ["nohup", "env", "JAX_COMPILATION_CACHE_DIR=gs://bucket/cache"]
+    assert words[3 : 5 + len(TRAIN)] == ["bash", "seal_jax/launch/tpu_worker.sh", *TRAIN]
+
+
+@pytest.mark.parametrize("command", ["create", "setup", "run", "logs", "status", "stop", "delete"])
+def test_a_dry_run_of_a_tpu_vm_calls_nobody(clone, command):
+    result, calls = bash(clone, "tpu_vm.sh", "--dry-run", command, *TRAIN, **VM)
+    assert (result.returncode, calls) == (0, []), result.stderr
+    assert "gcloud compute tpus tpu-vm" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing", "words"),
+    [
+        (["frobnicate"], (), "no command 'frobnicate'; there are create"),
+        ([], (), "no command ''"),
+        (["create"], ("TYPE",), "set TYPE"),
+        (["delete"], ("NAME",), "set NAME"),
+    ],
+)
+def test_a_wrong_call_of_tpu_vm_says_what_is_missing(clone, arguments, missing, words):
+    variables = {key: value for key, value in VM.items() if key not in missing}
+    result, calls = bash(clone, "tpu_vm.sh", *arguments, **variables)
+    assert result.returncode == 2 and calls == []
+    assert f"launch/tpu_vm.sh: {words}" in result.stderr
+
+
+def queue(clone, *arguments, states=(), done=(), **variables):
+    variables = {**VM, "BUCKET": "bucket", "POLL": "0", **variables}
+    return bash(clone, "queued_resource.sh", *arguments, states=states, done=done, **variables)
+
+
+def test_a_queued_resource_runs_this_commit_and_is_deleted_in_the_end(clone):
+    states = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+    result, calls = queue(clone, *TRAIN, states=states, done=["no", "no", "no", "yes"])
+    assert result.returncode == 0, result.stderr
+    upload, create = calls[:2]
+    bundle = f"gs://bucket/seal_jax/{head(clone)}.bundle"
+    assert upload[:2] == ["storage", "cp"] and upload[-1] == bundle
+    assert create[:5] == ["compute", "tpus", "queued-resources", "create", "seal"]
+    for flag in ("--node-id=seal", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"):
+        assert flag in create
+    assert calls[-1][3:7] == ["delete", "seal", "--force", "--quiet"]
+    startup = (clone.parent / "record.startup").read_text()
+    subprocess.run(["bash", "-n"], input=startup, text=True, check=True)
+    lines = [shlex.split(line) for line in startup.splitlines()]
+    assert ["gcloud", "storage", "cp", bundle, "seal_jax.bundle"] in lines
+    assert head(clone) in startup
+    assert lines[-1] == ["exec", "bash", "seal_jax/launch/tpu_worker.sh", *TRAIN]
+
+
+def test_a_slice_that_was_taken_away_is_asked_for_again(clone):
+    states = ["ACTIVE", "SUSPENDED", "FAILED", "ACTIVE"]
+    result, calls = queue(clone, *TRAIN, states=states, done=["no"] * 4 + ["yes"])
+    assert result.returncode == 0, result.stderr
+    verbs = [call[3] for call in calls if call[2] == "queued-resources" and call[3] != "describe"]
+    assert verbs == ["create", "delete", "create", "delete", "create", "delete"]
+
+
+def test_retries_have_an_end(clone):
+    result, calls = queue(clone, *TRAIN, states=["FAILED"] * 9, done=["no"] * 9, RETRIES="2")
+    assert result.returncode == 2 and "lost the TPUs 3 times" in result.stderr
+    assert sum("create" in call for call in calls) == 3
+
+
+def test_a_workdir_on_the_tpus_themselves_is_refused(clone):
+    result, calls = queue(clone, "--config", "a.py", "--workdir", "runs/a")
+    assert result.returncode == 2 and calls == []
+    assert "'runs/a'" in result.stderr and "gs://BUCKET/PATH" in result.stderr
+
+
+def test_a_dry_run_of_the_queue_shows_the_startup_script(clone):
+    result, calls = queue(clone, "--dry-run", *TRAIN)
+    assert (result.returncode, calls) == (0, []), result.stderr
+    assert "exec bash seal_jax/launch/tpu_worker.sh" in result.stdout
+
+
+def test_a_jobset_has_a_pod_for_each_machine_of_its_slice():
+    jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    assert jobset["kind"] == "JobSet"
+    (job,) = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert spec["completions"] == spec["parallelism"] == int(rows) * int(columns) // chips
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert environment["JAX_PLATFORMS"] == "tpu,cpu" and environment["SEAL_JAX_DISTRIBUTED"] == "1"
+    workdir = container["args"][container["args"].index("--workdir") + 1]
+    (mount,) = container["volumeMounts"]
+    assert workdir.startswith(mount["mountPath"] + "/")
+    assert (LAUNCH.parent / container["args"][1]).exists()
+
+
+def test_skypilot_ends_in_the_same_script():
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert task["run"].splitlines()[-1] == "bash launch/tpu_worker.sh $ARGS"
+    for script in (task["setup"], task["run"]):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_the_image_ends_in_train_and_knows_its_commit():
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    assert lines[-1] == 'ENTRYPOINT ["seal-jax", "train"]'
+    assert "ENV SEAL_JAX_COMMIT=$COMMIT" in lines

@@ -1,4 +1,4 @@
-"""`seal-jax`: train, eval, generate, export, bench."""
+"""`seal-jax`: train, eval, generate, export, bench, doctor."""
 
 import argparse
 import os
@@ -49,6 +49,15 @@ examples:
 
 Prints the figures and their ratios. The comparison with torch and PEFT needs both installed:
 bash launch/install.sh peers"""
+
+_DOCTOR = """\
+example:
+  seal-jax doctor --config configs/quickstart.py --workdir runs/quickstart
+
+Looks at devices, folder and disk, and compares versions, commit and config of all processes. Every
+`seal-jax train` begins with it. Several processes are named by JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found with SEAL_JAX_DISTRIBUTED=1 (TPU, GKE, Slurm);
+they wait for each other for SEAL_JAX_TIMEOUT seconds (600)."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -102,6 +111,8 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, metavar="FOLDER", help="where to: new, or empty")
     export.add_argument("--adapter", default="policy", metavar="ID", help="default: policy")
     export.add_argument("--merged", action="store_true", help="a whole model, not an adapter")
+    doctor = configured("doctor", "Say now what would stop a run later, on any process.", _DOCTOR)
+    doctor.add_argument("--workdir", required=True, help="the run's folder")
     bench = command("bench", "Measure a part against its peers, in one run.", _BENCH)
     bench.add_argument(
         "name",
@@ -143,6 +154,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     start_jax()
     from seal_jax.train import is_done, train
 
+    _examine(config, arguments.workdir)
     done = is_done(config, arguments.workdir)
     if not done:
         train(config, arguments.workdir)
@@ -158,6 +170,25 @@ def run_train(arguments: argparse.Namespace) -> int:
     )
     print("and others need of it), random/ (the control's run).")
     return 0
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    from seal_jax.start import start_jax
+
+    start_jax()
+    for line in _examine(config, arguments.workdir):
+        print(line)
+    print("nothing stands in the way of a run")
+    return 0
+
+
+def _examine(config, workdir: str) -> list[str]:
+    from seal_jax.doctor import check
+    from seal_jax.processes import timeout_seconds
+    from seal_jax.train import check_workdir
+
+    return check(config, workdir, check_workdir, timeout_seconds())
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
@@ -232,6 +263,7 @@ _COMMANDS = {
     "generate": run_generate,
     "export": run_export,
     "bench": run_benchmark,
+    "doctor": run_doctor,
 }
 
 

@@ -46,11 +46,13 @@ def compare(
     policies: Mapping[str, Params],
     problems: Sequence[tuple[Problem, Exam]],
     workdir: str,
+    reliability: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Test every arm on the problems; write summary.json and summary.md, and return the former.
 
     Args:
       policies: 'base', and where they exist 'seal' and 'random'.
+      reliability: of the rewards that 'seal' was trained on, see `mean_reliability`.
     """
     config, base = stages.config, policies["base"]
     accuracy = {"base": np.array(baseline_accuracy(stages, inner_base(stages, base), problems))}
@@ -69,6 +71,7 @@ def compare(
         "num_edits": config.eval.num_edits,
         "num_seeds": config.eval.num_seeds,
         "rejected_self_edits": num_rejected,
+        "reward_reliability": dict(reliability or {}),
         "arms": bootstrap(accuracy, config.eval.num_bootstrap, config.seed),
         "accuracy_by_problem": {
             problem.id: {arm: float(values[p]) for arm, values in accuracy.items()}
@@ -140,6 +143,30 @@ def bootstrap(
     return arms
 
 
+def mean_reliability(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean over outer steps of the reliability report in their metrics."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith("reliability/"):
+                found.setdefault(name.removeprefix("reliability/"), []).append(value)
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def describe_reliability(report: Mapping[str, float]) -> list[str]:
+    """Return a line on how far the training rewards could be trusted; none without a report."""
+    parts = []
+    if "reliability_of_mean" in report:
+        parts.append(f"reliability {report['reliability_of_mean']:.2f}")
+        parts.append(f"{report['reliability_of_one']:.2f} of one seed")
+    if "gain_apparent" in report:
+        gain = f"the best self-edit looks {report['gain_apparent']:+.3f} better than the mean"
+        if "gain_cross_validated" in report:
+            gain += f" and is {report['gain_cross_validated']:+.3f}, cross-validated"
+        parts.append(gain)
+    return [f"Rewards in training (mean over outer steps): {'; '.join(parts)}."] if parts else []
+
+
 def to_markdown(summary: Mapping[str, Any]) -> str:
     """Return the table, with what it can and cannot show."""
 
@@ -174,5 +201,6 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
             f"With {num} passages the intervals are wide, and a bootstrap over so few still makes"
             " them too narrow: a difference whose interval includes 0, or barely not, is not shown."
         )
+    lines += describe_reliability(summary.get("reward_reliability", {}))
     lines.append(f"Rejected self-edits (counted as 0): {summary['rejected_self_edits']}")
     return "\n".join(lines) + "\n"

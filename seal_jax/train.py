@@ -29,12 +29,19 @@ from ml_collections import ConfigDict
 
 from seal_jax import checkpoint, keys
 from seal_jax.adapters import delete_adapters, inner_id, policy_id, policy_parents, save_adapter
-from seal_jax.compare import compare
+from seal_jax.compare import compare, mean_reliability
 from seal_jax.config import diff, to_json
 from seal_jax.evaluate import Run
 from seal_jax.evidence import check_rewards, drop_pending, evaluate_edits
 from seal_jax.lora import merge
-from seal_jax.metrics import append_json, append_metrics, truncate_after, write_json, write_text
+from seal_jax.metrics import (
+    append_json,
+    append_metrics,
+    read_jsonl,
+    truncate_after,
+    write_json,
+    write_text,
+)
 from seal_jax.objectives import Objective, Past, Rewards, make_objective, random_em
 from seal_jax.optim import make_optimizer
 from seal_jax.peft import is_peft, load_peft
@@ -99,7 +106,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             arms["random"] = run_loop(
                 random_em(), folder=os.path.join(workdir, "random"), label="random control"
             ).params
-        return compare(stages, arms, eval_problems, workdir)
+        rows = read_jsonl(os.path.join(workdir, "metrics.jsonl"))
+        return compare(stages, arms, eval_problems, workdir, mean_reliability(rows))
 
 
 def configured_objective(config: ConfigDict) -> Objective:

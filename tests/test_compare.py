@@ -112,6 +112,20 @@ def test_the_table_has_a_row_for_each_arm_and_says_how_wide_it_is():
     assert "wide" not in many
 
 
+def test_the_summary_says_how_far_rewards_could_be_trusted():
+    rows = [
+        {"reliability/reliability_of_mean": 0.2, "reliability/reliability_of_one": 0.1},
+        {"reliability/reliability_of_mean": 0.4, "reliability/reliability_of_one": 0.2, "other": 9},
+        {"reliability/gain_apparent": 0.14, "reliability/gain_cross_validated": 0.036},
+    ]
+    report = compare.mean_reliability(rows)
+    assert report["reliability_of_mean"] == pytest.approx(0.3)
+    (line,) = compare.describe_reliability(report)
+    assert "reliability 0.30; 0.15 of one seed" in line
+    assert "looks +0.140 better than the mean and is +0.036, cross-validated" in line
+    assert compare.describe_reliability({}) == []
+
+
 def outcome(accuracy, loss=1.0):
     return Outcome(accuracy, None, 2.0, loss, (), 1)
 

@@ -28,7 +28,7 @@ from seal_jax.tasks.facts import ATTRIBUTES, Facts, facts_of
 from seal_jax.tasks.task import Problem
 from seal_jax.tokenizer import ByteTokenizer
 
-NUM_STEPS, NUM_ROWS, LENGTH = 300, 32, 144
+NUM_STEPS, NUM_ROWS, LENGTH = 300, 24, 192
 
 
 def _asked(name: str, facts: list[tuple[str, str]]) -> list[str]:

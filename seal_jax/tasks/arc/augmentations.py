@@ -109,6 +109,9 @@ for _groups in _GROWN:
 AUGMENTATIONS: dict[str, Augmentation] = {name: pair[0] for name, pair in _PAIRS.items()}
 INVERSES: dict[str, Augmentation] = {name: pair[1] for name, pair in _PAIRS.items()}
 
+# Those that lose nothing whichever grid is undone, an answer of any shape included.
+RIGID: tuple[str, ...] = tuple(_RIGID)
+
 # What a self-edit switches on. As in the paper's protocol every factor is 2. 'basic' has a random
 # translation too, which training_data.py adds: it needs a generator.
 GROUPS: dict[str, tuple[str, ...]] = {

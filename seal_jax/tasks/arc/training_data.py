@@ -1,0 +1,143 @@
+"""A task's own examples as training tasks.
+
+    examples -> leave one out, leave two out -> augment -> permute colors and examples -> turns
+
+Every example is once the query and the others its context; with two left out, one of them is the
+query and the other is dropped. Each of these tasks is augmented by each augmentation of the chosen
+groups, and each result comes as it is and with its colors and examples permuted. They are taken in
+random order until there are enough; a task that is already there, a grid over 30 x 30 and a text
+over the token limit do not count.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from seal_jax.tasks.arc.augmentations import (
+    AUGMENTATIONS,
+    GROUPS,
+    augment_examples,
+    color_permutation,
+    permute_examples,
+    translation,
+)
+from seal_jax.tasks.arc.format import Turn, make_turn
+from seal_jax.tasks.arc.grids import ArcTask, Example, fits, task_key
+
+MAX_TURNS = 250  # these three limits are the paper's
+MAX_TOKENS = 8192
+MAX_LEFT_OUT = 2
+_TRANSLATION = "translation"
+
+Examples = tuple[Example, ...]  # the context, then the query
+
+
+class TrainingData(NamedTuple):
+    """The training texts of a self-edit, and what did not become one."""
+
+    turns: tuple[Turn, ...]
+    too_large: int  # tasks with a grid over 30 x 30
+    too_long: int  # texts over the token limit
+    duplicates: int
+
+
+def task_rng(seed: int, task_id: str) -> np.random.Generator:
+    """Return a generator that depends on the seed and the task's name alone."""
+    return np.random.default_rng([seed, zlib.crc32(task_id.encode())])
+
+
+def leave_out(examples: Sequence[Example], count: int) -> list[Examples]:
+    """Return every task of these examples with `count` (1 or 2) taken from the context.
+
+    The last example of each is the query. Tasks without context are not made: 2 examples give 2
+    tasks with one left out and none with two.
+    """
+    indices = range(len(examples))
+    if count == 1:
+        left = [(query,) for query in indices]
+    elif count == 2:
+        left = [(query, other) for query in indices for other in indices if other != query]
+    else:
+        raise ValueError(f"count is {count}, expected 1 or 2")
+    return [
+        (*(examples[i] for i in indices if i not in out), examples[out[0]])
+        for out in left
+        if len(out) < len(examples)
+    ]
+
+
+def make_training_data(
+    task: ArcTask,
+    groups: Sequence[str],
+    *,
+    seed: int,
+    count_tokens: Callable[[Turn], int],
+    max_turns: int = MAX_TURNS,
+    max_tokens: int = MAX_TOKENS,
+    num_permuted: int = 1,
+) -> TrainingData:
+    """Return the training texts of a task: a function of the task, the groups and the seed.
+
+    Args:
+        task: its test grids are not looked at.
+        groups: names in `augmentations.GROUPS`; none of them is allowed.
+        seed: decides order, colors and translations.
+        count_tokens: the tokens of a training text, template included.
+        max_turns: at most so many texts.
+        max_tokens: of one text.
+        num_permuted: copies of each task with colors and examples permuted, beside itself.
+
+    Raises:
+        ValueError: there is no such group.
+    """
+    unknown = [group for group in groups if group not in GROUPS]
+    if unknown:
+        raise ValueError(f"unknown group {unknown[0]!r}: expected some of {', '.join(GROUPS)}")
+    rng = task_rng(seed, task.id)
+    plain = [
+        examples
+        for count in range(1, MAX_LEFT_OUT + 1)
+        for examples in leave_out(task.examples, count)
+    ]
+    names = [None, *(name for group in groups for name in GROUPS[group])]
+    names += [_TRANSLATION] * ("basic" in groups)
+    plans = [
+        (examples, name, permuted)
+        for examples in plain
+        for name in names
+        for permuted in range(1 + num_permuted)
+    ]
+    turns: list[Turn] = []
+    seen: set[tuple] = set()
+    too_large = too_long = duplicates = 0
+    for index in rng.permutation(len(plans)):
+        if len(turns) == max_turns:
+            break
+        examples = _apply(*plans[index], rng)
+        if not all(fits(grid) for example in examples for grid in example):
+            too_large += 1
+        elif task_key(examples) in seen:
+            duplicates += 1
+        else:
+            seen.add(task_key(examples))
+            turn = make_turn(examples[:-1], examples[-1])
+            if count_tokens(turn) <= max_tokens:
+                turns.append(turn)
+            else:
+                too_long += 1
+    return TrainingData(tuple(turns), too_large, too_long, duplicates)
+
+
+def _apply(
+    examples: Examples, name: str | None, permuted: int, rng: np.random.Generator
+) -> Examples:
+    if name == _TRANSLATION:
+        examples = augment_examples(examples, translation(rng)[0])
+    elif name is not None:
+        examples = augment_examples(examples, AUGMENTATIONS[name])
+    if permuted:
+        colored = augment_examples(examples, color_permutation(rng)[0])
+        examples = (*permute_examples(colored[:-1], rng), colored[-1])
+    return examples

@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +46,17 @@ class Tokenizer(Protocol):
         """Return the ids of a prompt, as one user message of the chat template if `chat`."""
         ...
 
+    def encode_turn(
+        self, parts: Sequence[tuple[str, bool]], answer: str, chat: bool
+    ) -> tuple[list[int], list[bool]]:
+        """Return the ids of a prompt and its answer, and which of them are marked.
+
+        The prompt is the texts of `parts` joined, encoded as `encode_prompt` does. Marked is every
+        token that holds a character of a part whose second item is true, and the answer with the
+        stop id behind it.
+        """
+        ...
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, without special tokens and ids outside the vocabulary."""
         ...
@@ -74,6 +85,18 @@ class ByteTokenizer:
         if not chat:
             return self.encode(text)
         return [self.bos, self.user_id, *self.encode(text, start=False), self.assistant_id]
+
+    def encode_turn(
+        self, parts: Sequence[tuple[str, bool]], answer: str, chat: bool
+    ) -> tuple[list[int], list[bool]]:
+        """Return the ids of a prompt and its answer, and which of them are marked."""
+        ids, marked = ([self.bos, self.user_id] if chat else [self.bos]), [False] * (1 + chat)
+        for text, is_marked in parts:
+            piece = self.encode(text, start=False)
+            ids, marked = ids + piece, marked + [is_marked] * len(piece)
+        tail = [self.assistant_id] if chat else []
+        end = [*self.encode(answer, start=False), self.stop_ids[0]]
+        return [*ids, *tail, *end], [*marked, *[False] * len(tail), *[True] * len(end)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the bytes among `ids` as text, invalid UTF-8 replaced."""
@@ -132,6 +155,34 @@ class HFTokenizer:
             return self.encode(text)
         head, before, after, tail, strips = self._chat_parts
         return head + self._plain(before + (text.strip() if strips else text) + after) + tail
+
+    def encode_turn(
+        self, parts: Sequence[tuple[str, bool]], answer: str, chat: bool
+    ) -> tuple[list[int], list[bool]]:
+        """Return the ids of a prompt and its answer, and which of them are marked.
+
+        See `Tokenizer.encode_turn`. Where the tokens of the message lie in it is asked of the
+        tokenizer, so neither template nor vocabulary matters.
+
+        Raises:
+            ValueError: `chat`, and the tokenizer has no chat template that takes one message.
+        """
+        before = after = ""
+        head, tail, strips = ([] if self.bos is None else [self.bos]), [], False
+        if chat:
+            head, before, after, tail, strips = self._chat_parts
+        message = "".join(text for text, _ in parts)
+        marks = [is_marked for text, is_marked in parts for _ in text]
+        if strips:
+            marks = marks[len(message) - len(message.lstrip()) :]
+            message = message.strip()
+        text = (before + message + after).encode("utf-8", "replace").decode("utf-8")
+        marks = [False] * len(before) + marks[: len(message)] + [False] * len(after)
+        encoding = self._text.encode(text, add_special_tokens=False)
+        inside = [any(marks[first:last]) for first, last in encoding.offsets]
+        end = [*self._plain(answer), self.stop_ids[0]]
+        ids = [*head, *encoding.ids, *tail, *end]
+        return ids, [*[False] * len(head), *inside, *[False] * len(tail), *[True] * len(end)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, without special tokens and ids outside the vocabulary."""

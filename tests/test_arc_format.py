@@ -7,9 +7,16 @@ from hypothesis import strategies as st
 
 from seal_jax.tasks.arc import voting
 from seal_jax.tasks.arc.augmentations import AUGMENTATIONS
-from seal_jax.tasks.arc.format import Undecodable, decode_grid, encode_grid, make_turn
+from seal_jax.tasks.arc.format import (
+    Undecodable,
+    decode_grid,
+    encode_grid,
+    encode_turn,
+    make_turn,
+)
 from seal_jax.tasks.arc.grids import ArcTask, Example, same
 from seal_jax.tasks.arc.queries import TRANSFORMS, make_queries, read_answers
+from seal_jax.tokenizer import ByteTokenizer
 
 
 def grid(rows):
@@ -29,6 +36,19 @@ def test_a_turn_as_text():
     ]
     assert turn.answer == "[[1], [4]]#"
     assert [part.text for part in turn.prompt if part.is_output] == ["[[1], [2]]#", "[[1], [3]]#"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_loss_is_on_all_tokens_or_on_output_grids(chat):
+    tokenizer, turn = ByteTokenizer(), make_turn(EXAMPLES[:2], EXAMPLES[2])
+    ids, mask = encode_turn(tokenizer, turn, chat=chat, outputs_only=False)
+    assert tokenizer.decode(ids) == turn.message + turn.answer
+    assert mask == (False, *[True] * (len(ids) - 1))
+    same_ids, mask = encode_turn(tokenizer, turn, chat=chat, outputs_only=True)
+    assert same_ids == ids
+    chosen = [i for i, counts in zip(ids, mask, strict=True) if counts]
+    assert tokenizer.decode(chosen) == "[[1], [2]]#[[1], [3]]#[[1], [4]]#"
+    assert chosen[-1] == tokenizer.stop_ids[0]  # where to stop is learned too
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=1, max_size=30))

@@ -282,3 +282,43 @@ def test_importing_transformers_prints_nothing():
         [sys.executable, "-c", hide_torch + code], capture_output=True, text=True, env=env
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+PARTS = [(" do\n", False), ("[[1, 2]] -> ", False), ("[[3]]#", True), ("\n[[4]] ->", False)]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_turn_is_its_prompt_and_answer_with_marks(tiny, chat):
+    message = "".join(text for text, _ in PARTS)
+    for tokenizer in (ByteTokenizer(), tiny):
+        ids, marked = tokenizer.encode_turn(PARTS, "[[5]]#", chat)
+        prompt = tokenizer.encode_prompt(message, chat)
+        assert ids[: len(prompt)] == prompt
+        assert ids[len(prompt) :] == [
+            *tokenizer.encode("[[5]]#", start=False),
+            tokenizer.stop_ids[0],
+        ]
+        assert len(marked) == len(ids)
+        assert all(marked[len(prompt) :])
+        chosen = [i for i, mark in zip(prompt, marked, strict=False) if mark]
+        assert tokenizer.decode(chosen).strip() == "[[3]]#"
+
+
+def test_marks_move_with_a_template_that_strips():
+    strips = HFTokenizer(tiny_fast(TEMPLATE.replace("m['content']", "m['content'] | trim")))
+    parts = [("  a", False), ("bc", True), ("d ", True)]
+    ids, marked = strips.encode_turn(parts, "x", chat=True)
+    prompt = strips.encode_prompt("  abcd ", chat=True)
+    assert ids[: len(prompt)] == prompt
+    chosen = [i for i, mark in zip(prompt, marked, strict=False) if mark]
+    assert strips.decode(chosen) == "abcd"  # "ab" is one token, and holds a character of "bcd"
+
+
+@needs_smollm2
+def test_marks_on_a_real_vocabulary(smollm2):
+    for chat in (False, True):
+        ids, marked = smollm2.encode_turn(PARTS, "[[5]]#", chat)
+        prompt = smollm2.encode_prompt("".join(text for text, _ in PARTS), chat)
+        assert ids[: len(prompt)] == prompt
+        chosen = [i for i, mark in zip(ids, marked, strict=True) if mark]
+        assert smollm2.decode(chosen).replace("\n", "").strip() == "[[3]]#[[5]]#"

@@ -13,11 +13,14 @@ be taken on them alone, whatever the tokenizer and the chat template.
 
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from seal_jax.tasks.arc.grids import Example, as_grid
+
+if TYPE_CHECKING:
+    from seal_jax.tokenizer import Tokenizer
 
 ARROW, FOOTER = " -> ", "#"
 INSTRUCTION = (
@@ -71,6 +74,26 @@ def make_prompt(examples: Sequence[Example], test_input: np.ndarray) -> tuple[Pa
 def make_turn(examples: Sequence[Example], query: Example) -> Turn:
     """Return the text that trains on `query` with `examples` in context."""
     return Turn(make_prompt(examples, query.input), encode_grid(query.output) + FOOTER)
+
+
+def encode_turn(
+    tokenizer: "Tokenizer", turn: Turn, *, chat: bool, outputs_only: bool
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """Return a training text's token ids and its loss mask.
+
+    Args:
+        tokenizer: a `seal_jax.tokenizer.Tokenizer`.
+        turn: the text.
+        chat: whether it goes through the model's chat template.
+        outputs_only: the loss is on the output grids, those of the examples and the answer, instead
+            of on all tokens. It is never on the first, which nothing predicts.
+
+    Raises:
+        ValueError: `chat`, and the tokenizer has no chat template.
+    """
+    ids, marked = tokenizer.encode_turn(turn.prompt, turn.answer, chat)
+    mask = [bool(i) and (is_output or not outputs_only) for i, is_output in enumerate(marked)]
+    return tuple(ids), tuple(mask)
 
 
 def decode_grid(text: str) -> np.ndarray | Undecodable:

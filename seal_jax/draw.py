@@ -9,6 +9,7 @@ those that are likelier: few tries, each one pass over the vocabulary, and the e
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -60,6 +61,7 @@ def make_settings(
     return Settings(**arrays)
 
 
+@partial(jax.named_call, name="draw")
 def draw(
     logits: jax.Array,
     keys: jax.Array,
@@ -83,7 +85,12 @@ def draw(
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     random = settings.temperature > 0
     token = jax.lax.cond(random.any(), lambda: _draw(logits, keys, settings), lambda: likeliest)
-    return jnp.where(random, token, likeliest)
+    token = jnp.where(random, token, likeliest)
+    if allowed is None:
+        return token
+    # Of logits that are not numbers, or none above -inf, anything may come.
+    is_allowed = jnp.take_along_axis(allowed, token[:, None], axis=-1)[:, 0]
+    return jnp.where(is_allowed, token, jnp.argmax(allowed, axis=-1).astype(jnp.int32))
 
 
 def _draw(logits: jax.Array, keys: jax.Array, settings: Settings) -> jax.Array:
@@ -113,6 +120,7 @@ def _draw(logits: jax.Array, keys: jax.Array, settings: Settings) -> jax.Array:
     return jax.lax.while_loop(undecided, attempt, (jnp.int32(0), *none))[1]
 
 
+@partial(jax.named_call, name="top_k")
 def _keep_top_k(probs: jax.Array, settings: Settings) -> jax.Array:
     """Return probs [B V], 0 but for the k likeliest of each row, by bisection over their bits: the
     bits of nonnegative floats are ordered as the floats are."""

@@ -26,7 +26,7 @@ from seal_jax.metrics import append_json, progress, read_jsonl
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import hidden_states, token_logp
 from seal_jax.rewards import Outcome
-from seal_jax.sample import generate, texts_of
+from seal_jax.sample import generate, make_stop, texts_of
 from seal_jax.self_edit import (
     PADDED,
     Job,
@@ -89,7 +89,7 @@ def make_evaluate(
       at_once: tokens of the longest row -> the number of adapters in flight; see memory.py.
       inner: rank, alpha, targets, learning_rate, num_epochs, batch_size, pad_loss, tokens_per_step,
         steps_per_call.
-      answers: max_tokens and max_rows.
+      answers: max_tokens, max_rows and stop.
     """
     num_shards = inner_shards(mesh)
     init_adapters = partial(
@@ -266,8 +266,12 @@ def answer(
     mesh,
     max_tokens: int,
     max_rows: int,
+    stop: Sequence[str] = (),
 ) -> list[list[str]]:
-    """Return the greedy answers of adapter i (or of the base) to prompts[i]."""
+    """Return the greedy answers of adapter i (or of the base) to prompts[i].
+
+    An answer ends before the first of the strings in `stop`.
+    """
     num_prompts = sum(map(len, prompts))
     samples = generate(
         model.config,
@@ -281,8 +285,9 @@ def answer(
         max_tokens=max_tokens,
         max_rows=max_rows,
         pad_id=model.tokenizer.pad_id,
+        stop=make_stop(model.tokenizer, stop),
     )
-    texts = iter(texts_of(model.tokenizer, samples))
+    texts = iter(texts_of(model.tokenizer, samples, stop))
     return [[next(texts).strip() for _ in group] for group in prompts]
 
 

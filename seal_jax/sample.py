@@ -5,207 +5,39 @@
     some steps, on the device:           token ~ p(logits);  logits = decode(token)
     finished rows leave
 
-A row writes its keys and values behind its own prompt, so rows of any age decode side by side; a
-prompt that is continued several times is computed once. When nobody waits any more, the rows that
-are left move into a smaller batch. A row's text depends on its prompt, key and settings alone: it
-draws with its key folded with the number of its token.
+A prompt that is continued several times is read once. The cache grows as its rows do. When nobody
+waits any more, the rows that are left move into a smaller batch. A row's text depends on its
+prompt, key and settings alone: it draws with its key folded with the number of its token.
 """
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 
-from seal_jax.draw import Settings, draw, make_settings
+from seal_jax.cache_plan import Plan, check_lengths, grown, make_plan, prompt_bucket
+from seal_jax.decode import Rows, admit, decode, move, no_rows, prefill
+from seal_jax.draw import Settings, make_settings
 from seal_jax.keys import fold
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.transformer import KVCache, hidden_states, init_cache, unembed
-from seal_jax.self_edit import bucket_of
 from seal_jax.sharding import leading, replicated, to_device, to_host
 from seal_jax.types import Adapters, Params, Rollout
 
-# The steps of one device call, and by how much a batch shrinks in which nobody waits.
-_CHUNK, _SHRINK = 32, 4
+# The steps of one device call; fewer where the host looks for stop strings.
+_CHUNK, _STOP_CHUNK = 32, 8
 
 
 class Samples(NamedTuple):
     """What was written (numpy). Entries behind a row's end are pad_id, 0 and False."""
 
-    tokens: np.ndarray  # i32[N T], the stop token included
+    tokens: np.ndarray  # i32[N T], what ended the row included
     logp: np.ndarray  # f32[N T] log-softmax of the model's logits: before any setting
     mask: np.ndarray  # bool[N T] the tokens that were written
-    finished: np.ndarray  # bool[N] whether the row ended by a stop token
-
-
-class _Prefilled(NamedTuple):
-    """Prompts that were read, [P ...]."""
-
-    logits: jax.Array  # f32[P V] for the next token
-    seen: jax.Array  # bool[P V] the tokens of the prompt
-    length: jax.Array  # i32[P]
-    cache: KVCache  # of the prompts' S slots
-
-
-class _Rows(NamedTuple):
-    """Rows that are being written, [B ...]."""
-
-    logits: jax.Array  # f32[B V] for the next token
-    seen: jax.Array  # bool[B V] the tokens of the prompt and of what was written
-    length: jax.Array  # i32[B] of the prompt and of what was written: the next slot
-    cache: KVCache
-    keys: jax.Array  # typed PRNG keys [B]
-    settings: Settings
-    written: jax.Array  # i32[B]
-    tokens: jax.Array  # i32[B T]
-    logp: jax.Array  # f32[B T]
-    done: jax.Array  # bool[B] written to the end, or empty
-    finished: jax.Array  # bool[B] by a stop token
-
-
-@partial(jax.jit, static_argnames="config")
-def _prefill(
-    config: ModelConfig,
-    params: Params,
-    adapters: Adapters | None,
-    prompts: jax.Array,
-    length: jax.Array,
-) -> _Prefilled:
-    """Read prompts i32[P S], padded on the right, of length [P]."""
-    P, S = prompts.shape
-    slots = jnp.broadcast_to(jnp.arange(S), (P, S))
-    ones = jnp.ones((P, S), jnp.int32)  # causal: nobody looks at what is behind a prompt
-    cache = init_cache(config, P, S, params["embed"]["embedding"].dtype)
-    hidden, cache = hidden_states(config, params, prompts, slots, ones, adapters, cache, 0)
-    last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-    seen = jnp.zeros((P, config.vocab_size), bool)
-    seen = seen.at[jnp.arange(P)[:, None], prompts].max(slots < length[:, None])
-    return _Prefilled(unembed(config, params, last), seen, length, cache)
-
-
-@partial(jax.jit, static_argnums=range(7))
-def _no_rows(
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    num_rows: int,
-    num_slots: int,
-    max_tokens: int,
-    pad_id: int,
-    sharding: NamedSharding,
-) -> _Rows:
-    B, shape = num_rows, (num_rows, max_tokens)
-    count, some = jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.float32)
-    rows = _Rows(
-        logits=jnp.zeros((B, config.vocab_size), jnp.float32),
-        seen=jnp.zeros((B, config.vocab_size), bool),
-        length=count,
-        cache=init_cache(config, B, num_slots, dtype),
-        keys=jax.random.split(jax.random.key(0), B),
-        settings=Settings(some, count, some, some, some),
-        written=count,
-        tokens=jnp.full(shape, pad_id, jnp.int32),
-        logp=jnp.zeros(shape, jnp.float32),
-        done=jnp.ones(B, bool),
-        finished=jnp.zeros(B, bool),
-    )
-    return jax.lax.with_sharding_constraint(rows, sharding)
-
-
-@partial(jax.jit, donate_argnames="rows", static_argnames="pad_id")
-def _admit(
-    rows: _Rows,
-    new: _Prefilled,
-    source: jax.Array,
-    key_data: jax.Array,
-    settings: Settings,
-    *,
-    pad_id: int,
-) -> _Rows:
-    """Begin rows anew with prompt source[b], i32[B]; those with -1 go on."""
-    fresh = source >= 0
-
-    def put(old: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), x, old)
-
-    def put_cache(old: jax.Array, prompts: jax.Array) -> jax.Array:
-        part = put(old[:, :, : prompts.shape[2]], prompts[source])
-        return jax.lax.dynamic_update_slice(old, part, (0, 0, 0, 0))
-
-    begun = ("logits", "seen", "length")
-    return rows._replace(
-        **{name: put(getattr(rows, name), getattr(new, name)[source]) for name in begun},
-        cache=jax.tree.map(put_cache, rows.cache, new.cache),
-        keys=jnp.where(fresh, jax.random.wrap_key_data(key_data), rows.keys),
-        settings=jax.tree.map(put, rows.settings, settings),
-        written=put(rows.written, 0),
-        tokens=put(rows.tokens, pad_id),
-        logp=put(rows.logp, 0.0),
-        done=rows.done & ~fresh,
-        finished=rows.finished & ~fresh,
-    )
-
-
-@jax.jit
-def _move(rows: _Rows, index: jax.Array) -> _Rows:
-    """Return the rows at index [B']."""
-    return jax.tree.map(lambda x: x[index], rows)
-
-
-@partial(jax.jit, donate_argnames="rows", static_argnames=("config", "num_steps"))
-def _decode(
-    config: ModelConfig,
-    params: Params,
-    adapters: Adapters | None,
-    rows: _Rows,
-    stop_ids: jax.Array,
-    *,
-    num_steps: int,
-) -> _Rows:
-    """Let every row that is not done write up to `num_steps` tokens."""
-    B, max_tokens = rows.tokens.shape
-    each, S = jnp.arange(B), rows.cache.keys[0].shape[2]
-    ones = jnp.ones((B, 1), jnp.int32)
-
-    def running(carry: tuple) -> jax.Array:
-        step, rows = carry
-        return (step < num_steps) & ~rows.done.all()
-
-    def step(carry: tuple) -> tuple:
-        number, r = carry
-        token_keys = jax.vmap(jax.random.fold_in)(r.keys, r.written)
-        token = draw(r.logits, token_keys, r.settings, r.seen)
-        logp = jnp.take_along_axis(jax.nn.log_softmax(r.logits), token[:, None], axis=-1)[:, 0]
-        place = jnp.where(r.done, max_tokens, r.written)  # beyond the end: written nowhere
-        written = r.written + (~r.done).astype(jnp.int32)
-        finished = r.finished | (~r.done & (token[:, None] == stop_ids[None]).any(axis=1))
-        hidden, cache = hidden_states(
-            config,
-            params,
-            token[:, None],
-            r.length[:, None],
-            ones,
-            adapters,
-            r.cache,
-            jnp.minimum(r.length, S - 1),
-            jnp.ones((B, S), jnp.int32),
-        )
-        return number + 1, r._replace(
-            logits=unembed(config, params, hidden[:, 0]),
-            seen=r.seen.at[each, token].set(True),
-            length=r.length + (~r.done).astype(jnp.int32),
-            cache=cache,
-            written=written,
-            tokens=r.tokens.at[each, place].set(token, mode="drop"),
-            logp=r.logp.at[each, place].set(logp, mode="drop"),
-            done=r.done | finished | (written >= max_tokens),
-            finished=finished,
-        )
-
-    return jax.lax.while_loop(running, step, (jnp.int32(0), rows))[1]
+    finished: np.ndarray  # bool[N] whether the row ended by a stop token or string
 
 
 def generate(
@@ -216,11 +48,13 @@ def generate(
     keys: jax.Array,
     settings: Settings,
     *,
-    mesh,
+    mesh: Mesh,
     stop_ids: Sequence[int],
     max_tokens: int,
     max_rows: int,
     pad_id: int,
+    stop: Callable[[list[int]], bool] | None = None,
+    constrain: Callable[[int, list[int]], np.ndarray] | None = None,
     show: Callable[[int], None] = lambda rows: None,
 ) -> Samples:
     """Continue every prompt until a stop token or `max_tokens`; an empty one is not continued.
@@ -231,69 +65,177 @@ def generate(
       keys: typed PRNG keys [N].
       settings: of each prompt [N].
       stop_ids: a row ends with the first of them, which counts as written.
-      max_rows: rows decoded at once, if not more adapters; the cache has
-        2 * num_layers * num_kv_heads * head_dim numbers for each of a row's tokens.
+      max_rows: rows decoded at once, if not more adapters; fewer where memory has no room for them.
+      stop: whether a row that has written these tokens has come to its end, as `make_stop` says. It
+        is asked on the host, every few steps; the row ends with the first token for which it holds.
+      constrain: (i, tokens) -> bool[V], which tokens prompt i may be continued with, after those
+        that it has written; shorter than V, the others are not allowed. Asked on the host for every
+        token, in order, which is slow: every step waits for it.
       show: called with the number of rows that have come to their end.
 
     Returns:
       N rows, in the prompts' order.
 
     Raises:
-      ValueError: a prompt is too long for the model.
+      ValueError: a prompt is too long for the model; not even a row of every adapter fits into
+        memory; numbers of rows that differ; a row that may be continued with no token.
     """
     flat = [tuple(prompt) for group in prompts for prompt in group]
-    check_lengths(config, flat, max_tokens)
-    first = np.cumsum([0, *(len(group) for group in prompts)])
-    waiting = [
-        deque(i for i in range(start, end) if flat[i])
-        for start, end in zip(first[:-1], first[1:], strict=True)
-    ]
-    A, most = len(prompts), max(len(group) for group in prompts)
-    size = max(1, min(most, max_rows // A))  # rows of each adapter
-    at_once = -(-size // _SHRINK)  # prompts of each adapter that one call reads
-    S = bucket_of(max(map(len, flat)))
-    at = np.full((A, size), -1)  # which prompt each row continues
-
-    def placed(arrays):
-        return to_device(arrays, leading(mesh, "rows", len(jax.tree.leaves(arrays)[0])))
-
-    with_params = config, params, adapters
-    dtype = params["embed"]["embedding"].dtype
-    where = leading(mesh, "rows", A * size)
-    rows = _no_rows(config, dtype, A * size, S + max_tokens, max_tokens, pad_id, where)
-    key_data = to_host(jax.random.key_data(keys))
-    stop_ids = to_device(np.asarray(stop_ids, np.int32), replicated(mesh))
+    _check(config, flat, keys, settings, max_tokens, max_rows)
     written = Samples(
         np.full((len(flat), max_tokens), pad_id, np.int32),
         np.zeros((len(flat), max_tokens), np.float32),
         np.zeros((len(flat), max_tokens), bool),
         np.zeros(len(flat), bool),
     )
+    if not any(flat):
+        return written
+    first = np.cumsum([0, *(len(group) for group in prompts)])
+    waiting = [
+        deque(i for i in range(start, end) if flat[i])
+        for start, end in zip(first[:-1], first[1:], strict=True)
+    ]
+    plan = make_plan(config, params, adapters, prompts, mesh, max_tokens, max_rows)
+    S, A = plan.prompt_slots, len(prompts)
+    at = np.full((A, plan.size), -1)  # which prompt each row continues
+    so_far: dict[int, list[int]] = {}  # what the rows at work have written
+
+    def placed(arrays):
+        return to_device(arrays, leading(mesh, "rows", len(jax.tree.leaves(arrays)[0])))
+
+    with_params = config, params, adapters
+    slots = grown(S + _CHUNK, plan.most_slots)
+    dtype = params["embed"]["embedding"].dtype
+    rows = no_rows(config, dtype, at.size, slots, max_tokens, pad_id, mesh)
+    key_data = to_host(jax.random.key_data(keys))
+    stop_ids = to_device(np.asarray(stop_ids, np.int32), replicated(mesh))
+    chunk = 1 if constrain else _STOP_CHUNK if stop else _CHUNK
+    num_steps = to_device(np.int32(chunk), replicated(mesh))
     while any(waiting) or (at >= 0).any():
-        ready = sum(min(int((at[a] < 0).sum()), len(waiting[a])) for a in range(A))
-        while ready and (4 * ready >= at.size or (at < 0).all() or ready == sum(map(len, waiting))):
-            chosen, source, tokens, length = _choose_prompts(at, waiting, flat, at_once, S, pad_id)
-            new = _prefill(*with_params, *placed((tokens, length)))
+        while _is_time_to_admit(at, waiting):
+            chosen, source, *read = _choose_prompts(at, waiting, flat, plan.at_once, S, pad_id)
+            with jax.set_mesh(mesh):  # for the attention kernels
+                new = prefill(*with_params, *placed(tuple(read)), mesh=mesh)
             index = np.maximum(chosen.reshape(-1), 0)
             begun = placed((source, key_data[index], Settings(*(x[index] for x in settings))))
-            rows = _admit(rows, new, *begun, pad_id=pad_id)
-            ready = sum(min(int((at[a] < 0).sum()), len(waiting[a])) for a in range(A))
-        rows = _decode(*with_params, rows, stop_ids, num_steps=_CHUNK)
-        done, *found = to_host((rows.done, rows.tokens, rows.logp, rows.written, rows.finished))
-        ended = np.flatnonzero(done & (at.reshape(-1) >= 0))
-        for row in ended:
-            i, (tokens, logp, count, finished) = at.flat[row], (x[row] for x in found)
-            written.tokens[i], written.logp[i], written.finished[i] = tokens, logp, finished
-            written.mask[i, :count] = True
-            at.flat[row] = -1
-        if len(ended):
-            show(len(ended))
-        if at_once < at.shape[1] and not any(waiting) and ((at >= 0).sum(axis=1) <= at_once).all():
-            order = np.argsort(at < 0, axis=1, kind="stable")[:, :at_once]  # those at work first
+            rows = admit(config, rows, new, *begun, mesh=mesh, pad_id=pad_id)
+            so_far |= {int(i): [] for i in chosen[chosen >= 0]}
+        rows, slots = _make_room(config, rows, slots, at, flat, so_far, chunk, plan, mesh)
+        allowed = None
+        if constrain:
+            allowed = placed(_allowed(constrain, at.reshape(-1), so_far, config.vocab_size))
+        rows = decode(*with_params, rows, stop_ids, num_steps, allowed, mesh=mesh)
+        done = _collect(rows, at.reshape(-1), so_far, stop, written)
+        if done.any():
+            for i in at[done.reshape(at.shape)]:
+                del so_far[i]
+            at[done.reshape(at.shape)] = -1
+            # Some of them only the host knows about.
+            rows = rows._replace(done=placed(at.reshape(-1) < 0))
+            show(int(done.sum()))
+        few = ((at >= 0).sum(axis=1) <= plan.at_once).all()
+        if few and plan.at_once < at.shape[1] and not any(waiting):
+            order = np.argsort(at < 0, axis=1, kind="stable")[:, : plan.at_once]  # at work: first
             index = order + np.arange(A)[:, None] * at.shape[1]
-            rows = _move(rows, placed(index.reshape(-1).astype(np.int32)))
+            index = placed(index.reshape(-1).astype(np.int32))
+            rows = move(config, rows, index, mesh=mesh, num_slots=slots)
             at = np.take_along_axis(at, order, axis=1)
     return written
+
+
+def _check(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    keys: jax.Array,
+    settings: Settings,
+    max_tokens: int,
+    max_rows: int,
+) -> None:
+    if max_tokens < 1 or max_rows < 1:
+        raise ValueError(f"max_tokens={max_tokens}, max_rows={max_rows}: expected at least 1")
+    lengths = {len(keys), *(len(x) for x in settings)}
+    if lengths != {len(prompts)}:
+        raise ValueError(f"{len(prompts)} prompts, but keys or settings of {sorted(lengths)} rows")
+    check_lengths(config, prompts, max_tokens)
+
+
+def _make_room(
+    config: ModelConfig,
+    rows: Rows,
+    slots: int,
+    at: np.ndarray,
+    prompts: Sequence[Sequence[int]],
+    so_far: dict[int, list[int]],
+    num_steps: int,
+    plan: Plan,
+    mesh: Mesh,
+) -> tuple[Rows, int]:
+    """Return the rows, with a longer cache if the next steps may need it, and its slots."""
+    needed = max(len(prompts[i]) + len(tokens) for i, tokens in so_far.items()) + num_steps
+    if min(needed, plan.most_slots) <= slots:
+        return rows, slots
+    slots = grown(needed, plan.most_slots)
+    index = to_device(np.arange(at.size, dtype=np.int32), leading(mesh, "rows", at.size))
+    return move(config, rows, index, mesh=mesh, num_slots=slots), slots
+
+
+def _is_time_to_admit(at: np.ndarray, waiting: Sequence[deque]) -> bool:
+    """Whether prompts can begin: all that wait, or many at a time, or nobody else is at work."""
+    ready = sum(
+        min(int((row < 0).sum()), len(queue)) for row, queue in zip(at, waiting, strict=True)
+    )
+    all_wait = ready == sum(map(len, waiting))
+    return ready > 0 and (4 * ready >= at.size or (at < 0).all() or all_wait)
+
+
+def _allowed(
+    constrain: Callable[[int, list[int]], np.ndarray],
+    at: np.ndarray,
+    so_far: dict[int, list[int]],
+    vocab_size: int,
+) -> np.ndarray:
+    """Return the tokens that each row may be continued with, bool[B V]; all, where it is empty."""
+    allowed = np.ones((len(at), vocab_size), bool)
+    for row in np.flatnonzero(at >= 0):
+        i = int(at[row])
+        mask = np.asarray(constrain(i, list(so_far[i])))
+        if mask.dtype != bool or mask.ndim != 1 or len(mask) > vocab_size:
+            raise ValueError(
+                f"constrain gave {mask.dtype}{list(mask.shape)} for prompt {i}: expected bool of up"
+                f" to {vocab_size} tokens"
+            )
+        if not mask.any():
+            raise ValueError(
+                f"constrain allows prompt {i} no token after {len(so_far[i])}: expected at least"
+                " one, as a stop token"
+            )
+        allowed[row] = False
+        allowed[row, : len(mask)] = mask
+    return allowed
+
+
+def _collect(
+    rows: Rows,
+    at: np.ndarray,
+    so_far: dict[int, list[int]],
+    stop: Callable[[list[int]], bool] | None,
+    written: Samples,
+) -> np.ndarray:
+    """Note what the rows at work have written; return which of them have ended, bool[B]."""
+    done, tokens, logp, count, finished = to_host(
+        (rows.done, rows.tokens, rows.logp, rows.written, rows.finished)
+    )
+    done, count, finished = done & (at >= 0), count.copy(), finished.copy()
+    for row in np.flatnonzero(at >= 0):
+        text = so_far[at[row]] = tokens[row, : count[row]].tolist()
+        if stop is not None and stop(text):
+            count[row] = 1 + bisect_left(range(1, len(text)), True, key=lambda n: stop(text[:n]))
+            done[row] = finished[row] = True
+    for row in np.flatnonzero(done):
+        i, span = at[row], slice(count[row])
+        written.tokens[i, span], written.logp[i, span] = tokens[row, span], logp[row, span]
+        written.mask[i, span], written.finished[i] = True, finished[row]
+    return done
 
 
 def _choose_prompts(
@@ -328,17 +270,6 @@ def _choose_prompts(
     return chosen, source.reshape(-1), tokens, lengths
 
 
-def check_lengths(config: ModelConfig, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-    """Raise ValueError where a prompt and what may follow it exceed the model's context."""
-    longest = max((len(p) for p in prompts), default=0)
-    if longest + max_tokens > config.max_length:
-        raise ValueError(
-            f"a prompt of {longest} tokens and up to {max_tokens} written ones do not fit into the"
-            f" model's context of {config.max_length} tokens: shorten the passage, or lower"
-            " max_tokens"
-        )
-
-
 def write_self_edits(
     model,
     params: Params,
@@ -349,6 +280,8 @@ def write_self_edits(
     max_tokens: int,
     max_rows: int,
     adapters: Adapters | None = None,
+    stop: Sequence[str] = (),
+    constrain: Callable[[int, list[int]], np.ndarray] | None = None,
     show: Callable[[int], None] = lambda rows: None,
     **settings: float,
 ) -> tuple[Rollout, list[str]]:
@@ -359,6 +292,8 @@ def write_self_edits(
       paths: of each of the P * R rows' key (see keys.py).
       max_rows: rows decoded at once.
       adapters: one adapter, or None.
+      stop: a text ends before the first of these strings, whose tokens count as written.
+      constrain: see `generate`; rows are p * R + r.
       show: called with the number of rows that have come to their end.
       settings: see `make_settings`.
 
@@ -379,22 +314,46 @@ def write_self_edits(
         max_tokens=max_tokens,
         max_rows=max_rows,
         pad_id=tokenizer.pad_id,
+        stop=make_stop(tokenizer, stop),
+        constrain=constrain,
         show=show,
     )
-    return to_rollout(prompts, samples, tokenizer.pad_id), texts_of(tokenizer, samples)
+    return to_rollout(prompts, samples, tokenizer.pad_id), texts_of(tokenizer, samples, stop)
 
 
-def texts_of(tokenizer, samples: Samples) -> list[str]:
+def texts_of(tokenizer, samples: Samples, stop: Sequence[str] = ()) -> list[str]:
+    """Return what was written as texts, each up to the first of the strings in `stop`."""
     return [
-        tokenizer.decode(row[written].tolist())
+        text_before(tokenizer.decode(row[written].tolist()), stop)
         for row, written in zip(samples.tokens, samples.mask, strict=True)
     ]
+
+
+def make_stop(tokenizer, strings: Sequence[str]) -> Callable[[list[int]], bool] | None:
+    """Return whether the text of tokens has one of the strings in it, for `generate`.
+
+    Special tokens are no text: ids are what stops at them.
+
+    Raises:
+      ValueError: an empty string, or one string instead of several.
+    """
+    if isinstance(strings, str) or not all(isinstance(s, str) and s for s in strings):
+        raise ValueError(f"stop={strings!r}: expected a sequence of strings that are not empty")
+    if not strings:
+        return None
+    return lambda tokens: any(s in text for text in [tokenizer.decode(tokens)] for s in strings)
+
+
+def text_before(text: str, strings: Sequence[str]) -> str:
+    """Return what stands before the string that is complete first; of two, before the longer."""
+    ends = [(text.find(s) + len(s), text.find(s)) for s in strings if s in text]
+    return text[: min(ends)[1]] if ends else text
 
 
 def to_rollout(prompts: Sequence[Sequence[int]], samples: Samples, pad_id: int) -> Rollout:
     """Return prompts and what was written (numpy) as rows, padded on the right to a bucket."""
     lengths = [len(p) + int(m.sum()) for p, m in zip(prompts, samples.mask, strict=True)]
-    shape = (len(prompts), bucket_of(max(lengths)))
+    shape = (len(prompts), prompt_bucket(max(lengths)))
     tokens = np.full(shape, pad_id, np.int32)
     logp = np.zeros(shape, np.float32)
     loss_mask = np.zeros(shape, bool)

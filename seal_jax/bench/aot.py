@@ -1,4 +1,4 @@
-"""The inner loop compiled for TPUs where there are none, and what XLA's own model says of it.
+"""Inner loop and generation compiled for TPUs where there are none, and what XLA's model says.
 
 `pip install libtpu` and set JAX_PLATFORMS=cpu: only its compiler is used. Figures are for the
 28 layers of Qwen2.5-7B, rank 32 on q_proj and v_proj, and AdamW. Every chip has the whole base and
@@ -8,9 +8,15 @@ XLA for TPUs notes the clock cycles that it expects of nearly every instruction.
 model of time, for comparisons and against regressions, and no measurement: it has no figure for
 gathers, scatters and sorts that are kernels of their own, for copies between memories, for Pallas
 kernels and for collectives, and it knows no gaps.
+
+  python -m seal_jax.bench.aot v6e            a decode step, every chip for itself
+  python -m seal_jax.bench.aot v5e --tensor 4
 """
 
+import argparse
 import collections
+import dataclasses
+import json
 import re
 from typing import Any, NamedTuple
 
@@ -21,6 +27,7 @@ from jax.sharding import AxisType, Mesh
 
 from seal_jax import lora
 from seal_jax.bench.timing import matmul_params
+from seal_jax.decode import cache_sharding, decode, no_rows, prefill
 from seal_jax.inner import batch_sharding, make_inner_update
 from seal_jax.memory import shaped
 from seal_jax.models.config import LINEARS, ModelConfig
@@ -28,7 +35,7 @@ from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
 from seal_jax.optim import make_optimizer
 from seal_jax.self_edit import Job, pack, text_of, useful_tokens
-from seal_jax.sharding import leading, replicated
+from seal_jax.sharding import leading, param_shardings, replicated
 from seal_jax.types import InnerBatch
 
 QWEN_7B = ModelConfig(
@@ -54,13 +61,14 @@ class Chip(NamedTuple):
     topology: str
     flops: float  # per second, bfloat16
     clock: float  # Hz
+    bandwidth: float  # of its memory, bytes per second
     quantize: str = "none"  # the base, where it does not fit otherwise
 
 
 CHIPS = {
-    "v6e": Chip("v6e:2x4", 918e12, 1.75e9),
-    "v5e": Chip("v5e:2x4", 197e12, 1.5e9, "int8"),
-    "v5p": Chip("v5p:2x2x1", 459e12, 1.75e9),  # 4 chips, each of two cores that work as one
+    "v6e": Chip("v6e:2x4", 918e12, 1.75e9, 1638e9),
+    "v5e": Chip("v5e:2x4", 197e12, 1.5e9, 819e9, "int8"),
+    "v5p": Chip("v5p:2x2x1", 459e12, 1.75e9, 2765e9),  # 4 chips, each of two cores that work as one
 }
 
 
@@ -92,13 +100,112 @@ def report(kind: str, config: ModelConfig = QWEN_7B) -> dict[str, Any]:
     }
 
 
-def topology_mesh(name: str) -> Mesh:
-    """Return a mesh of all chips of a topology, as 'v6e:2x4', over which adapters are divided."""
+def decode_report(
+    kind: str,
+    config: ModelConfig = QWEN_7B,
+    *,
+    rows: int = 8,
+    slots: int = 1024,
+    tensor: int = 1,
+    tries: int = 2,
+) -> dict[str, Any]:
+    """Return what a decode step with top_p costs a chip of a kind, by the compiler's model.
+
+    Two models of few layers are compiled, and the others counted as the difference between them.
+
+    Args:
+      rows: of each group of `tensor` chips, which share a model in bfloat16.
+      tries: how often a draw looks at the vocabulary: the slowest row's.
+
+    Returns:
+      estimate_ms: milliseconds a step, a token of every row, by the compiler's model. Params that
+        are fetched ahead of their use are not in it: it may be below the roofline.
+      roofline_ms: what reading the chip's part of the params and of all the cache's slots takes.
+      ms: the larger of the two.
+      share_of_roofline: the roofline's share of the estimate, at most 1.
+      draw_ms, share_of_draw: what of it is drawing; top_k, which is optional, is left out.
+      argument_bytes, temp_bytes: on a chip, of the larger of the models that were compiled.
+      collectives: instructions by which chips wait for one another, for which there is no estimate.
+    """
+    chip = CHIPS[kind]
+    mesh = topology_mesh(chip.topology, tensor)
+    few, more = 2, 4
+    found = {}
+    for num_layers in (few, more):
+        some = dataclasses.replace(config, num_layers=num_layers)
+        compiled = compile_decode(some, mesh, rows * mesh.size // tensor, slots)
+        ops = cycles_by_op(compiled.as_text())
+        draws = {op: _in_draw(op) * cycles for op, cycles in ops.items()}
+        again = sum(c for op, c in draws.items() if "while/body" in op.split("/draw/")[-1])
+        step = sum(c for op, c in ops.items() if "while/body" in op and "/top_k/" not in op)
+        extra = (tries - 1) * again
+        found[num_layers] = step + extra, sum(draws.values()) + extra
+    layers = (config.num_layers - few) / (more - few)
+    cycles = found[few][0] + layers * (found[more][0] - found[few][0])
+    seconds, memory = cycles / chip.clock, compiled.memory_analysis()
+    numbers = matmul_params(config) / tensor
+    numbers += 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots * rows / tensor
+    roofline = 2 * numbers / chip.bandwidth
+    return {
+        "estimate_ms": 1e3 * seconds,
+        "roofline_ms": 1e3 * roofline,
+        "ms": 1e3 * max(seconds, roofline),
+        "share_of_roofline": min(1.0, roofline / seconds),
+        "draw_ms": 1e3 * found[more][1] / chip.clock,
+        "share_of_draw": found[more][1] / chip.clock / max(seconds, roofline),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "collectives": len(_COLLECTIVE.findall(compiled.as_text())),
+    }
+
+
+def _in_draw(op: str) -> bool:
+    return "/draw/" in op and "/top_k/" not in op
+
+
+def compile_decode(
+    config: ModelConfig, mesh: Mesh, num_rows: int, num_slots: int
+) -> jax.stages.Compiled:
+    """Return the device call that lets rows write, compiled for a model in bfloat16."""
+    whole = replicated(mesh)
+
+    def init() -> tuple:
+        rows = no_rows(config, jnp.bfloat16, num_rows, num_slots, num_slots, 0, mesh)
+        return init_params(config, jax.random.key(0), jnp.bfloat16), rows
+
+    with jax.set_mesh(mesh):
+        params, rows = jax.eval_shape(init)
+        cache = shaped(rows.cache, cache_sharding(config, mesh, num_rows))
+        rows = shaped(rows._replace(cache=()), leading(mesh, "rows", num_rows))
+        params = shaped(params, param_shardings(mesh, params))
+        stop_ids = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=whole)
+        num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        rows = rows._replace(cache=cache)
+        return decode.lower(config, params, None, rows, stop_ids, num_steps, mesh=mesh).compile()
+
+
+def compile_prefill(
+    config: ModelConfig, mesh: Mesh, num_prompts: int, num_slots: int
+) -> jax.stages.Compiled:
+    """Return the device call that reads prompts, compiled for a model in bfloat16."""
+    with jax.set_mesh(mesh):
+        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), jnp.bfloat16))
+        params = shaped(params, param_shardings(mesh, params))
+        by_row = leading(mesh, "rows", num_prompts)
+        prompts = jax.ShapeDtypeStruct((num_prompts, num_slots), jnp.int32, sharding=by_row)
+        length = jax.ShapeDtypeStruct((num_prompts,), jnp.int32, sharding=by_row)
+        return prefill.lower(config, params, None, prompts, length, mesh=mesh).compile()
+
+
+def topology_mesh(name: str, tensor: int = 1) -> Mesh:
+    """Return a mesh of all chips of a topology, as 'v6e:2x4', `tensor` of which share a model."""
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     axis_types = (AxisType.Auto,) * 3
-    return Mesh(np.reshape(devices, (-1, 1, 1)), ("data", "fsdp", "tensor"), axis_types=axis_types)
+    return Mesh(
+        np.reshape(devices, (-1, 1, tensor)), ("data", "fsdp", "tensor"), axis_types=axis_types
+    )
 
 
 def make_batch(num_chips: int) -> InnerBatch:
@@ -199,3 +306,15 @@ def cycles_by_op(hlo_text: str, unknown_trip_count: int = 1) -> collections.Coun
         return total
 
     return cost("")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the estimate of a decode step.")
+    parser.add_argument("kind", choices=CHIPS)
+    for name, default in (("rows", 8), ("slots", 1024), ("tensor", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    print(json.dumps(decode_report(**vars(parser.parse_args())), indent=2))
+
+
+if __name__ == "__main__":
+    main()

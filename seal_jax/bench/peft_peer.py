@@ -29,7 +29,7 @@ def make_peft_step(
     import peft
     import torch
 
-    base = _torch_model(model, dtype)
+    base = torch_model(model, dtype)
     net = peft.get_peft_model(base, _lora_config(rank, alpha, targets))  # keeps these in float32
     net.train()
     trainable = [p for p in net.parameters() if p.requires_grad]
@@ -63,9 +63,9 @@ def make_peft_generate(
     import peft
     import torch
 
-    base = _torch_model(model, dtype).eval()
+    base = torch_model(model, dtype).eval()
     adapted = peft.get_peft_model(
-        _torch_model(model, dtype), _lora_config(rank, alpha, targets), adapter_name="0"
+        torch_model(model, dtype), _lora_config(rank, alpha, targets), adapter_name="0"
     )
     adapted.add_adapter("1", _lora_config(rank, alpha, targets))
     adapted.eval()
@@ -92,7 +92,8 @@ def make_peft_generate(
     return write
 
 
-def _torch_model(model: Model, dtype: str) -> Any:
+def torch_model(model: Model, dtype: str) -> Any:
+    """Return the same model, of transformers, in that dtype."""
     import torch
     import transformers
 

@@ -178,7 +178,8 @@ class Attention(nn.Module):
             finite = (finite[0] & finite[1] & finite[2]).reshape(B, T)
             out = attend_apart(c, q, k, v, *texts, finite, local=self.local)
         else:
-            whole = cache is None
+            # A prompt that fills its cache attends as any whole text.
+            whole = cache is None or (isinstance(call.cache_index, int) and k.shape[2] == T)
             out = attend(c, q, k, v, *texts, call.cache_index, local=self.local, whole=whole)
             out = flat_heads(out)
         return _linear(c, c.embed_dim, "o_proj")(out, call.lora), (k, v)

@@ -1,0 +1,232 @@
+"""The device's part of generation: read prompts, begin rows, let them write, move them.
+
+All state is `Rows`: which the host makes once, and every call gives back. A row writes its keys and
+values behind its own prompt, so rows of any age stand side by side. Rows are divided over the mesh
+as any rows are, and the cache over the heads too.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from seal_jax.draw import Settings, draw
+from seal_jax.models.config import ModelConfig
+from seal_jax.models.transformer import KVCache, hidden_states, init_cache, unembed
+from seal_jax.sharding import RULES, leading
+from seal_jax.types import Adapters, Params
+
+
+class Prefilled(NamedTuple):
+    """Prompts that were read, [P ...]."""
+
+    logits: jax.Array  # f32[P V] for the next token
+    seen: jax.Array  # bool[P V] the tokens of the prompt
+    length: jax.Array  # i32[P]
+    cache: KVCache  # of the prompts' S slots
+
+
+class Rows(NamedTuple):
+    """Rows that are being written, [B ...]."""
+
+    logits: jax.Array  # f32[B V] for the next token
+    seen: jax.Array  # bool[B V] the tokens of the prompt and of what was written
+    length: jax.Array  # i32[B] of the prompt and of what was written: the next slot
+    cache: KVCache
+    keys: jax.Array  # typed PRNG keys [B]
+    settings: Settings
+    written: jax.Array  # i32[B]
+    tokens: jax.Array  # i32[B T]
+    logp: jax.Array  # f32[B T]
+    done: jax.Array  # bool[B] written to the end, or empty
+    finished: jax.Array  # bool[B] by a stop token
+
+
+def cache_sharding(config: ModelConfig, mesh: Mesh, num_rows: int) -> NamedSharding:
+    """Return where a cache's [B K S H] lie: divided over rows and heads where they can be."""
+    rows, heads = leading(mesh, "rows", num_rows).spec[0], RULES["heads"]
+    heads = heads if config.num_kv_heads % mesh.shape[heads] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(rows, heads))
+
+
+def _placed(config: ModelConfig, mesh: Mesh, state: Prefilled | Rows) -> Prefilled | Rows:
+    """Say where the state lies: the same for every program, or the next one is compiled anew."""
+    num_rows, put = len(state.length), jax.lax.with_sharding_constraint
+    cache = put(state.cache, cache_sharding(config, mesh, num_rows))
+    return put(state._replace(cache=()), leading(mesh, "rows", num_rows))._replace(cache=cache)
+
+
+def _next_logits(config: ModelConfig, mesh: Mesh, params: Params, hidden: jax.Array) -> jax.Array:
+    """Return the logits f32[B V] of hidden states [B D].
+
+    Every device draws from whole rows. Without a word in between, it would collect the output
+    head's kernel for that, and not the logits.
+    """
+    rows, vocab = leading(mesh, "rows", len(hidden)).spec[0], RULES["vocab"]
+    vocab = vocab if config.vocab_size % mesh.shape[vocab] == 0 else None
+    where = NamedSharding(mesh, PartitionSpec(rows, vocab))
+    return jax.lax.with_sharding_constraint(unembed(config, params, hidden), where)
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def prefill(
+    config: ModelConfig,
+    params: Params,
+    adapters: Adapters | None,
+    prompts: jax.Array,
+    length: jax.Array,
+    *,
+    mesh: Mesh,
+) -> Prefilled:
+    """Read prompts i32[P S], padded on the right, of length [P]."""
+    P, S = prompts.shape
+    slots = jnp.broadcast_to(jnp.arange(S), (P, S))
+    ones = jnp.ones((P, S), jnp.int32)  # causal: nobody looks at what is behind a prompt
+    cache = init_cache(config, P, S, params["embed"]["embedding"].dtype)
+    hidden, cache = hidden_states(config, params, prompts, slots, ones, adapters, cache, 0)
+    last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
+    seen = jnp.zeros((P, config.vocab_size), bool)
+    seen = seen.at[jnp.arange(P)[:, None], prompts].max(slots < length[:, None])
+    logits = _next_logits(config, mesh, params, last)
+    return _placed(config, mesh, Prefilled(logits, seen, length, cache))
+
+
+@partial(jax.jit, static_argnums=range(7))
+def no_rows(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    num_rows: int,
+    num_slots: int,
+    max_tokens: int,
+    pad_id: int,
+    mesh: Mesh,
+) -> Rows:
+    """Return `num_rows` empty rows, whose cache has room for `num_slots` tokens each."""
+    B, shape = num_rows, (num_rows, max_tokens)
+    count, some = jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.float32)
+    rows = Rows(
+        logits=jnp.zeros((B, config.vocab_size), jnp.float32),
+        seen=jnp.zeros((B, config.vocab_size), bool),
+        length=count,
+        cache=init_cache(config, B, num_slots, dtype),
+        keys=jax.random.split(jax.random.key(0), B),
+        settings=Settings(some, count, some, some, some),
+        written=count,
+        tokens=jnp.full(shape, pad_id, jnp.int32),
+        logp=jnp.zeros(shape, jnp.float32),
+        done=jnp.ones(B, bool),
+        finished=jnp.zeros(B, bool),
+    )
+    return _placed(config, mesh, rows)
+
+
+@partial(jax.jit, donate_argnames="rows", static_argnames=("config", "mesh", "pad_id"))
+def admit(
+    config: ModelConfig,
+    rows: Rows,
+    new: Prefilled,
+    source: jax.Array,
+    key_data: jax.Array,
+    settings: Settings,
+    *,
+    mesh: Mesh,
+    pad_id: int,
+) -> Rows:
+    """Begin rows anew with prompt source[b], i32[B]; those with -1 go on."""
+    fresh = source >= 0
+
+    def put(old: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), x, old)
+
+    def put_cache(old: jax.Array, prompts: jax.Array) -> jax.Array:
+        part = put(old[:, :, : prompts.shape[2]], prompts[source])
+        return jax.lax.dynamic_update_slice(old, part, (0, 0, 0, 0))
+
+    begun = ("logits", "seen", "length")
+    rows = rows._replace(
+        **{name: put(getattr(rows, name), getattr(new, name)[source]) for name in begun},
+        cache=jax.tree.map(put_cache, rows.cache, new.cache),
+        keys=jnp.where(fresh, jax.random.wrap_key_data(key_data), rows.keys),
+        settings=jax.tree.map(put, rows.settings, settings),
+        written=put(rows.written, 0),
+        tokens=put(rows.tokens, pad_id),
+        logp=put(rows.logp, 0.0),
+        done=rows.done & ~fresh,
+        finished=rows.finished & ~fresh,
+    )
+    return _placed(config, mesh, rows)
+
+
+@partial(jax.jit, static_argnames=("config", "mesh", "num_slots"))
+def move(config: ModelConfig, rows: Rows, index: jax.Array, *, mesh: Mesh, num_slots: int) -> Rows:
+    """Return the rows at index [B'], with room for `num_slots` tokens: as many as now, or more."""
+    grown = (0, 0), (0, 0), (0, num_slots - rows.cache.keys[0].shape[2]), (0, 0)
+    cache = jax.tree.map(lambda x: jnp.pad(x[index], grown), rows.cache)
+    rest = jax.tree.map(lambda x: x[index], rows._replace(cache=()))
+    return _placed(config, mesh, rest._replace(cache=cache))
+
+
+@partial(jax.jit, donate_argnames="rows", static_argnames=("config", "mesh"))
+def decode(
+    config: ModelConfig,
+    params: Params,
+    adapters: Adapters | None,
+    rows: Rows,
+    stop_ids: jax.Array,
+    num_steps: jax.Array,
+    allowed: jax.Array | None = None,
+    *,
+    mesh: Mesh,
+) -> Rows:
+    """Let every row that is not done write up to `num_steps` tokens, i32[].
+
+    Args:
+      stop_ids: i32[n]; a row ends with the first of them, which counts as written.
+      allowed: bool[B V], the tokens that may be drawn: for one step.
+    """
+    B, max_tokens = rows.tokens.shape
+    each, S = jnp.arange(B), rows.cache.keys[0].shape[2]
+    ones = jnp.ones((B, 1), jnp.int32)
+
+    def running(carry: tuple) -> jax.Array:
+        step, rows = carry
+        return (step < num_steps) & ~rows.done.all()
+
+    def step(carry: tuple) -> tuple:
+        number, r = carry
+        token_keys = jax.vmap(jax.random.fold_in)(r.keys, r.written)
+        token = draw(r.logits, token_keys, r.settings, r.seen, allowed)
+        logp = jnp.take_along_axis(jax.nn.log_softmax(r.logits), token[:, None], axis=-1)[:, 0]
+        place = jnp.where(r.done, max_tokens, r.written)  # beyond the end: written nowhere
+        written = r.written + (~r.done).astype(jnp.int32)
+        finished = r.finished | (~r.done & (token[:, None] == stop_ids[None]).any(axis=1))
+        hidden, cache = hidden_states(
+            config,
+            params,
+            token[:, None],
+            r.length[:, None],
+            ones,
+            adapters,
+            r.cache,
+            jnp.minimum(r.length, S - 1),
+            jnp.ones((B, S), jnp.int32),
+        )
+        return number + 1, _placed(
+            config,
+            mesh,
+            r._replace(
+                logits=_next_logits(config, mesh, params, hidden[:, 0]),
+                seen=r.seen.at[each, token].set(True),
+                length=r.length + (~r.done).astype(jnp.int32),
+                cache=cache,
+                written=written,
+                tokens=r.tokens.at[each, place].set(token, mode="drop"),
+                logp=r.logp.at[each, place].set(logp, mode="drop"),
+                done=r.done | finished | (written >= max_tokens),
+                finished=finished,
+            ),
+        )
+
+    return jax.lax.while_loop(running, step, (jnp.int32(0), rows))[1]

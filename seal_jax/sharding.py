@@ -4,7 +4,7 @@ Strings live on the host, arrays on devices. `to_device` and `to_host` are the o
 they are explicit, so the loop runs under `jax.transfer_guard('disallow')`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -35,13 +35,19 @@ KERNELS = {
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """Return the mesh (data, fsdp, tensor) over all devices; one size may be -1, the rest of them.
+
+    Args:
+      devices: all of this run by default.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    sizes, num_devices = [data, fsdp, tensor], jax.device_count()
+    sizes = [data, fsdp, tensor]
+    num_devices = jax.device_count() if devices is None else len(devices)
     known = int(np.prod([size for size in sizes if size != -1]))
     if sizes.count(-1) == 1 and num_devices % known == 0:
         sizes[sizes.index(-1)] = num_devices // known
@@ -50,7 +56,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {num_devices} devices"
         )
     # Auto: the compiler propagates shardings. Explicit axes, the default, refuse plain indexing.
-    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
+    axes, types = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
+    return jax.make_mesh(tuple(sizes), axes, types, devices=devices)
 
 
 def param_shardings(mesh: Mesh, params: Params, rules: Mapping[str, str] | None = None):

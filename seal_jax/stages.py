@@ -95,7 +95,7 @@ def _at_once(
         optimizer,
         shaped(base, param_shardings(mesh, base)),
         mesh=mesh,
-        resident=_resident_bytes(config, model, mesh),
+        resident=resident_bytes(config, model, mesh),
         most=min(config.answer.max_rows, runs),
         rank=inner.rank,
         alpha=inner.alpha,
@@ -106,7 +106,7 @@ def _at_once(
     )
 
 
-def _resident_bytes(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) -> int:
+def resident_bytes(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) -> int:
     """Return what lies on each device beside the inner loop's own base and adapters, at most."""
     outer, policy = config.outer, tree_bytes(model.params)
     optimizer = make_optimizer(**optimizer_arguments(outer.to_dict()))

@@ -27,6 +27,7 @@ from jax.sharding import AxisType, Mesh
 
 from seal_jax import lora
 from seal_jax.bench.timing import matmul_params
+from seal_jax.count import cycles_of, executed
 from seal_jax.decode import cache_sharding, decode, no_rows, prefill
 from seal_jax.inner import batch_sharding, make_inner_update
 from seal_jax.memory import shaped
@@ -240,14 +241,7 @@ def compile_inner_update(
         ).compile()
 
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_LIMIT = re.compile(r"ROOT .* compare\(.*?%?([\w.\-]+)\), direction=LT")
-_BRANCHES = re.compile(r" conditional\(.*branch_computations=\{([^}]*)\}")
-_CALL = re.compile(r" call\(.*to_apply=%?([\w.\-]+)")
 _COLLECTIVE = re.compile(r" (?:all-\w+|reduce-scatter|collective-permute|send)(?:-start)?\(")
 
 
@@ -268,44 +262,12 @@ def cycles_by_op(hlo_text: str, unknown_trip_count: int = 1) -> collections.Coun
     Raises:
       ValueError: there is no program in the text.
     """
-    bodies: dict[str, list[str]] = {}
-    for line in hlo_text.splitlines():
-        if found := _COMPUTATION.match(line):
-            bodies[found[2]] = lines = []
-            if found[1]:
-                bodies[""] = lines
-        elif line.startswith("  ") and bodies:
-            lines.append(line)
-    if "" not in bodies:
-        raise ValueError("no ENTRY computation in the text: expected an XLA program")
-
-    def trip_count(line: str, condition: str) -> int:
-        if found := _TRIPS.search(line):
-            return int(found[1])
-        # TPU programs do not say it, but a counted loop compares its counter with a constant.
-        text = "\n".join(bodies[condition])
-        limit = _LIMIT.search(text)
-        value = limit and re.search(rf"{re.escape(limit[1])} = s32\S+ constant\((\d+)\)", text)
-        return int(value[1]) if value else unknown_trip_count
-
-    def cost(name: str) -> collections.Counter:
-        total: collections.Counter = collections.Counter()
-        for line in bodies[name]:
-            if found := _CYCLES.search(line):
-                op = _OP_NAME.search(line)
-                total[op[1] if op else ""] += int(found[1])
-            if found := _WHILE.search(line):
-                count = trip_count(line, found[1])
-                once = cost(found[1]) + cost(found[2])
-                total.update({op: count * cycles for op, cycles in once.items()})
-            elif found := _BRANCHES.search(line):
-                branches = (cost(x.strip(" %")) for x in found[1].split(","))
-                total.update(max(branches, key=collections.Counter.total))
-            elif found := _CALL.search(line):
-                total.update(cost(found[1]))
-        return total
-
-    return cost("")
+    total: collections.Counter = collections.Counter()
+    for line, count in executed(hlo_text, unknown_trip_count):
+        if cycles := cycles_of(line):
+            op = _OP_NAME.search(line)
+            total[op[1] if op else ""] += count * cycles
+    return total
 
 
 def main() -> None:

@@ -1,0 +1,246 @@
+"""The device programs of a run, made from shapes alone: nothing is loaded, and nothing runs.
+
+They are the jitted functions that the run calls itself, lowered with its largest shapes. What a run
+learns from its data is assumed: see Lengths.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from seal_jax import evaluate, lora, sample
+from seal_jax.draw import Settings
+from seal_jax.inner import batch_sharding, make_inner_update, num_shards
+from seal_jax.memory import adapter_bytes, empty_batch, largest_shapes, shaped
+from seal_jax.models import Model
+from seal_jax.models.config import ModelConfig
+from seal_jax.models.quantize import quantize_params
+from seal_jax.models.transformer import init_params
+from seal_jax.objectives import OBJECTIVES
+from seal_jax.optim import make_optimizer
+from seal_jax.policy import init_train_state, make_policy_update
+from seal_jax.self_edit import LONGEST, bucket_of
+from seal_jax.sharding import leading, param_shardings, replicated
+from seal_jax.stages import optimizer_arguments
+from seal_jax.types import InnerBatch, Params, Rollout
+
+
+class Lengths(NamedTuple):
+    """What the data decide, in tokens: guesses, where there are no data at hand."""
+
+    passage: int = 256  # on average
+    longest_passage: int = 768
+    question: int = 64  # with the prompt around it
+    num_questions: int = 5  # of a passage
+
+
+class Program(NamedTuple):
+    """One program and how to make it."""
+
+    name: str
+    jaxpr: Callable[[], Any]
+    lower: Callable[[], jax.stages.Lowered]
+    loops: int  # how often a loop runs whose count is data
+    steps: int  # of what is counted, in one call
+    size: int  # of what the config bounds: adapters, rows
+    key: str  # which key of the config bounds it
+    each: int = 0  # bytes on a device that one more of it takes; 0: its share of the program's own
+
+
+def model_shapes(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Model:
+    """Return the policy as ShapeDtypeStructs with their shardings, without a tokenizer."""
+    model = dataclasses.replace(model, attention=config.model.attention)
+    dtype = config.model.dtype
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), dtype))
+    return Model(model, shaped(params, param_shardings(mesh, params)), None)
+
+
+def programs(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> Iterator[Program]:
+    """Yield the programs of a run in the order in which it calls them."""
+    yield from _writing(config, model, mesh, lengths)
+    base = jax.eval_shape(partial(quantize_params, word=config.inner.quantize), model.params)
+    base = shaped(base, param_shardings(mesh, base))
+    yield _inner_step(config, model, base, mesh, lengths)
+    if config.reward.kind == "log_likelihood":
+        yield _scoring(config, model, base, mesh, lengths)
+    yield _policy_update(config, model, mesh, lengths)
+
+
+def num_adapters(config: ConfigDict, mesh: Mesh) -> int:
+    """Return how many adapters the inner step is compiled for; those that -1 finds are counted."""
+    shards = mesh.shape["data"]
+    wanted = config.inner.max_adapters
+    return shards if wanted == -1 else -(-wanted // shards) * shards
+
+
+def _traced(function: Any, *arguments: Any, **options: Any) -> dict[str, Callable]:
+    """Return `jaxpr` and `lower` of a jitted function."""
+    return {
+        "jaxpr": lambda: function.trace(*arguments, **options).jaxpr,
+        "lower": lambda: function.lower(*arguments, **options),
+    }
+
+
+def _rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=leading(mesh, "rows", shape[0]))
+
+
+def _writing(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> Iterator[Program]:
+    """Yield prefill and decode of self-edits; answers have shorter caches, and adapters."""
+    section = config.sample
+    B = min(section.max_rows, config.outer.problems_per_step * section.num_edits)
+    P, S = -(-B // 4), bucket_of(min(lengths.longest_passage, model.config.max_length))
+    prompts = _rows(mesh, P, S), _rows(mesh, P)
+    yield Program(
+        "prefill",
+        **_traced(sample._prefill, model.config, model.params, None, *prompts),
+        loops=1,
+        steps=1,
+        size=P,
+        key="sample.max_rows",
+    )
+    dtype = model.params["embed"]["embedding"].dtype
+    where, slots = leading(mesh, "rows", B), S + section.max_tokens
+    empty = (model.config, dtype, B, slots, section.max_tokens, 0, where)
+    rows = jax.eval_shape(partial(sample._no_rows, *empty))
+    rows = rows._replace(settings=Settings(*rows.settings))
+    stop_ids = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=replicated(mesh))
+    arguments = (model.config, model.params, None, shaped(rows, where), stop_ids)
+    yield Program(
+        "decode",
+        **_traced(sample._decode, *arguments, num_steps=32),
+        loops=1,
+        steps=1,
+        size=B,
+        key="sample.max_rows",
+    )
+
+
+def longest_row(config: ConfigDict, model: ModelConfig, lengths: Lengths) -> int:
+    """Return about how many tokens the longest row of an inner run has; see stages.longest_row."""
+    written, size = config.sample.max_tokens, config.inner.batch_size
+    longest = max(lengths.longest_passage, written)
+    longest = longest if size == 1 else lengths.longest_passage + written
+    if config.inner.pad_loss == "exact":
+        longest = max(longest, size * min(2048, model.max_length))
+    return min(longest, LONGEST)
+
+
+def _inner_step(
+    config: ConfigDict, model: Model, base: Params, mesh: Mesh, lengths: Lengths
+) -> Program:
+    inner, A = config.inner, num_adapters(config, mesh)
+    optimizer = make_optimizer(**optimizer_arguments(inner.to_dict()))
+    update = make_inner_update(
+        dataclasses.replace(model.config, remat=inner.remat),
+        optimizer,
+        inner.schedule,
+        mesh,
+        dropout=inner.dropout,
+        accumulation=inner.accumulation,
+    )
+    init = partial(
+        lora.init_adapters, model.config, rank=inner.rank, alpha=inner.alpha, targets=inner.targets
+    )
+    adapters = jax.eval_shape(lambda: init(jax.random.split(jax.random.key(0), A)))
+    adapters = shaped(adapters, leading(mesh, "adapter", A))
+    shape = largest_shapes(longest_row(config, model.config, lengths), inner.tokens_per_step)[-1]
+    batch = empty_batch(shape, A, inner.steps_per_call, num_shards(mesh))
+    batch = shaped(batch, batch_sharding(mesh))
+    arguments = base, adapters, InnerBatch(*batch)
+    lanes = batch.lanes.shape[1] // num_shards(mesh)
+    return Program(
+        "inner step",
+        jaxpr=lambda: jax.make_jaxpr(lambda p, a, b: update(p, a, [b]))(*arguments),
+        lower=lambda: update.lower_batch(*arguments),
+        loops=lanes,
+        steps=inner.steps_per_call,
+        size=A,
+        key="inner.max_adapters",
+        each=adapter_bytes(adapters, optimizer, inner.accumulation) * mesh.shape["data"] // A,
+    )
+
+
+def _scoring(
+    config: ConfigDict, model: Model, base: Params, mesh: Mesh, lengths: Lengths
+) -> Program:
+    """Return the likelihood of the right answers, asked of every adapter in flight."""
+    inner, A = config.inner, num_adapters(config, mesh)
+    init = partial(
+        lora.init_adapters, model.config, rank=inner.rank, alpha=inner.alpha, targets=inner.targets
+    )
+    adapters = jax.eval_shape(lambda: init(jax.random.split(jax.random.key(0), A)))
+    adapters = shaped(adapters, leading(mesh, "adapter", A))
+    shape = (A * lengths.num_questions, bucket_of(lengths.question + config.answer.max_tokens))
+    arrays = _rows(mesh, *shape), _rows(mesh, *shape), _rows(mesh, *shape, dtype=jnp.bool_)
+    return Program(
+        "scoring",
+        **_traced(evaluate._mean_logp, model.config, base, adapters, *arrays),
+        loops=1,
+        steps=1,
+        size=A,
+        key="inner.max_adapters",
+    )
+
+
+def _policy_update(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> Program:
+    """Return one batch of the policy's training."""
+    outer, update = config.outer, config.outer["update"]
+    optimizer = make_optimizer(**optimizer_arguments(outer.to_dict()))
+    lora_sizes = {"rank": outer.rank, "alpha": outer.alpha, "targets": outer.targets}
+    policy_update = make_policy_update(
+        dataclasses.replace(model.config, remat=outer.remat),
+        OBJECTIVES[outer.objective](),
+        optimizer,
+        mesh=mesh,
+        seed=0,
+        update=update,
+        schedule=outer.schedule,
+        learning_rate=outer.learning_rate,
+        num_epochs=outer.num_epochs,
+        batch_size=outer.batch_size,
+        microbatch_size=outer.microbatch_size,
+        **lora_sizes,
+    )
+    # The device call within it, which it does not show.
+    train_step = inspect.getclosurevars(policy_update).nonlocals["train_step"]
+    everywhere = replicated(mesh)
+
+    def init(params: Params) -> tuple:
+        state = init_train_state(
+            model.config, params, optimizer, mesh=mesh, update=update, **lora_sizes
+        )
+        if update == "full":
+            return params, {}, state.opt_state, ()
+        adapter = lora.take(state.adapters, 0)
+        return adapter.weights, {}, state.opt_state, state.adapters.scale
+
+    trained, frozen, opt_state, scale = jax.eval_shape(init, model.params)
+    if update == "full":
+        trained = model.params
+        opt_state = shaped(opt_state, param_shardings(mesh, opt_state))
+    else:
+        trained, opt_state = shaped(trained, everywhere), shaped(opt_state, everywhere)
+        frozen, scale = model.params, shaped(scale, everywhere)
+    m = outer.microbatch_size
+    n = -(-outer.batch_size // m)
+    T = bucket_of(min(lengths.longest_passage + config.sample.max_tokens, LONGEST))
+    kinds = Rollout(jnp.int32, jnp.float32, jnp.bool_)
+    rows = Rollout(*(jax.ShapeDtypeStruct((n, m, T), kind) for kind in kinds))
+    batch = shaped((rows, jax.ShapeDtypeStruct((n, m), jnp.float32)), everywhere)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    return Program(
+        "policy update",
+        **_traced(train_step, trained, frozen, opt_state, scale, batch, count, count),
+        loops=1,
+        steps=1,
+        size=m,
+        key="outer.microbatch_size",
+    )

@@ -1,0 +1,192 @@
+"""`seal-jax plan`: whether a config fits a slice, what its programs cost there, and its hours.
+
+  peak = resident + arguments + temporaries + results - what results overwrite
+
+The programs are compiled for the slice, never run. Their times are rooflines: the longest of what
+the products, the memory and the links between chips need at full speed, as if all else were free.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from seal_jax.chips import Chip, find_slice
+from seal_jax.count import collective_bytes, moved_bytes, product_flops
+from seal_jax.memory import SHARE, device_bytes
+from seal_jax.models.known import config_of
+from seal_jax.plan import EFFICIENCY, matmul_rate
+from seal_jax.programs import Lengths, Program, model_shapes, programs
+from seal_jax.sharding import make_mesh
+from seal_jax.stages import resident_bytes
+
+_ADVICE = {
+    "sample.max_rows": "lower sample.max_rows or sample.max_tokens",
+    "inner.max_adapters": "lower inner.max_adapters or inner.tokens_per_step, or set"
+    " inner.remat=full or inner.quantize=int8",
+    "outer.microbatch_size": "lower outer.microbatch_size, or set outer.remat=full",
+}
+
+# The programs that have as many rows or adapters as the key of the config says.
+_BOUNDED = ("decode", "inner step", "policy update")
+
+
+class Cost(NamedTuple):
+    """What one program needs of a device; bytes, operations and seconds are of one step."""
+
+    program: Program
+    memory: dict[str, float]  # bytes by kind
+    flops: float
+    moved: float  # bytes from and to the device's memory
+    collectives: dict[str, float]  # bytes by kind
+    seconds: float
+    bound: str  # what takes the longest: compute, memory or links
+    largest: int  # what the config's key could be
+
+
+def plan_slice(config: ConfigDict, topology: str, lengths: Lengths) -> tuple[list[str], list[str]]:
+    """Return the lines of a plan, and what does not fit.
+
+    Args:
+      topology: 'v5e:4x4' or the like, see chips.py; 'here' is for the devices of this process.
+
+    Raises:
+      ValueError: there is no such slice, mesh or model.
+    """
+    chip, devices = (None, None) if topology == "here" else find_slice(topology)
+    mesh = make_mesh(**config.mesh, devices=devices)
+    if chip is None:
+        unlimited = math.inf
+        memory = device_bytes(mesh) / SHARE
+        chip = Chip(jax.devices()[0].device_kind, matmul_rate(), memory, unlimited, unlimited)
+    model = model_shapes(config, config_of(config.model.source), mesh)
+    resident = resident_bytes(config, model, mesh)
+    costs = [
+        measure(program, mesh, chip, resident) for program in programs(config, model, mesh, lengths)
+    ]
+    limit = SHARE * chip.memory
+    complaints = [
+        f"{cost.program.name} does not fit: it needs {_gb(cost.memory['peak'])} a device, and there"
+        f" are {_gb(limit)} to use. {_ADVICE[cost.program.key].capitalize()}, or divide the model"
+        " over more devices (mesh.fsdp, mesh.tensor)"
+        for cost in costs
+        if cost.memory["peak"] > limit
+    ]
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.params))
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    lines = [
+        f"{config.model.source}: {count / 1e6:,.0f}M parameters in {config.model.dtype} on"
+        f" {mesh.size} x {chip.name} ({sizes})",
+        f"each device has {_gb(chip.memory)}, {_gb(limit)} of it to use; {_gb(resident)} are taken"
+        " by what stays: the first policy, the trained one's optimizer",
+        *_table(costs),
+        *_run(config, costs, lengths),
+    ]
+    return lines, complaints
+
+
+def measure(program: Program, mesh: Mesh, chip: Chip, resident: float) -> Cost:
+    """Compile a program and return what it needs; its peak is infinite if XLA refuses it."""
+    limit = SHARE * chip.memory
+    with jax.set_mesh(mesh):  # for the attention kernels
+        flops = product_flops(program.jaxpr(), program.loops) / mesh.size
+        try:
+            compiled = program.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            nothing = {"arguments": math.inf, "temporaries": math.inf, "results": 0.0}
+            return Cost(program, {**nothing, "peak": math.inf}, 0.0, 0.0, {}, 0.0, "-", 0)
+    text, analysis = compiled.as_text(), compiled.memory_analysis()
+    memory = {
+        "arguments": analysis.argument_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "results": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+    }
+    memory["peak"] = resident + sum(memory.values())
+    # XLA counts loops once, but also what every device of a group repeats.
+    whole = compiled.cost_analysis() or {}
+    flops = max(flops, whole.get("flops", 0.0)) / program.steps
+    moved = moved_bytes(text, program.loops) / program.steps
+    collectives = collective_bytes(text, program.loops)
+    collectives = {kind: size / program.steps for kind, size in collectives.items()}
+    times = {
+        "compute": flops / chip.flops,
+        "memory": moved / chip.bandwidth,
+        "links": sum(collectives.values()) / chip.link,
+    }
+    bound = max(times, key=times.get)
+    each = program.each or memory["temporaries"] / program.size
+    largest = program.size + math.floor((limit - memory["peak"]) / max(each, 1))
+    return Cost(program, memory, flops, moved, collectives, times[bound], bound, max(0, largest))
+
+
+def _table(costs: Sequence[Cost]) -> list[str]:
+    kinds = ("arguments", "temporaries", "results", "peak")
+    head = f"{'one step of':14}{''.join(f'{kind:>13}' for kind in kinds)}"
+    lines = [f"{head}{'TFLOP':>10}{'moved':>10}{'ms':>10}  bound by"]
+    for cost in costs:
+        sizes = "".join(f"{_gb(cost.memory[kind]):>13}" for kind in kinds)
+        lines.append(
+            f"{cost.program.name:14}{sizes}{cost.flops / 1e12:10.3g}{_gb(cost.moved):>10}"
+            f"{1e3 * cost.seconds:10.3g}  {cost.bound}"
+        )
+    for cost in costs:
+        found = [f"{kind} {_gb(size)}" for kind, size in sorted(cost.collectives.items())]
+        lines.append(f"{cost.program.name}, collectives: {', '.join(found) or 'none'}")
+        if cost.program.name in _BOUNDED:
+            key, size = cost.program.key, cost.program.size
+            lines[-1] += f"; {key} is {size} here, and could be about {cost.largest}"
+    return lines
+
+
+def _run(config: ConfigDict, costs: Sequence[Cost], lengths: Lengths) -> list[str]:
+    """Return the lines about the whole run."""
+    counts = step_counts(config, lengths)
+    seconds = {cost.program.name: cost.seconds for cost in costs}
+    size = {cost.program.name: cost.program.size for cost in costs}
+    size["inner step"] = 1  # its steps are counted as they are, whoever shares them
+    total = sum(seconds[name] * counts[name] / size[name] for name in seconds if name in counts)
+    return [
+        f"assumed: passages of {lengths.passage} tokens, the longest {lengths.longest_passage},"
+        f" {lengths.num_questions} questions each",
+        f"the whole run: about {total / EFFICIENCY / 3600:.2g} hours at {EFFICIENCY:.0%} of these"
+        f" rooflines ({counts['inner step']:,.0f} inner steps), without compiling and grading",
+    ]
+
+
+def step_counts(config: ConfigDict, lengths: Lengths) -> dict[str, float]:
+    """Return how often a run takes a step of each program, for one row or adapter each time."""
+    outer, inner, held_out = config.outer, config.inner, config.eval
+    arms = 2 if held_out.random_control else 1
+    problems = outer.num_steps * outer.problems_per_step
+    tests = held_out.num_problems * held_out.num_edits
+    written = problems * config.sample.num_edits * arms + tests * (arms + 1)
+    runs = problems * config.sample.num_edits * inner.num_seeds
+    runs += (tests * (arms + 1) + held_out.num_problems) * held_out.num_seeds
+    tokens = runs * inner.num_epochs * 2 * lengths.passage  # the passage, and as much written
+    return {
+        "prefill": problems * arms + tests * (arms + 1) + runs * lengths.num_questions,
+        "decode": written * config.sample.max_tokens
+        + runs * lengths.num_questions * config.answer.max_tokens,
+        "inner step": tokens / inner.tokens_per_step,
+        "scoring": runs,
+        "policy update": arms
+        * outer.num_steps
+        * outer.num_epochs
+        * outer.problems_per_step
+        / outer.batch_size
+        * outer.microbatch_size,
+    }
+
+
+def _gb(num_bytes: float) -> str:
+    if num_bytes == math.inf:
+        return "too much"
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes / 1e3:.3g} kB"

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from seal_jax.models.config import ModelConfig
 from seal_jax.types import Params
 
 # Logical axis -> mesh axis. Models never name the mesh.
@@ -58,6 +59,20 @@ def make_mesh(
     # Auto: the compiler propagates shardings. Explicit axes, the default, refuse plain indexing.
     axes, types = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
     return jax.make_mesh(tuple(sizes), axes, types, devices=devices)
+
+
+def check_divides(mesh: Mesh, config: ModelConfig) -> None:
+    """Raise ValueError where an axis of the mesh does not divide what it is there to divide.
+
+    Fewer key and value heads than `tensor` are no mistake: they are divided within a head.
+    """
+    for axis, what, size in (
+        ("fsdp", "dimensions of the model", config.embed_dim),
+        ("tensor", "heads", config.num_heads),
+        ("tensor", "dimensions of the MLP", config.mlp_dim),
+    ):
+        if size % mesh.shape[axis]:
+            raise ValueError(f"mesh.{axis} = {mesh.shape[axis]} does not divide the {size} {what}")
 
 
 def param_shardings(mesh: Mesh, params: Params, rules: Mapping[str, str] | None = None):

@@ -20,7 +20,7 @@ from seal_jax.memory import SHARE, device_bytes
 from seal_jax.models.known import config_of
 from seal_jax.plan import EFFICIENCY, matmul_rate
 from seal_jax.programs import Lengths, Program, model_shapes, programs
-from seal_jax.sharding import make_mesh
+from seal_jax.sharding import check_divides, make_mesh
 from seal_jax.stages import resident_bytes
 
 _ADVICE = {
@@ -63,6 +63,7 @@ def plan_slice(config: ConfigDict, topology: str, lengths: Lengths) -> tuple[lis
         memory = device_bytes(mesh) / SHARE
         chip = Chip(jax.devices()[0].device_kind, matmul_rate(), memory, unlimited, unlimited)
     model = model_shapes(config, config_of(config.model.source), mesh)
+    check_divides(mesh, model.config)
     resident = resident_bytes(config, model, mesh)
     costs = [
         measure(program, mesh, chip, resident) for program in programs(config, model, mesh, lengths)

@@ -25,7 +25,7 @@ from seal_jax.optim import Optimizer, make_optimizer
 from seal_jax.policy import init_train_state
 from seal_jax.sample import check_lengths, write_self_edits
 from seal_jax.self_edit import LONGEST, PAD_SAMPLES, PADDED
-from seal_jax.sharding import make_mesh, param_shardings
+from seal_jax.sharding import check_divides, make_mesh, param_shardings
 from seal_jax.tasks import make_task
 from seal_jax.tasks.task import Rejected, SelfEdit, Task
 from seal_jax.types import Params, Rollout
@@ -48,6 +48,7 @@ def make_stages(config: ConfigDict) -> Stages:
     """Make the mesh, load the model onto it and build the stages that loops and table share."""
     mesh = make_mesh(**config.mesh)
     model = place_model(config, config.model.source, mesh)
+    check_divides(mesh, model.config)
     task = make_task(**task_arguments(config))
     inner = config.inner.to_dict()
     optimizer = make_optimizer(**optimizer_arguments(inner))

@@ -1,5 +1,6 @@
 """The same numbers on one device and on eight, however the mesh divides them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -19,11 +20,11 @@ from seal_jax.inner import batch_sharding, make_inner_update, num_shards
 from seal_jax.metrics import read_jsonl
 from seal_jax.models import Model
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.transformer import init_params
+from seal_jax.models.transformer import forward, init_params
 from seal_jax.optim import make_optimizer
 from seal_jax.sample import generate
 from seal_jax.self_edit import job_losses, make_job, pack, text_of
-from seal_jax.sharding import leading, make_mesh, param_shardings, to_device, to_host
+from seal_jax.sharding import check_divides, leading, make_mesh, param_shardings, to_device, to_host
 from seal_jax.tokenizer import ByteTokenizer
 
 pytest_plugins = ["tiny_fixtures"]
@@ -40,6 +41,8 @@ CONFIG = ModelConfig(
 NUM_ADAPTERS = 8
 MESHES = {
     "data=8": {"data": 8},
+    "fsdp=8": {"data": 1, "fsdp": 8},
+    "tensor=8": {"data": 1, "tensor": 8},  # more parts than heads
     "data=2 fsdp=2 tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 
@@ -118,7 +121,29 @@ def expected(model):
     return compute(model, one_device_mesh())
 
 
+LONG = ("fsdp=8", "tensor=8")
+CASES = [
+    pytest.param(sizes, marks=pytest.mark.long if name in LONG else (), id=name)
+    for name, sizes in MESHES.items()
+]
+
+
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_logits_of_eight_devices_are_those_of_one(model, sizes):
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 12)).astype(np.int32)
+    logits = jax.jit(functools.partial(forward, CONFIG))
+    one, mesh = one_device_mesh(), make_mesh(**sizes)
+
+    def compute(mesh):
+        params = to_device(model.params, param_shardings(mesh, model.params))
+        return logits(params, to_device(tokens, leading(mesh, "rows", len(tokens))))
+
+    found, expected = compute(mesh), to_host(compute(one))
+    assert len(found.sharding.device_set) == 8
+    np.testing.assert_allclose(to_host(found), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("sizes", CASES)
 def test_eight_devices_give_what_one_gives(model, expected, sizes):
     trained, answers, logps, samples = compute(model, make_mesh(**sizes))
 
@@ -214,6 +239,37 @@ def test_a_size_that_its_axis_does_not_divide_stays_whole():
     assert leading(mesh, "rows", 3).spec == PartitionSpec("data")
     assert leading(make_mesh(), "adapter", 16).spec == PartitionSpec("data")
     assert leading(make_mesh(), "adapter", 12).spec == PartitionSpec(None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"tensor": 8}, "mesh.tensor = 8 does not divide the 4 heads"),
+        ({"data": 1, "fsdp": 8}, None),
+        ({"tensor": 4}, None),  # 2 key and value heads are divided within
+    ],
+    ids=str,
+)
+def test_an_axis_that_does_not_divide_the_model_is_refused(sizes, words):
+    mesh = make_mesh(**sizes)
+    if words is None:
+        return check_divides(mesh, CONFIG)
+    with pytest.raises(ValueError, match=words):
+        check_divides(mesh, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"embed_dim": 30}, "mesh.fsdp = 4 does not divide the 30 dimensions of the model"),
+        ({"mlp_dim": 47}, "mesh.tensor = 2 does not divide the 47 dimensions of the MLP"),
+    ],
+    ids=str,
+)
+def test_what_an_axis_does_not_divide_is_named_with_its_size(changed, words):
+    config = dataclasses.replace(CONFIG, **changed)
+    with pytest.raises(ValueError, match=words):
+        check_divides(make_mesh(fsdp=4, tensor=2), config)
 
 
 @pytest.mark.parametrize(

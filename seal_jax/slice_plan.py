@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from seal_jax.chips import Chip, find_slice
 from seal_jax.count import collective_bytes, moved_bytes, product_flops
 from seal_jax.memory import SHARE, device_bytes
+from seal_jax.metrics import progress
 from seal_jax.models.known import config_of
 from seal_jax.plan import EFFICIENCY, matmul_rate
 from seal_jax.programs import Lengths, Program, model_shapes, programs
@@ -65,9 +66,9 @@ def plan_slice(config: ConfigDict, topology: str, lengths: Lengths) -> tuple[lis
     model = model_shapes(config, config_of(config.model.source), mesh)
     check_divides(mesh, model.config)
     resident = resident_bytes(config, model, mesh)
-    costs = [
-        measure(program, mesh, chip, resident) for program in programs(config, model, mesh, lengths)
-    ]
+    found = list(programs(config, model, mesh, lengths))
+    bar = progress(found, f"plan for {topology}", "program")  # minutes, for a large model
+    costs = [measure(program, mesh, chip, resident) for program in bar]
     limit = SHARE * chip.memory
     complaints = [
         f"{cost.program.name} does not fit: it needs {_gb(cost.memory['peak'])} a device, and there"

@@ -26,7 +26,7 @@ _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "whil
 _FREE += ("call", "iota", "after-all", "partition-id", "replica-id", "opt-barrier", "custom-call")
 
 
-def product_flops(jaxpr: Any, unknown_trip_count: int = 1) -> float:
+def product_flops(jaxpr: Any, unknown_trip_count: int = 1, *, once: bool = False) -> float:
     """Return the operations of all matrix products of a traced program, over all devices.
 
     What Pallas kernels multiply is not counted.
@@ -34,8 +34,9 @@ def product_flops(jaxpr: Any, unknown_trip_count: int = 1) -> float:
     Args:
       jaxpr: a Jaxpr or ClosedJaxpr.
       unknown_trip_count: how often a loop runs whose count is data.
+      once: count the body of every loop once, as XLA's `cost_analysis` does.
     """
-    count = functools.partial(product_flops, unknown_trip_count=unknown_trip_count)
+    count = functools.partial(product_flops, unknown_trip_count=unknown_trip_count, once=once)
     total = 0.0
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = eqn.primitive.name, eqn.params
@@ -44,9 +45,9 @@ def product_flops(jaxpr: Any, unknown_trip_count: int = 1) -> float:
             left = eqn.invars[0].aval.shape
             total += 2.0 * math.prod(left[i] for i in contracted) * eqn.outvars[0].aval.size
         elif name == "scan":
-            total += params["length"] * count(params["jaxpr"])
+            total += (1 if once else params["length"]) * count(params["jaxpr"])
         elif name == "while":
-            total += unknown_trip_count * count(params["body_jaxpr"])
+            total += (1 if once else unknown_trip_count) * count(params["body_jaxpr"])
         elif name == "cond":
             total += max(map(count, params["branches"]))
         elif name == "shard_map":  # its body is that of one part

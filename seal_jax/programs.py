@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from seal_jax import evaluate, lora, sample
 from seal_jax.draw import Settings
 from seal_jax.inner import batch_sharding, make_inner_update, num_shards
-from seal_jax.memory import adapter_bytes, empty_batch, largest_shapes, shaped
+from seal_jax.memory import adapter_bytes, empty_batch, largest_shapes, shaped, tree_bytes
 from seal_jax.models import Model
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.quantize import quantize_params
@@ -112,7 +112,8 @@ def _writing(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> 
     rows = jax.eval_shape(partial(sample._no_rows, *empty))
     rows = rows._replace(settings=Settings(*rows.settings))
     stop_ids = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=replicated(mesh))
-    arguments = (model.config, model.params, None, shaped(rows, where), stop_ids)
+    rows = shaped(rows, where)
+    arguments = (model.config, model.params, None, rows, stop_ids)
     yield Program(
         "decode",
         **_traced(sample._decode, *arguments, num_steps=32),
@@ -120,6 +121,7 @@ def _writing(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> 
         steps=1,
         size=B,
         key="sample.max_rows",
+        each=-(-tree_bytes(rows) // B),  # the cache above all
     )
 
 

@@ -94,7 +94,7 @@ def measure(program: Program, mesh: Mesh, chip: Chip, resident: float) -> Cost:
     """Compile a program and return what it needs; its peak is infinite if XLA refuses it."""
     limit = SHARE * chip.memory
     with jax.set_mesh(mesh):  # for the attention kernels
-        flops = product_flops(program.jaxpr(), program.loops) / mesh.size
+        jaxpr = program.jaxpr()
         try:
             compiled = program.lower().compile()
         except jax.errors.JaxRuntimeError as error:
@@ -109,9 +109,11 @@ def measure(program: Program, mesh: Mesh, chip: Chip, resident: float) -> Cost:
         "results": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
     }
     memory["peak"] = resident + sum(memory.values())
-    # XLA counts loops once, but also what every device of a group repeats.
-    whole = compiled.cost_analysis() or {}
-    flops = max(flops, whole.get("flops", 0.0)) / program.steps
+    # XLA counts loops once, but knows what of the work a device does: some is repeated on each.
+    counted = (compiled.cost_analysis() or {}).get("flops", 0.0)
+    share = counted / max(product_flops(jaxpr, once=True), 1)
+    share = min(1.0, max(1 / mesh.size, share))
+    flops = product_flops(jaxpr, program.loops) * share / program.steps
     moved = moved_bytes(text, program.loops) / program.steps
     collectives = collective_bytes(text, program.loops)
     collectives = {kind: size / program.steps for kind, size in collectives.items()}

@@ -17,8 +17,8 @@ from seal_jax.models import TINY
 from seal_jax.models.config import config_to_hf
 from seal_jax.models.known import KNOWN, config_of
 from seal_jax.models.transformer import init_params
-from seal_jax.programs import Lengths, model_shapes, programs
-from seal_jax.sharding import make_mesh
+from seal_jax.programs import Lengths, Program, model_shapes, programs
+from seal_jax.sharding import make_mesh, replicated
 
 pytest_plugins = ["tiny_fixtures"]
 SMALL = ("inner.steps_per_call=1", "sample.max_tokens=8", "outer.batch_size=2")
@@ -206,6 +206,38 @@ def test_every_program_of_a_run_is_counted(costs):
         assert cost.flops > 0 and cost.moved > 0 and cost.seconds > 0
         assert cost.largest > cost.program.size
     assert costs["inner step"].collectives  # the base is divided
+
+
+@pytest.mark.parametrize("axis", [None, "data"])
+def test_what_every_device_repeats_counts_for_each(axis):
+    mesh, size, trips = make_mesh(), 64, 5
+    sharding = jax.sharding.NamedSharding(mesh, PartitionSpec(axis))
+    x = jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=sharding)
+    w = jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=replicated(mesh))
+
+    @jax.jit
+    def multiply(x, w):
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=trips)[0]
+
+    program = Program(
+        "products",
+        jaxpr=lambda: multiply.trace(x, w).jaxpr,
+        lower=lambda: multiply.lower(x, w),
+        loops=1,
+        steps=1,
+        size=1,
+        key="",
+    )
+    flops = slice_plan.measure(program, mesh, CHIPS["v5e"], 0).flops
+    assert flops == pytest.approx(2 * size**3 * trips / (8 if axis else 1), rel=0.01)
+
+
+def test_a_row_more_needs_a_cache_more(one_device):
+    config = load_config(CONFIG)
+    model = model_shapes(config, TINY, one_device)
+    decode = next(p for p in programs(config, model, one_device, Lengths()) if p.name == "decode")
+    kv_heads, head_dim, slots = TINY.num_kv_heads, TINY.head_dim, 768 + config.sample.max_tokens
+    assert decode.each > 2 * TINY.num_layers * kv_heads * head_dim * slots * 4
 
 
 def test_a_run_takes_the_steps_that_its_config_says():

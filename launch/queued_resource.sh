@@ -6,7 +6,9 @@
 #
 # Each worker's start-up script takes this clone's commit from the bucket and runs launch/tpu_worker.sh.
 # The same arguments resume the run, so a slice that comes back goes on where the last one was. It is
-# done when gs://.../summary.json exists; then the TPUs are deleted. Keep this script running (tmux).
+# done when gs://.../summary.json exists; then the TPUs are deleted. Where a worker ends with an error,
+# its log goes to gs://BUCKET/seal_jax/failed/, and the TPUs are deleted too. Keep this script running
+# (tmux).
 #
 # RETRIES (20): how often a lost slice is asked for again. POLL (60): seconds between two looks.
 # Interrupting this script deletes nothing:
@@ -40,38 +42,44 @@ make_bundle "$folder/seal_jax.bundle"
 run gcloud storage cp "$folder/seal_jax.bundle" "$bundle"
 
 startup=$folder/startup.sh
-{
+lost=0 began=$(date -u +%Y%m%dT%H%M%SZ)
+# Where the workers of this slice, and of no other, put the log of a run that ended with an error.
+failed() { echo "gs://$BUCKET/seal_jax/failed/$NAME-$began-$lost/"; }
+write_startup() {
   echo '#!/usr/bin/env bash'
   echo 'set -euo pipefail'
   echo 'export HOME=/root && cd "$HOME"'
   quoted gcloud storage cp "$bundle" seal_jax.bundle
   echo
   unpack_command ../seal_jax.bundle "$commit"
-  echo 'bash seal_jax/launch/tpu_setup.sh'
   if [ -n "${JAX_COMPILATION_CACHE_DIR:-}" ]; then
     quoted export "JAX_COMPILATION_CACHE_DIR=$JAX_COMPILATION_CACHE_DIR"
     echo
   fi
-  quoted exec bash seal_jax/launch/tpu_worker.sh "$@"
-  echo
-} > "$startup"
-if [ -n "$DRY_RUN" ]; then sed 's/^/    /' "$startup"; fi
+  echo "{ bash seal_jax/launch/tpu_setup.sh && bash seal_jax/launch/tpu_worker.sh $(quoted "$@"); } \\"
+  echo '  2>&1 | tee seal_jax.log && exit'
+  printf 'gcloud storage cp seal_jax.log %q"$(hostname).log"\n' "$(failed)"
+  echo 'exit 1'
+}
 
 queue() { run gcloud compute tpus queued-resources "$@" --zone="$ZONE"; }
-create() {
+create() { # the arguments of seal-jax train
+  write_startup "$@" > "$startup"
+  if [ -n "$DRY_RUN" ]; then sed 's/^/    /' "$startup"; fi
   queue create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$VERSION" \
     --spot --scopes=https://www.googleapis.com/auth/cloud-platform \
     --metadata-from-file=startup-script="$startup"
 }
 is_done() { gcloud storage ls "${workdir%/}/summary.json" > /dev/null 2>&1; }
+has_failed() { gcloud storage ls "$(failed)" > /dev/null 2>&1; }
 
-create
+create "$@"
 if [ -n "$DRY_RUN" ]; then
   queue describe "$NAME" --format='value(state.state)'
   queue delete "$NAME" --force --quiet
   exit
 fi
-lost=0 seen=
+seen='' suspect=''
 while ! is_done; do
   # A look that fails (the network) is one look less.
   state=$(queue describe "$NAME" --format='value(state.state)') || state=UNKNOWN
@@ -83,7 +91,19 @@ while ! is_done; do
       lost=$((lost + 1))
       [ "$lost" -le "$retries" ] || fail "lost the TPUs $lost times, RETRIES=$retries: giving up"
       echo "lost the TPUs; asking again, $lost of $retries"
-      create
+      suspect=
+      create "$@"
+      ;;
+    ACTIVE)
+      if has_failed; then
+        # Workers of a slice that is being taken away may end so, too: look again.
+        if [ -n "$suspect" ]; then
+          queue delete "$NAME" --force --quiet
+          fail "the run ended with an error: see the logs in $(failed). The TPUs are deleted"
+        fi
+        suspect=1
+      fi
+      sleep "$poll"
       ;;
     *) sleep "$poll" ;;
   esac

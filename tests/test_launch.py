@@ -18,7 +18,7 @@ VM = {
     "VERSION": "v2-alpha-tpuv5-lite",
 }
 TRAIN = ["--config", "configs/my config.py", "--workdir", "gs://bucket/runs/a"]
-# Answers `describe` and `storage ls` with the next line of a file, each; the rest succeeds.
+# Answers `describe` and `storage ls` with the next line of a file for each; the rest succeeds.
 GCLOUD = """#!/usr/bin/env bash
 for argument in "$@"; do printf '%q ' "$argument"; done >> "$RECORD"
 echo >> "$RECORD"
@@ -31,6 +31,7 @@ done
 next() { head -n 1 "$RECORD.$1"; sed -i 1d "$RECORD.$1"; }
 case "$*" in
   *" describe "*) next states ;;
+  *"storage ls"*/failed/*) [ "$(next failed)" = yes ] ;;
   *"storage ls"*) [ "$(next done)" = yes ] ;;
 esac
 """
@@ -61,12 +62,12 @@ def clone(tmp_path):
     return clone
 
 
-def bash(clone, script, *arguments, states=(), done=(), **variables):
+def bash(clone, script, *arguments, states=(), done=(), failed=(), **variables):
     """Run a script from a foreign folder; returns the process and what `gcloud` was called with."""
     record = clone.parent / "record"
     record.write_text("")
-    (clone.parent / "record.states").write_text("".join(f"{state}\n" for state in states))
-    (clone.parent / "record.done").write_text("".join(f"{word}\n" for word in done))
+    for name, answers in {"states": states, "done": done, "failed": failed}.items():
+        (clone.parent / f"record.{name}").write_text("".join(f"{word}\n" for word in answers))
     own = {key: os.environ[key] for key in ("HOME", "TMPDIR") if key in os.environ}
     path = f"{clone.parent / 'bin'}:/usr/bin:/bin"
     result = subprocess.run(
@@ -199,9 +200,9 @@ def test_a_wrong_call_of_tpu_vm_says_what_is_missing(clone, arguments, missing, 
     assert f"launch/tpu_vm.sh: {words}" in result.stderr
 
 
-def queue(clone, *arguments, states=(), done=(), **variables):
+def queue(clone, *arguments, **variables):
     variables = {**VM, "BUCKET": "bucket", "POLL": "0", **variables}
-    return bash(clone, "queued_resource.sh", *arguments, states=states, done=done, **variables)
+    return bash(clone, "queued_resource.sh", *arguments, **variables)
 
 
 def test_a_queued_resource_runs_this_commit_and_is_deleted_in_the_end(clone):
@@ -217,10 +218,58 @@ def test_a_queued_resource_runs_this_commit_and_is_deleted_in_the_end(clone):
     assert calls[-1][3:7] == ["delete", "seal", "--force", "--quiet"]
     startup = (clone.parent / "record.startup").read_text()
     subprocess.run(["bash", "-n"], input=startup, text=True, check=True)
-    lines = [shlex.split(line) for line in startup.splitlines()]
+    lines = [shlex.split(line) for line in startup.replace("\\\n", "").splitlines()]
     assert ["gcloud", "storage", "cp", bundle, "seal_jax.bundle"] in lines
     assert head(clone) in startup
-    assert lines[-1] == ["exec", "bash", "seal_jax/launch/tpu_worker.sh", *TRAIN]
+    (train,) = (line for line in lines if "seal_jax/launch/tpu_worker.sh" in line)
+    after = train.index("seal_jax/launch/tpu_worker.sh") + 1
+    assert train[after : after + len(TRAIN)] == TRAIN
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_worker_that_fails_leaves_its_log_in_the_bucket(clone, code):
+    queue(clone, *TRAIN, done=["yes"])
+    startup = (clone.parent / "record.startup").read_text().splitlines()
+    begin = next(i for i, line in enumerate(startup) if "tpu_worker.sh" in line)
+    home = clone.parent / "root"
+    (home / "seal_jax/launch").mkdir(parents=True)
+    (home / "seal_jax/launch/tpu_setup.sh").write_text("echo set up")
+    (home / "seal_jax/launch/tpu_worker.sh").write_text(f'echo "got $4"; exit {code}')
+    (clone.parent / "record").write_text("")
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(startup[begin:])],
+        env={"PATH": f"{clone.parent / 'bin'}:/usr/bin:/bin", "RECORD": f"{clone.parent}/record"},
+        cwd=home,
+    )
+    assert result.returncode == (1 if code else 0)
+    assert (home / "seal_jax.log").read_text() == f"set up\ngot {TRAIN[3]}\n"
+    call = shlex.split((clone.parent / "record").read_text())
+    assert bool(call) == bool(code)
+    if code:
+        assert call[:3] == ["storage", "cp", "seal_jax.log"]
+        assert call[3].startswith("gs://bucket/seal_jax/failed/seal-") and call[3].endswith(".log")
+
+
+def test_a_run_that_ended_with_an_error_is_not_waited_for(clone):
+    result, calls = queue(
+        clone, *TRAIN, states=["ACTIVE"] * 3, done=["no"] * 9, failed=["no", "yes", "yes"]
+    )
+    assert result.returncode == 2 and calls[-1][3:5] == ["delete", "seal"]
+    (place,) = {call[2] for call in calls if "/failed/" in call[2]}
+    assert f"ended with an error: see the logs in {place}" in result.stderr
+
+
+def test_workers_that_fail_because_their_slice_goes_do_not_end_the_run(clone):
+    result, calls = queue(
+        clone,
+        *TRAIN,
+        states=["ACTIVE", "SUSPENDED", "ACTIVE", "ACTIVE"],
+        done=["no"] * 4 + ["yes"],
+        failed=["yes", "yes", "no"],
+    )
+    assert result.returncode == 0, result.stderr
+    assert sum("create" in call for call in calls) == 2
+    assert len({call[2] for call in calls if "/failed/" in call[2]}) == 2  # one for each slice
 
 
 def test_a_slice_that_was_taken_away_is_asked_for_again(clone):
@@ -246,7 +295,7 @@ def test_a_workdir_on_the_tpus_themselves_is_refused(clone):
 def test_a_dry_run_of_the_queue_shows_the_startup_script(clone):
     result, calls = queue(clone, "--dry-run", *TRAIN)
     assert (result.returncode, calls) == (0, []), result.stderr
-    assert "exec bash seal_jax/launch/tpu_worker.sh" in result.stdout
+    assert "bash seal_jax/launch/tpu_worker.sh --config" in result.stdout
 
 
 def test_a_jobset_has_a_pod_for_each_machine_of_its_slice():

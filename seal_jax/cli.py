@@ -187,6 +187,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     from seal_jax.train import is_done, train
 
     _examine(config, arguments.workdir)
+    _refuse_processes()
     done = is_done(config, arguments.workdir)
     if not done:
         train(config, arguments.workdir)
@@ -232,6 +233,17 @@ def run_plan(arguments: argparse.Namespace) -> int:
     if complaints:
         raise ValueError("\n".join(complaints))
     return 0
+
+
+def _refuse_processes() -> None:
+    """Raise ValueError on several processes: the outer loop has one writer of the run's files."""
+    import jax
+
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes, and training on more than one is not there yet: each"
+            " would write the same files. Run one process on one machine, with all its devices"
+        )
 
 
 def _examine(config, workdir: str) -> list[str]:

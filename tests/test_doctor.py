@@ -87,6 +87,13 @@ def test_train_begins_with_the_same_look(port, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_several_processes_do_not_train_into_one_folder(port, tmp_path):
+    command = [*DOCTOR[:2], "train", "--config", CONFIG, "--workdir", str(tmp_path / "run")]
+    for code, _, err in finish(*(launch(command, port, index) for index in range(2))):
+        assert code == 2 and "2 processes, and training on more than one is not there yet" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_missing_are_named(port, tmp_path):
     command = [*DOCTOR, "--workdir", str(tmp_path / "run")]
     group = [launch(command, port, index, count=4, timeout="5") for index in (0, 2)]

@@ -34,7 +34,7 @@ from seal_jax.sharding import param_shardings, replicated, to_device, to_host
 from seal_jax.types import Adapters, Params, Rollout, TrainState
 
 
-class _Rows(NamedTuple):
+class TrainRows(NamedTuple):
     """What a training step takes of its rows: [n m ...], n microbatches of m rows."""
 
     tokens: Any  # i32[.. T]
@@ -47,7 +47,7 @@ class _Rows(NamedTuple):
     weight: Any  # f32[..] of each token's loss; 0 fills a batch up
 
 
-class _Penalties(NamedTuple):
+class Penalties(NamedTuple):
     """Coefficients of what is added to every objective's loss; f32[] each, traced."""
 
     kl: Any
@@ -151,7 +151,7 @@ def _with_head(trained: Params, head: Params | None) -> Params:
 
 
 def minibatches(
-    rows: _Rows,
+    rows: TrainRows,
     rng: np.random.Generator,
     *,
     average: str,
@@ -159,7 +159,7 @@ def minibatches(
     num_epochs: int,
     batch_size: int,
     microbatch_size: int,
-) -> Iterator[_Rows]:
+) -> Iterator[TrainRows]:
     """Yield batches [n m ...] of rows [B ...], each weighted by its batch.
 
     Rows are shuffled in every epoch; n microbatches of m rows hold `batch_size` rows or, if there
@@ -181,7 +181,7 @@ def minibatches(
             weight = np.zeros(size, np.float32)
             weight[: len(chosen)] = AVERAGES[average](np.maximum(lengths[chosen], 1), longest)
             batch = [x[index].reshape(*shape, -1) for x in rows[:-1]]
-            yield _Rows(*batch, weight.reshape(shape))
+            yield TrainRows(*batch, weight.reshape(shape))
 
 
 class _Settings(NamedTuple):
@@ -254,11 +254,11 @@ def make_policy_update(
     train_step = _make_train_step(settings, optimizer, schedule, learning_rate)
 
     def train(
-        state: TrainState, step: int, batches: Sequence[_Rows], kl: float, label: str
+        state: TrainState, step: int, batches: Sequence[TrainRows], kl: float, label: str
     ) -> tuple[TrainState, list[float]]:
         """Return the state after all batches, and their losses; the last is nan if one failed."""
         everywhere = replicated(mesh)
-        penalties = to_device(_Penalties(np.float32(kl), np.float32(entropy_coef)), everywhere)
+        penalties = to_device(Penalties(np.float32(kl), np.float32(entropy_coef)), everywhere)
         trained, frozen, scale, opt_state = start(state, step)
         losses = []
         for i, batch in enumerate(progress(batches, f"{label}: policy update", "batch")):
@@ -302,7 +302,7 @@ def make_policy_update(
             "policy/num_rows": int(used.sum()),
             "policy/no_advantage": int(not used.any()),
         }
-        batches: Sequence[_Rows] = ()
+        batches: Sequence[TrainRows] = ()
         if used.any():
             chosen = Rollout(*(x[used] for x in rollout[:3]), step=step)
             rows, scored = _make_rows(settings, score, state, chosen, advantages[used], reference)
@@ -327,6 +327,7 @@ def make_policy_update(
             metrics |= {"policy/loss_first": losses[0], "policy/loss_last": losses[-1]}
         return state, metrics
 
+    policy_update.train_step = train_step  # the device call in it, for those who compile ahead
     return policy_update
 
 
@@ -371,7 +372,7 @@ def _make_rows(
     rollout: Rollout,
     advantages: np.ndarray,
     reference: Params | None,
-) -> tuple[_Rows, dict[str, float]]:
+) -> tuple[TrainRows, dict[str, float]]:
     """Return the rows to train on, scored by the policy and the reference, and metrics of that."""
     loss_mask, zeros = rollout.loss_mask, np.zeros_like(rollout.logp)
     logp, values = score(state.params, state.value_head, rollout)
@@ -391,7 +392,7 @@ def _make_rows(
     old_logp = rollout.logp if settings.allow_stale else logp
     weight = np.zeros(len(advantages), np.float32)  # of its batch, later
     rows = (rollout.tokens, loss_mask, old_logp, ref_logp, by_token, values, returns, weight)
-    return _Rows(*rows), metrics
+    return TrainRows(*rows), metrics
 
 
 def _make_train_step(
@@ -400,7 +401,7 @@ def _make_train_step(
     """Return the jitted step: a batch's gradient, summed over microbatches, and its update."""
     config, objective = settings.config, settings.objective
 
-    def loss_of(trained, frozen: Params, scale, rows: _Rows, penalties: _Penalties) -> jax.Array:
+    def loss_of(trained, frozen: Params, scale, rows: TrainRows, penalties: Penalties) -> jax.Array:
         params, adapters = trained["policy"], None
         if settings.update == "lora":
             params, adapters = frozen, _adapter(trained["policy"], scale)

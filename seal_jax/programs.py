@@ -5,7 +5,6 @@ learns from its data is assumed: see Lengths.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,21 +14,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seal_jax import evaluate, lora, sample
-from seal_jax.draw import Settings
+from seal_jax import decode, evaluate, lora
 from seal_jax.inner import batch_sharding, make_inner_update, num_shards
 from seal_jax.memory import adapter_bytes, empty_batch, largest_shapes, shaped, tree_bytes
 from seal_jax.models import Model
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
-from seal_jax.objectives import OBJECTIVES
+from seal_jax.objectives import make_objective
 from seal_jax.optim import make_optimizer
-from seal_jax.policy import init_train_state, make_policy_update
+from seal_jax.policy import Penalties, TrainRows, init_train_state, make_policy_update
 from seal_jax.self_edit import LONGEST, bucket_of
 from seal_jax.sharding import leading, param_shardings, replicated
 from seal_jax.stages import optimizer_arguments
-from seal_jax.types import InnerBatch, Params, Rollout
+from seal_jax.types import InnerBatch, Params
 
 
 class Lengths(NamedTuple):
@@ -68,7 +66,7 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> 
     base = jax.eval_shape(partial(quantize_params, word=config.inner.quantize), model.params)
     base = shaped(base, param_shardings(mesh, base))
     yield _inner_step(config, model, base, mesh, lengths)
-    if config.reward.kind == "log_likelihood":
+    if "log_likelihood" in config.reward.weights:
         yield _scoring(config, model, base, mesh, lengths)
     yield _policy_update(config, model, mesh, lengths)
 
@@ -100,23 +98,24 @@ def _writing(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> 
     prompts = _rows(mesh, P, S), _rows(mesh, P)
     yield Program(
         "prefill",
-        **_traced(sample._prefill, model.config, model.params, None, *prompts),
+        **_traced(decode.prefill, model.config, model.params, None, *prompts, mesh=mesh),
         loops=1,
         steps=1,
         size=P,
         key="sample.max_rows",
     )
     dtype = model.params["embed"]["embedding"].dtype
-    where, slots = leading(mesh, "rows", B), S + section.max_tokens
-    empty = (model.config, dtype, B, slots, section.max_tokens, 0, where)
-    rows = jax.eval_shape(partial(sample._no_rows, *empty))
-    rows = rows._replace(settings=Settings(*rows.settings))
+    slots = S + section.max_tokens
+    empty = (model.config, dtype, B, slots, section.max_tokens, 0, mesh)
+    rows = jax.eval_shape(partial(decode.no_rows, *empty))
+    cache = shaped(rows.cache, decode.cache_sharding(model.config, mesh, B))
+    rows = shaped(rows._replace(cache=()), leading(mesh, "rows", B))._replace(cache=cache)
     stop_ids = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=replicated(mesh))
-    rows = shaped(rows, where)
-    arguments = (model.config, model.params, None, rows, stop_ids)
+    num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    arguments = (model.config, model.params, None, rows, stop_ids, num_steps)
     yield Program(
         "decode",
-        **_traced(sample._decode, *arguments, num_steps=32),
+        **_traced(decode.decode, *arguments, mesh=mesh),
         loops=1,
         steps=1,
         size=B,
@@ -194,53 +193,58 @@ def _scoring(
 
 def _policy_update(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> Program:
     """Return one batch of the policy's training."""
-    outer, update = config.outer, config.outer["update"]
-    optimizer = make_optimizer(**optimizer_arguments(outer.to_dict()))
-    lora_sizes = {"rank": outer.rank, "alpha": outer.alpha, "targets": outer.targets}
+    outer = config.outer.to_dict()
+    objective = make_objective(outer["objective"], **outer["objective_kwargs"])
+    optimizer = make_optimizer(**optimizer_arguments(outer))
+    lora_sizes = {name: outer[name] for name in ("update", "rank", "alpha", "targets")}
+    names = ("schedule", "learning_rate", "num_epochs", "batch_size", "microbatch_size")
+    penalties = ("kl_coef", "kl_target", "entropy_coef")
     policy_update = make_policy_update(
-        dataclasses.replace(model.config, remat=outer.remat),
-        OBJECTIVES[outer.objective](),
+        dataclasses.replace(model.config, remat=outer["remat"]),
+        objective,
         optimizer,
         mesh=mesh,
         seed=0,
-        update=update,
-        schedule=outer.schedule,
-        learning_rate=outer.learning_rate,
-        num_epochs=outer.num_epochs,
-        batch_size=outer.batch_size,
-        microbatch_size=outer.microbatch_size,
+        **{name: outer[name] for name in (*names, *penalties)},
         **lora_sizes,
     )
-    # The device call within it, which it does not show.
-    train_step = inspect.getclosurevars(policy_update).nonlocals["train_step"]
-    everywhere = replicated(mesh)
+    everywhere, value_head = replicated(mesh), objective.gae is not None
 
     def init(params: Params) -> tuple:
         state = init_train_state(
-            model.config, params, optimizer, mesh=mesh, update=update, **lora_sizes
+            model.config, params, optimizer, mesh=mesh, value_head=value_head, **lora_sizes
         )
-        if update == "full":
-            return params, {}, state.opt_state, ()
+        head = {} if state.value_head is None else {"value": state.value_head}
+        if outer["update"] == "full":
+            return {"policy": params, **head}, state.opt_state, ()
         adapter = lora.take(state.adapters, 0)
-        return adapter.weights, {}, state.opt_state, state.adapters.scale
+        return {"policy": adapter.weights, **head}, state.opt_state, state.adapters.scale
 
-    trained, frozen, opt_state, scale = jax.eval_shape(init, model.params)
-    if update == "full":
-        trained = model.params
+    trained, opt_state, scale = jax.eval_shape(init, model.params)
+    if outer["update"] == "full":
+        frozen, trained = {}, shaped(trained, everywhere) | {"policy": model.params}
         opt_state = shaped(opt_state, param_shardings(mesh, opt_state))
     else:
-        trained, opt_state = shaped(trained, everywhere), shaped(opt_state, everywhere)
-        frozen, scale = model.params, shaped(scale, everywhere)
-    m = outer.microbatch_size
-    n = -(-outer.batch_size // m)
+        frozen, trained = model.params, shaped(trained, everywhere)
+        opt_state, scale = shaped(opt_state, everywhere), shaped(scale, everywhere)
+    m = outer["microbatch_size"]
+    n = -(-outer["batch_size"] // m)
     T = bucket_of(min(lengths.longest_passage + config.sample.max_tokens, LONGEST))
-    kinds = Rollout(jnp.int32, jnp.float32, jnp.bool_)
-    rows = Rollout(*(jax.ShapeDtypeStruct((n, m, T), kind) for kind in kinds))
-    batch = shaped((rows, jax.ShapeDtypeStruct((n, m), jnp.float32)), everywhere)
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+    rows = TrainRows(
+        array(n, m, T, dtype=jnp.int32),
+        array(n, m, T, dtype=jnp.bool_),
+        *(array(n, m, T) for _ in range(5)),
+        array(n, m),
+    )
+    count = array(dtype=jnp.int32)
+    arguments = (rows, Penalties(array(), array()), count, count)
     return Program(
         "policy update",
-        **_traced(train_step, trained, frozen, opt_state, scale, batch, count, count),
+        **_traced(policy_update.train_step, trained, frozen, opt_state, scale, *arguments),
         loops=1,
         steps=1,
         size=m,

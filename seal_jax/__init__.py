@@ -39,7 +39,13 @@ _HOME = {
     # sampling
     "generate": "sample",
     # rewards and the outer loop
+    "make_objective": "objectives",
     "rest_em": "objectives",
+    "random_em": "objectives",
+    "reinforce": "objectives",
+    "rloo": "objectives",
+    "grpo": "objectives",
+    "ppo": "objectives",
     "make_policy_update": "policy",
     "TrainState": "types",
     "default_config": "config",

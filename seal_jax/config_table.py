@@ -262,6 +262,7 @@ FIELDS: dict[str, Field] = {
     "reward.num_earlier": Field(10, _COUNT),  # questions of earlier problems, for regression
     "reward.judge_url": Field("http://localhost:8000/v1", _text()),  # OpenAI-compatible
     "reward.judge_model": Field("judge", _text()),
+    "reward.judge_tries": Field(4, _COUNT),  # with pauses that double; then the reward is missing
     "outer.objective": Field("rest_em", _OBJECTIVE),
     "outer.objective_kwargs": Field({}, _keywords()),  # see objectives.py
     "outer.kl_coef": Field(0.0, _real(0, 1e3)),  # of the KL penalty to the policy at the start

@@ -192,7 +192,7 @@ def judge_edits(
         with open(path) as file:
             found = json.load(file)
     if found is None or found["texts"] != texts:
-        settings = Judge(url=section.judge_url, model=section.judge_model)
+        settings = Judge(section.judge_url, section.judge_model, num_tries=section.judge_tries)
         pairs = [(batch[p][0].passage, text) for (p, _), text in zip(asked, texts, strict=True)]
         bar = progress(len(pairs), "judge", "self-edit")
         found = {"texts": texts, "scores": judge_all(settings, pairs, show=bar.update)}

@@ -4,54 +4,17 @@ import json
 import re
 import socket
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from judge_server import GOOD, completion
 
 from seal_jax.tasks.judge import Judge, judge, judge_all, parse_verdict
 
-GOOD = {"supported": 5, "complete": 3, "self_contained": 4}
+pytest_plugins = ["judge_server"]
+
 PASSAGE = "Mara Teld built the mill at Orrin."
-
-
-def completion(content):
-    return 200, {}, json.dumps({"choices": [{"message": {"content": content}}]}).encode()
-
-
-@pytest.fixture
-def server():
-    """Yield a server that answers by its list `replies`, the last one again and again."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.server.requests.append((self.path, dict(self.headers), body))
-            number = min(len(self.server.requests), len(self.server.replies)) - 1
-            reply = self.server.replies[number]
-            reply = reply(body) if callable(reply) else reply
-            if reply is None:  # hang up
-                self.connection.shutdown(socket.SHUT_RDWR)
-                return
-            status, headers, data = reply
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *arguments):
-            pass
-
-    found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found.requests, found.replies = [], [completion(json.dumps(GOOD))]
-    thread = threading.Thread(target=found.serve_forever)
-    thread.start()
-    yield found
-    found.shutdown()
-    thread.join()
-    found.server_close()
 
 
 def settings(server, **fields):

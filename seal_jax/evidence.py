@@ -67,16 +67,7 @@ def evaluate_edits(
     config, weights = stages.config, stages.config.reward.weights
     frozen = inner_base(stages, params)
     baseline = baseline_accuracy(stages, frozen, batch)
-    others: list[Others] = [() for _ in batch]
-    if "self_questions" in weights:
-        others = write_questions(stages, params, batch, step, label)
-    earlier_baseline = np.nan
-    if "regression" in weights and earlier:
-        chosen = choose_earlier(earlier, config.reward.num_earlier, [config.seed, step])
-        asked = [(problem, exam) for _, problem, exam in chosen]
-        counts = [len(exam.questions) for _, exam in asked]
-        earlier_baseline = np.average(baseline_accuracy(stages, frozen, asked), weights=counts)
-        others = [(*group, *chosen) for group in others]
+    others, earlier_baseline = other_exams(stages, params, frozen, batch, earlier, step, label)
     judged = judge_edits(stages, batch, edits, step, folder)
     lengths = rollout.loss_mask.sum(axis=1).reshape(len(edits), -1) / config.sample.max_tokens
 
@@ -89,7 +80,7 @@ def evaluate_edits(
                     passage=batch[p][0].passage,
                     length=float(lengths[p, r]),
                     baseline=baseline[p],
-                    earlier_baseline=float(earlier_baseline),
+                    earlier_baseline=earlier_baseline,
                     judged=judged[p][r],
                 )
                 for r, edit in enumerate(row)
@@ -110,6 +101,30 @@ def evaluate_edits(
         outcomes |= stages.evaluate(frozen, more, ledger, label, keep)
         runs, done = [*runs, *more], num_seeds
     return Evaluated(gather(outcomes), runs, outcomes, baseline)
+
+
+def other_exams(
+    stages: Stages,
+    params: Params,
+    frozen: Params,
+    batch: Sequence,
+    earlier: Sequence,
+    step: int,
+    label: str,
+) -> tuple[list[Others], float]:
+    """Return each problem's exams beside its own, as far as the reward asks for them, and the
+    unadapted policy's accuracy on those of earlier problems (nan without)."""
+    config = stages.config
+    others: list[Others] = [() for _ in batch]
+    if "self_questions" in config.reward.weights:
+        others = write_questions(stages, params, batch, step, label)
+    if "regression" not in config.reward.weights or not earlier:
+        return others, np.nan
+    chosen = choose_earlier(earlier, config.reward.num_earlier, [config.seed, step])
+    # Of one question each, so that the mean over them is the accuracy.
+    asked = [(problem, exam) for _, problem, exam in chosen]
+    accuracy = float(np.mean(baseline_accuracy(stages, frozen, asked)))
+    return [(*group, *chosen) for group in others], accuracy
 
 
 def outcomes_of(problem_id: str, r: int, outcomes: dict[tuple, Outcome]) -> list[Outcome]:

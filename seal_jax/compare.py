@@ -32,12 +32,15 @@ from seal_jax.stages import (
 from seal_jax.tasks.task import Exam, Problem, Rejected
 from seal_jax.types import Params
 
+# What the table calls the arms, and what was asked; a task may have `titles` of its own.
 TITLES = {
     "base": "base model",
     "passage": "trained on the passage",
     "own": "passage + own self-edit",
     "seal": "passage + self-edit of the SEAL policy",
     "random": "passage + self-edit of the random-control policy",
+    "problems": "passages",
+    "questions": "questions asked without the passage",
 }
 
 
@@ -55,19 +58,21 @@ def compare(
       reliability: of the rewards that 'seal' was trained on, see `mean_reliability`.
     """
     config, base = stages.config, policies["base"]
+    titles = titles_of(stages)
     accuracy = {"base": np.array(baseline_accuracy(stages, inner_base(stages, base), problems))}
     edits = [[stages.task.passage_only(problem)] for problem, _ in problems]
     accuracy["passage"], _ = run_arm(stages, base, problems, edits, "passage", workdir)
     num_rejected = {}
     for name, params in policies.items():
         arm = "own" if name == "base" else name
-        label = f"held-out, {TITLES[arm]}"
+        label = f"held-out, {titles[arm]}"
         _, texts = write_edits(stages, params, problems, EVAL_STEP, config.eval.num_edits, label)
         edits = parse(stages, problems, texts)
         accuracy[arm], num_rejected[arm] = run_arm(stages, params, problems, edits, arm, workdir)
     summary = {
         "num_problems": len(problems),
         "num_questions": sum(len(exam.questions) for _, exam in problems),
+        "titles": titles,
         "num_edits": config.eval.num_edits,
         "num_seeds": config.eval.num_seeds,
         "rejected_self_edits": num_rejected,
@@ -82,6 +87,11 @@ def compare(
     write_text(os.path.join(workdir, "summary.md"), to_markdown(summary))
     write_json(os.path.join(workdir, "summary.json"), summary)
     return summary
+
+
+def titles_of(stages: Stages) -> dict[str, str]:
+    """Return what the table calls things in this task."""
+    return TITLES | getattr(stages.task, "titles", {})
 
 
 def run_arm(
@@ -99,7 +109,7 @@ def run_arm(
     runs = inner_runs(problems, edits, EVAL_STEP, range(stages.config.eval.num_seeds))
     ledger = os.path.join(workdir, f"eval_{arm}.jsonl")
     frozen = inner_base(stages, params)
-    outcomes = stages.evaluate(frozen, runs, ledger, f"held-out, {TITLES[arm]}")
+    outcomes = stages.evaluate(frozen, runs, ledger, f"held-out, {titles_of(stages)[arm]}")
     accuracy = np.zeros(len(problems))
     for p, (problem, _) in enumerate(problems):
         for r in range(len(edits[p])):
@@ -169,6 +179,7 @@ def describe_reliability(report: Mapping[str, float]) -> list[str]:
 
 def to_markdown(summary: Mapping[str, Any]) -> str:
     """Return the table, with what it can and cannot show."""
+    titles = TITLES | summary.get("titles", {})
 
     def percent(value: float, interval: Sequence[float], sign: str = "") -> str:
         low, high = (f"{100 * x:{sign}.1f}" for x in interval)
@@ -182,7 +193,7 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
         versus = ""
         if "minus_own" in row:
             versus = percent(row["minus_own"], row["minus_own_interval"], "+")
-        lines.append(f"| {TITLES[arm]} | {percent(row['accuracy'], row['interval'])} | {versus} |")
+        lines.append(f"| {titles[arm]} | {percent(row['accuracy'], row['interval'])} | {versus} |")
     num, seal = summary["num_problems"], summary["arms"].get("seal", {})
     if "minus_random" in seal:
         versus = percent(seal["minus_random"], seal["minus_random_interval"], "+")
@@ -192,14 +203,15 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
         ]
     lines += [
         "",
-        f"{num} held-out passages, {summary['num_questions']} questions asked without the passage;"
+        f"{num} held-out {titles['problems']}, {summary['num_questions']} {titles['questions']};"
         f" {summary['num_edits']} self-edit(s) x {summary['num_seeds']} seed(s) for each."
-        " Intervals: paired bootstrap over passages.",
+        f" Intervals: paired bootstrap over {titles['problems']}.",
     ]
     if num < 50:
         lines.append(
-            f"With {num} passages the intervals are wide, and a bootstrap over so few still makes"
-            " them too narrow: a difference whose interval includes 0, or barely not, is not shown."
+            f"With {num} {titles['problems']} the intervals are wide, and a bootstrap over so few"
+            " still makes them too narrow: a difference whose interval includes 0, or barely not,"
+            " is not shown."
         )
     lines += describe_reliability(summary.get("reward_reliability", {}))
     lines.append(f"Rejected self-edits (counted as 0): {summary['rejected_self_edits']}")

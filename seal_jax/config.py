@@ -29,7 +29,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from seal_jax.config_table import FIELDS, Allowed, Field, choice, rule_like, to_plain
-from seal_jax.tasks import TASKS
+from seal_jax.tasks import GIVEN, TASKS
 
 
 class ConfigError(ValueError):
@@ -186,7 +186,7 @@ def _task_defaults(task_name: Any) -> dict[str, Any]:
     """Return a task's keys and their defaults; none for a name that is no task's."""
     known = isinstance(task_name, str) and task_name in TASKS
     parameters = inspect.signature(TASKS[task_name]).parameters if known else {}
-    return {name: parameter.default for name, parameter in parameters.items()}
+    return {name: p.default for name, p in parameters.items() if name not in GIVEN}
 
 
 def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
@@ -194,11 +194,11 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     axes = [key for key in FIELDS if key.startswith("mesh.") and values[key] == -1]
     if len(axes) > 1:
         yield f"{' and '.join(axes)} = -1: only one axis can take the devices that are left"
-    if values["inner.pad_loss"] == "exact" and values["inner.batch_size"] > 4:
+    if values["inner.pad_loss"] == "exact" and values["inner.batch_size"] > 8:
         size = values["inner.batch_size"]
         yield (
-            f"inner.batch_size = {size}: with inner.pad_loss = 'exact' at most 4, as {size} texts "
-            f"of 2,048 tokens do not fit into a step of 8,192"
+            f"inner.batch_size = {size}: with inner.pad_loss = 'exact' at most 8, as {size} texts "
+            f"of 2,048 tokens do not fit into a step of 16,384"
         )
     name = values["task.name"]
     taken = _task_defaults(name)

@@ -226,6 +226,7 @@ FIELDS: dict[str, Field] = {
     "sample.repetition_penalty": Field(1.0, _real(0, 10, above=True)),
     "sample.max_tokens": Field(512, _COUNT),
     "sample.stop": Field((), _strings()),  # a self-edit ends before the first of them
+    "sample.constrained": Field(False, _flag()),  # by the task's grammar, where it has one
     "sample.max_rows": Field(16, _COUNT, placement=True),  # decoded at once
     # How adapted models answer: greedy.
     "answer.max_tokens": Field(64, _COUNT),
@@ -245,6 +246,7 @@ FIELDS: dict[str, Field] = {
     "inner.optax_kwargs": Field({"weight_decay": 0.0}, _keywords()),
     "inner.optimizer": Field(None, _function()),  # learning_rate -> GradientTransformation
     "inner.schedule": Field("linear", _SCHEDULE),
+    "inner.warmup_steps": Field(0, _integer(0)),  # the rate rises from 0 for so many updates
     "inner.pad_loss": Field("off", choice("off", "sampled", "exact")),  # see self_edit.make_job
     "inner.grad_clip": Field(1.0, _real(0, above=True)),  # global norm
     "inner.quantize": Field("none", choice("none", "int8", "nf4")),  # the base, not the adapters

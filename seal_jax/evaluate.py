@@ -41,7 +41,7 @@ from seal_jax.self_edit import (
     useful_tokens,
 )
 from seal_jax.sharding import leading, to_device, to_host
-from seal_jax.tasks.task import Exam, Problem, SelfEdit
+from seal_jax.tasks.task import Exam, Problem, SelfEdit, marks_of, prompts_of
 from seal_jax.types import Adapters, Params
 
 
@@ -56,14 +56,18 @@ class Run(NamedTuple):
     # Exams beside its own, (kind, problem, exam): their accuracy is reported by kind.
     others: tuple[tuple[str, Problem, Exam], ...] = ()
 
+    def exams(self) -> list[tuple[Problem, Exam]]:
+        """Return its own exam, then the others."""
+        return [(self.problem, self.exam), *((problem, exam) for _, problem, exam in self.others)]
+
     def path(self, seed: int, purpose: int) -> tuple[int, ...]:
         problem, edit, seed_index = self.name
         return (seed, purpose, self.step, keys.number_of(problem), edit, seed_index)
 
 
 def exam_prompts(model, task, problem: Problem, exam: Exam, chat: bool) -> list[list[int]]:
-    """Return the tokens of an exam's questions, each asked without the passage."""
-    prompts = [task.answer_prompt(problem, q.question) for q in exam.questions]
+    """Return the tokens of the prompts that ask an exam, without the passage."""
+    prompts = prompts_of(task, problem, exam)
     return [model.tokenizer.encode_prompt(prompt, chat) for prompt in prompts]
 
 
@@ -72,6 +76,7 @@ def make_evaluate(
     task,
     inner_update: Callable,
     *,
+    encode: Callable[..., Text],
     at_once: Callable[[int], int],
     mesh,
     seed: int,
@@ -86,6 +91,7 @@ def make_evaluate(
     has its outcome, so that no outcome is without its adapter after a kill.
 
     Args:
+      encode: (training text, outputs only) -> its tokens and loss mask; see self_edit.encode_text.
       at_once: tokens of the longest row -> the number of adapters in flight; see memory.py.
       inner: rank, alpha, targets, learning_rate, num_epochs, batch_size, pad_loss, tokens_per_step,
         steps_per_call.
@@ -103,7 +109,7 @@ def make_evaluate(
 
     def job_of(run: Run) -> Job:
         edit = run.edit
-        texts = [text_of(model.tokenizer.encode(text)) for text in edit.training_texts]
+        texts = [encode(text, edit.outputs_only) for text in edit.training_texts]
         return make_job(
             [text for text in texts if len(text.tokens) > 1],
             num_epochs=edit.num_epochs or inner["num_epochs"],
@@ -114,11 +120,14 @@ def make_evaluate(
             padded=min(PADDED, model.config.max_length),
         )
 
-    def gold_texts(run: Run, prompts: list[list[int]]) -> list[Text]:
+    def gold_texts(run: Run) -> list[Text]:
         # Behind raw text the answer begins with a space, behind a chat template it does not.
-        space = "" if chat else " "
-        golds = [model.tokenizer.encode(space + q.answer, start=False) for q in run.exam.questions]
-        return [text_of([*p, *g], len(p)) for p, g in zip(prompts, golds, strict=True)]
+        space, tokenizer, texts = "" if chat else " ", model.tokenizer, []
+        for question, gold in run.exam.questions:
+            prompt = tokenizer.encode_prompt(task.answer_prompt(run.problem, question), chat)
+            tokens = [*prompt, *tokenizer.encode(space + gold, start=False)]
+            texts.append(text_of(tokens, len(prompt)))
+        return texts
 
     def wave(
         params: Params, places: Sequence[tuple[Run, Job] | None], show: Callable[[int], None]
@@ -140,21 +149,16 @@ def make_evaluate(
         with jax.set_mesh(mesh):  # for the attention kernels
             adapters, losses = inner_update(params, fresh, on_devices, show)
         losses = job_losses(batches, to_host(losses), num_adapters)
-        prompts = [
-            exam_prompts(model, task, run.problem, run.exam, chat) if run else [] for run in runs
-        ]
         asked = [
-            [*own, *(p for _, *exam in run.others for p in exam_prompts(model, task, *exam, chat))]
+            [p for exam in run.exams() for p in exam_prompts(model, task, *exam, chat)]
             if run
-            else own
-            for run, own in zip(runs, prompts, strict=True)
+            else []
+            for run in runs
         ]
         written = answer(model, params, adapters, asked, mesh=mesh, **answers)
         logps: list = [None] * num_adapters
         if with_log_likelihood:
-            golds = [
-                gold_texts(run, p) if run else [] for run, p in zip(runs, prompts, strict=True)
-            ]
+            golds = [gold_texts(run) if run else [] for run in runs]
             logps = mean_logp(model, params, adapters, golds, mesh=mesh)
         trained = useful_tokens(batches)[1] / sum(run is not None for run in runs)
         return [
@@ -210,11 +214,12 @@ def make_evaluate(
 
 
 def _outcome(task, run: Run, num_epochs: int, job: Job, losses, answers, logps) -> Outcome:
-    exams = [run.exam, *(exam for _, _, exam in run.others)]
-    questions = [question for exam in exams for question in exam.questions]
-    grades = iter([task.grade(q, a) for q, a in zip(questions, answers, strict=True)])
-    own, *rest = ([next(grades) for _ in exam.questions] for exam in exams)
-    by_kind: dict[str, list[bool]] = {}
+    given = iter(answers)
+    own, *rest = (
+        marks_of(task, *exam, [next(given) for _ in prompts_of(task, *exam)])
+        for exam in run.exams()
+    )
+    by_kind: dict[str, list[float]] = {}
     for (kind, _, _), marks in zip(run.others, rest, strict=True):
         by_kind.setdefault(kind, []).extend(marks)
     per_epoch = len(job.rows) // (run.edit.num_epochs or num_epochs)
@@ -238,7 +243,9 @@ def _ledger_entry(run: Run, outcome: Outcome) -> dict[str, Any]:
 
 
 def _digest(run: Run) -> str:
-    return xxhash.xxh64_hexdigest("\0".join(run.edit.training_texts).encode())
+    # What was written, and what the task made of it.
+    made = run.edit.text, run.edit.training_texts, run.edit[-3:]
+    return xxhash.xxh64_hexdigest(repr(made).encode("utf-8", "surrogatepass"))
 
 
 def read_ledger(ledger: str, runs: Sequence[Run]) -> dict[tuple, Outcome]:

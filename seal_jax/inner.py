@@ -104,6 +104,7 @@ def inner_step(
     batch: InnerBatch,
     rope: tuple | None = None,
     *,
+    warmup_steps: int = 0,
     dropout: float = 0.0,
     accumulation: int = 1,
 ) -> tuple[InnerState, jax.Array]:
@@ -139,9 +140,8 @@ def inner_step(
         a = batch.lanes[u]
         weights, opt_state = take(population, a), take(opt_states, a)
         num_updates = -(-batch.num_steps[a] // accumulation)
-        rate = scheduled_rate(
-            schedule, batch.learning_rate[a], steps[a] // accumulation, num_updates
-        )
+        done = steps[a] // accumulation
+        rate = scheduled_rate(schedule, batch.learning_rate[a], done, num_updates, warmup_steps)
         tx = accumulate(optimizer(rate), accumulation, batch.num_steps[a])
         updates, new_state = tx.update(take(grads, u), opt_state, weights)
         new = jax.tree.map(lambda w, change: w + change.astype(w.dtype), weights, updates)
@@ -170,6 +170,7 @@ def make_inner_update(
     schedule: str = "linear",
     mesh: Mesh | None = None,
     *,
+    warmup_steps: int = 0,
     dropout: float = 0.0,
     accumulation: int = 1,
 ) -> Callable[..., tuple[Adapters, list[jax.Array]]]:
@@ -182,6 +183,7 @@ def make_inner_update(
     Args:
       mesh: divides the population over the axis of 'adapter': each part of it trains its own
         adapters on its own shard of the batches (see `pack`), and no part waits for another.
+      warmup_steps: updates in which the learning rate rises from 0.
       dropout: the share of an adapter's inputs that is dropped in training.
       accumulation: the steps whose gradients' mean makes one update; what is left at the end of a
         run makes one too.
@@ -204,8 +206,16 @@ def make_inner_update(
         return place(state)  # zeros depend on no argument: jit would put all on every device
 
     def run_steps(params: Params, state: InnerState, batch: InnerBatch):
-        options = {"dropout": dropout, "accumulation": accumulation}
-        step = partial(inner_step, config, optimizer, schedule, params, **options)
+        step = partial(
+            inner_step,
+            config,
+            optimizer,
+            schedule,
+            params,
+            warmup_steps=warmup_steps,
+            dropout=dropout,
+            accumulation=accumulation,
+        )
         rope = rope_tables(config, batch.positions)
 
         def take_step(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:

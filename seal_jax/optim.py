@@ -90,14 +90,19 @@ def accumulate(
 
 
 def scheduled_rate(
-    schedule: str, learning_rate: jax.Array, step: jax.Array, num_steps: jax.Array
+    schedule: str,
+    learning_rate: jax.Array,
+    step: jax.Array,
+    num_steps: jax.Array,
+    warmup_steps: int = 0,
 ) -> jax.Array:
     """Return the learning rate at `step` of `num_steps`; all of them may be traced.
 
     'linear' falls to 0 after the last step, as the Trainer of Hugging Face does it; 'cosine'
-    likewise.
+    likewise. Before, it rises from 0 for `warmup_steps`.
     """
-    done = step.astype(jnp.float32) / jnp.maximum(num_steps, 1).astype(jnp.float32)
+    left = jnp.maximum(num_steps - warmup_steps, 1).astype(jnp.float32)
+    done = jnp.maximum(step - warmup_steps, 0).astype(jnp.float32) / left
     factors = {
         "constant": jnp.ones_like(done),
         "linear": 1.0 - done,
@@ -105,4 +110,7 @@ def scheduled_rate(
     }
     if schedule not in factors:
         raise ValueError(f"schedule={schedule!r}: expected one of {', '.join(factors)}")
-    return learning_rate * jnp.maximum(factors[schedule], 0.0)
+    rise = (
+        jnp.minimum(step.astype(jnp.float32) / max(warmup_steps, 1), 1.0) if warmup_steps else 1.0
+    )
+    return learning_rate * jnp.maximum(factors[schedule], 0.0) * rise

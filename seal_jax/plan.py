@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seal_jax.compare import titles_of
 from seal_jax.stages import Stages, longest_row
+from seal_jax.tasks.task import Problem
 from seal_jax.types import Params
 
 EFFICIENCY = 0.37  # of the matmul rate over a whole quick start: compiling and writing included
@@ -30,6 +32,12 @@ def num_params(params: Params) -> int:
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
 
 
+def text_tokens(stages: Stages, problem: Problem) -> int:
+    """Return the tokens of what is trained on without a self-edit."""
+    texts = stages.task.passage_only(problem).training_texts
+    return sum(len(stages.encode(text, False).tokens) for text in texts)
+
+
 def describe(stages: Stages, training: Sequence, held_out: Sequence) -> str:
     """Return a few lines: the model, the inner runs, the tokens, and an estimate of the time.
 
@@ -38,20 +46,25 @@ def describe(stages: Stages, training: Sequence, held_out: Sequence) -> str:
     Raises:
       ValueError: not even one adapter fits.
     """
-    config, tokenizer = stages.config, stages.model.tokenizer
+    config = stages.config
     outer, inner = config.outer, config.inner
     used = training[: outer.problems_per_step * outer.num_steps]
-    length = np.mean([len(tokenizer.encode(problem.passage)) for problem, _ in used])
+    # What a problem's own texts have, and what a self-edit adds where its text is trained on.
+    length = np.mean([text_tokens(stages, problem) for problem, _ in used])
+    added = 0 if hasattr(stages.task, "max_tokens") else WRITTEN
     runs = len(used) * config.sample.num_edits * inner.num_seeds
     if outer.objective == "random_em":
         runs = 0
     arms = 3 if config.eval.random_control else 2
     tests = len(held_out) * config.eval.num_edits * config.eval.num_seeds
-    passages = len(held_out) * config.eval.num_seeds
-    edited = (runs + arms * tests) * length * (1 + WRITTEN)
-    tokens = inner.num_epochs * (edited + passages * length)
+    controls = len(held_out) * config.eval.num_seeds
+    problems = titles_of(stages)["problems"]
+    edited = (runs + arms * tests) * length * (1 + added)
+    tokens = inner.num_epochs * (edited + controls * length)
     rows = outer.num_steps * outer.problems_per_step * outer.num_epochs * (arms - 1)
-    tokens += rows * length * (2 + WRITTEN)
+    encode = stages.model.tokenizer.encode
+    prompt = np.mean([len(encode(stages.task.edit_prompt(problem))) for problem, _ in used])
+    tokens += rows * (prompt + length * added)
     count = num_params(stages.model.params)
     minutes = 4 * count * tokens / (matmul_rate() * EFFICIENCY) / 60
     control = " (and once more for the random control)" if config.eval.random_control else ""
@@ -62,10 +75,10 @@ def describe(stages: Stages, training: Sequence, held_out: Sequence) -> str:
             f"SEAL on {config.model.source}: {count / 1e6:.0f}M parameters, {config.model.dtype},"
             f" on {jax.device_count()} x {device.device_kind}",
             f"  {outer.num_steps} round(s) of {config.outer.objective}{control}:"
-            f" {outer.problems_per_step} passages x {config.sample.num_edits} self-edits x"
+            f" {outer.problems_per_step} {problems} x {config.sample.num_edits} self-edits x"
             f" {inner.num_seeds} seed(s) = {runs} inner runs, up to {at_once} at once",
-            f"  then {len(held_out)} held-out passages: the base model and {arms + 1} ways to adapt"
-            f" it, {arms * tests + passages} inner runs",
+            f"  then {len(held_out)} held-out {problems}: the base model and {arms + 1} ways to"
+            f" adapt it, {arms * tests + controls} inner runs",
             f"  about {tokens / 1e3:.0f} thousand training tokens,"
             f" about {minutes:.0f} minutes here",
         ]

@@ -144,6 +144,7 @@ def _inner_step(
         optimizer,
         inner.schedule,
         mesh,
+        warmup_steps=inner.warmup_steps,
         dropout=inner.dropout,
         accumulation=inner.accumulation,
     )

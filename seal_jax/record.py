@@ -124,7 +124,7 @@ def log_edits(
                 "edit": r,
                 "prompt": edit.prompt,
                 "text": edit.text,
-                "training_texts": list(getattr(edit, "training_texts", ())),
+                **logged_texts(edit),
                 "reward": number(rewards.values[p, r]),
                 "advantage": number(advantages[p, r]),
                 "kept": kept,
@@ -135,6 +135,14 @@ def log_edits(
                 entry[field] = [v if v is None else number(v) for v in values]
             entry["answers"] = [list(outcome.answers) for outcome in found]
             append_json(os.path.join(folder, "edits.jsonl"), entry)
+
+
+def logged_texts(edit: Edit) -> dict[str, Any]:
+    """Return a self-edit's training texts; those that the task made of its settings only as a
+    number, for there are hundreds of them, and the same settings make them again."""
+    texts = getattr(edit, "training_texts", ())
+    written = [text for text in texts if isinstance(text, str)]
+    return {"training_texts": written, "num_training_texts": len(texts)}
 
 
 def number(value: float) -> float | None:

@@ -14,12 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from seal_jax.tasks.task import Turn
 from seal_jax.types import InnerBatch
 
-BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+BUCKETS = (
+    *(16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512),
+    *(768, 1024, 1536, 2048, 4096, 8192, 16384),
+)
 # Tokens that attend to one another lie in one array row of T; attention's cost grows with T, so it
 # is no longer than the texts ask for: a power of two, because each is a program.
-SHORTEST, LONGEST = 256, 8192
+SHORTEST, LONGEST = 256, 16384
 # Where LoRA is computed, a row takes whole chunks of this many tokens, or of a part of a long array
 # row; there are twice as many slots in chunks as tokens. The smaller a chunk, the fewer slots are
 # empty, and the more often an adapter is copied.
@@ -332,6 +336,26 @@ def job_losses(
         for i, u in np.argwhere(np.asarray(batch.lanes) >= 0):
             rows[batch.lanes[i, u]].append(float(loss[i, u]))
     return rows
+
+
+def encode_text(tokenizer, text: str | Turn, outputs_only: bool = False, *, chat: bool) -> Text:
+    """Return a training text as tokens, with its loss mask.
+
+    The loss is on all tokens but the first, which nothing predicts.
+
+    Args:
+      tokenizer: a `seal_jax.tokenizer.Tokenizer`.
+      outputs_only: of a turn: the loss is on its outputs, those in its prompt and its answer.
+      chat: whether a turn goes through the model's chat template.
+
+    Raises:
+      ValueError: `chat`, and the tokenizer has no chat template.
+    """
+    if isinstance(text, str):
+        return text_of(tokenizer.encode(text))
+    ids, marked = tokenizer.encode_turn(text.prompt, text.answer, chat)
+    mask = (i > 0 and (is_output or not outputs_only) for i, is_output in enumerate(marked))
+    return Text(tuple(ids), tuple(mask))
 
 
 def text_of(tokens: Sequence[int], prompt_length: int = 0) -> Text:

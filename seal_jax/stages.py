@@ -5,8 +5,8 @@ know the config.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,10 +24,10 @@ from seal_jax.models.quantize import quantize_params
 from seal_jax.optim import Optimizer, make_optimizer
 from seal_jax.policy import init_train_state
 from seal_jax.sample import check_lengths, write_self_edits
-from seal_jax.self_edit import LONGEST, PAD_SAMPLES, PADDED
+from seal_jax.self_edit import LONGEST, PAD_SAMPLES, PADDED, Text, encode_text
 from seal_jax.sharding import check_divides, make_mesh, param_shardings
-from seal_jax.tasks import make_task
-from seal_jax.tasks.task import Rejected, SelfEdit, Task
+from seal_jax.tasks import field_names, make_task
+from seal_jax.tasks.task import Rejected, SelfEdit, Task, marks_of, prompts_of
 from seal_jax.types import Params, Rollout
 
 Edit = SelfEdit | Rejected
@@ -41,6 +41,8 @@ class Stages(NamedTuple):
     task: Task
     mesh: jax.sharding.Mesh
     evaluate: Any  # see evaluate.make_evaluate
+    encode: Callable[..., Text]  # (training text, outputs only) -> its tokens
+    constrain: Callable | None  # see tasks/task.py
     at_once: Callable[[int], int]  # the longest row's tokens -> adapters in flight, see memory.py
 
 
@@ -49,7 +51,17 @@ def make_stages(config: ConfigDict) -> Stages:
     mesh = make_mesh(**config.mesh)
     model = place_model(config, config.model.source, mesh)
     check_divides(mesh, model.config)
-    task = make_task(**task_arguments(config))
+    # A task's texts are shared by many self-edits and seeds.
+    encode = functools.lru_cache(maxsize=4096)(
+        functools.partial(encode_text, model.tokenizer, chat=config.model.chat)
+    )
+    given = {
+        "batch_size": config.inner.batch_size,
+        "count_tokens": lambda text: len(encode(text, False).tokens),
+    }
+    taken = field_names(config.task.name)
+    given = {name: value for name, value in given.items() if name in taken}
+    task = make_task(**task_arguments(config), **given)
     inner = config.inner.to_dict()
     optimizer = make_optimizer(**optimizer_arguments(inner))
     inner_update = make_inner_update(
@@ -57,6 +69,7 @@ def make_stages(config: ConfigDict) -> Stages:
         optimizer,
         inner["schedule"],
         mesh,
+        warmup_steps=inner["warmup_steps"],
         dropout=inner["dropout"],
         accumulation=inner["accumulation"],
     )
@@ -65,6 +78,7 @@ def make_stages(config: ConfigDict) -> Stages:
         model,
         task,
         inner_update,
+        encode=encode,
         at_once=at_once,
         mesh=mesh,
         seed=config.seed,
@@ -73,7 +87,23 @@ def make_stages(config: ConfigDict) -> Stages:
         answers=config.answer.to_dict(),
         with_log_likelihood="log_likelihood" in config.reward.weights,
     )
-    return Stages(config, model, task, mesh, evaluate, at_once)
+    constrain = make_constrain(config, model, task)
+    return Stages(config, model, task, mesh, evaluate, encode, constrain, at_once)
+
+
+def make_constrain(config: ConfigDict, model: Model, task: Task) -> Callable | None:
+    """Return which tokens a self-edit may go on with; None where it may with any.
+
+    Raises:
+      ValueError: that is asked for, and the task cannot say.
+    """
+    if not config.sample.constrained:
+        return None
+    if not hasattr(task, "constrain"):
+        raise ValueError(
+            f"sample.constrained = True: self-edits of task {config.task.name!r} have no grammar"
+        )
+    return task.constrain(model.tokenizer, model.config.vocab_size)
 
 
 def _at_once(
@@ -89,7 +119,7 @@ def _at_once(
         config.outer.problems_per_step * config.sample.num_edits * inner.num_seeds,
         config.eval.num_problems * config.eval.num_edits * config.eval.num_seeds,
     )
-    base = jax.eval_shape(partial(quantize_params, word=inner.quantize), model.params)
+    base = jax.eval_shape(functools.partial(quantize_params, word=inner.quantize), model.params)
     return make_at_once(
         model.config,
         inner_update,
@@ -128,14 +158,16 @@ def resident_bytes(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) ->
 
 def longest_row(stages: Stages, problems: Sequence) -> int:
     """Return about how many tokens the longest row of an inner run on these problems will have."""
-    config, encode = stages.config, stages.model.tokenizer.encode
+    config = stages.config
     passage = max(
-        len(encode(text))
+        len(stages.encode(text, False).tokens)
         for problem, _ in problems
         for text in stages.task.passage_only(problem).training_texts
     )
     size, written = config.inner.batch_size, config.sample.max_tokens
     longest = max(passage, written) if size == 1 else passage + written
+    if hasattr(stages.task, "max_tokens"):  # its texts are not written by the policy
+        longest = size * stages.task.max_tokens
     if config.inner.pad_loss == "sampled":
         longest += size * (PAD_SAMPLES + 1)
     if config.inner.pad_loss == "exact":
@@ -166,6 +198,13 @@ def optimizer_arguments(section: dict[str, Any]) -> dict[str, Any]:
 def check_prompts(stages: Stages, problems: Sequence) -> None:
     """Raise ValueError now, and not hours later, where a prompt exceeds the model's context."""
     config, encode = stages.config, stages.model.tokenizer.encode_prompt
+    limit = longest_text(stages)
+    most = getattr(stages.task, "max_tokens", 0)
+    if most > limit:
+        raise ValueError(
+            f"task.max_tokens = {most:,}: expected at most {limit:,}, with this model and"
+            f" inner.batch_size = {config.inner.batch_size}"
+        )
     for problem, exam in problems:
         prompt = encode(stages.task.edit_prompt(problem), config.model.chat)
         questions = exam_prompts(stages.model, stages.task, problem, exam, config.model.chat)
@@ -186,7 +225,7 @@ def write_edits(
         for problem, _ in batch
         for r in range(num_edits)
     ]
-    rollout, texts = write(stages, params, prompts, paths, f"{label}: self-edits")
+    rollout, texts = write(stages, params, prompts, paths, f"{label}: self-edits", stages.constrain)
     return rollout._replace(step=step), texts
 
 
@@ -196,11 +235,12 @@ def write(
     prompts: Sequence[str],
     paths: Sequence[Sequence[int]],
     label: str,
+    constrain: Callable | None = None,
 ) -> tuple[Rollout, list[str]]:
     """Let the policy continue each prompt, as often as there are paths for it (see keys.py)."""
     config = stages.config
     sample = config.sample.to_dict()
-    del sample["num_edits"]
+    del sample["num_edits"], sample["constrained"]
     tokens = [stages.model.tokenizer.encode_prompt(text, config.model.chat) for text in prompts]
     check_lengths(stages.model.config, tokens, config.sample.max_tokens)
     bar = progress(len(paths), label, "text")
@@ -210,6 +250,7 @@ def write(
         tokens,
         paths,
         mesh=stages.mesh,
+        constrain=constrain and (lambda _, tokens: constrain(tokens)),
         show=bar.update,
         **sample,
     )
@@ -219,11 +260,7 @@ def write(
 
 def parse(stages: Stages, batch: Sequence, texts: Sequence[str]) -> list[list[Edit]]:
     """Return [P][R] self-edits; one with a text beyond the model's context is rejected too."""
-    num_edits = len(texts) // len(batch)
-    room = LONGEST // stages.config.inner.batch_size
-    if stages.config.inner.pad_loss == "sampled":
-        room -= PAD_SAMPLES + 1
-    limit = min(stages.model.config.max_length, room)
+    num_edits, limit = len(texts) // len(batch), longest_text(stages)
     edits: list[list[Edit]] = []
     for p, (problem, _) in enumerate(batch):
         row: list[Edit] = []
@@ -236,8 +273,16 @@ def parse(stages: Stages, batch: Sequence, texts: Sequence[str]) -> list[list[Ed
     return edits
 
 
+def longest_text(stages: Stages) -> int:
+    """Return how many tokens a training text may have: in this model, and in a batch."""
+    room = LONGEST // stages.config.inner.batch_size
+    if stages.config.inner.pad_loss == "sampled":
+        room -= PAD_SAMPLES + 1
+    return min(stages.model.config.max_length, room)
+
+
 def reject_long(stages: Stages, edit: SelfEdit, limit: int) -> Edit:
-    longest = max(len(stages.model.tokenizer.encode(text)) for text in edit.training_texts)
+    longest = max(len(stages.encode(text, False).tokens) for text in edit.training_texts)
     if longest <= limit:
         return edit
     reason = f"too long: a training text of {longest:,} tokens, at most {limit:,}"
@@ -276,7 +321,8 @@ def baseline_accuracy(stages: Stages, params: Params, batch: Sequence) -> list[f
     answers = iter(
         answer(stages.model, params, None, [prompts], mesh=stages.mesh, **config.answer)[0]
     )
-    return [
-        float(np.mean([stages.task.grade(q, next(answers)) for q in exam.questions]))
-        for _, exam in batch
-    ]
+    accuracy = []
+    for problem, exam in batch:
+        given = [next(answers) for _ in prompts_of(stages.task, problem, exam)]
+        accuracy.append(float(np.mean(marks_of(stages.task, problem, exam, given))))
+    return accuracy

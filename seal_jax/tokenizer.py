@@ -65,6 +65,10 @@ class Tokenizer(Protocol):
         """Write what `load_tokenizer` reads."""
         ...
 
+    def to_json(self) -> str:
+        """Return the content of a tokenizer.json with the same ids, for libraries that want one."""
+        ...
+
 
 class ByteTokenizer:
     """UTF-8 bytes and five special tokens: for tests, and for models trained from nothing."""
@@ -105,6 +109,23 @@ class ByteTokenizer:
     def save(self, folder: str | os.PathLike) -> None:
         """Write a marker file that tells `load_tokenizer` to use bytes."""
         Path(folder, BYTE_FILE).write_text(json.dumps({"tokenizer": "bytes"}) + "\n")
+
+    def to_json(self) -> str:
+        """Return a tokenizer.json of the 256 bytes, without a merge, and the special tokens."""
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+        # Byte-level vocabularies write each byte as a character that can be seen.
+        seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        unseen = [byte for byte in range(256) if byte not in seen]
+        written = dict(zip(seen, seen, strict=True))
+        written |= {byte: 256 + i for i, byte in enumerate(unseen)}
+        vocab = {chr(written[byte]): byte for byte in range(256)}
+        backend = Tokenizer(models.BPE(vocab, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        names = ("<pad>", "<bos>", "<end>", "<user>", "<assistant>")
+        backend.add_special_tokens([AddedToken(name, special=True) for name in names])
+        return backend.to_str()
 
 
 class HFTokenizer:
@@ -192,6 +213,10 @@ class HFTokenizer:
     def save(self, folder: str | os.PathLike) -> None:
         """Write tokenizer.json and its companions."""
         self._fast.save_pretrained(folder)
+
+    def to_json(self) -> str:
+        """Return the content of its tokenizer.json."""
+        return self._text.to_str()
 
     def _plain(self, text: str) -> list[int]:
         text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become '?'

@@ -51,6 +51,7 @@ from seal_jax.record import (
     Clock,
     held_out_metrics,
     log_edits,
+    logged_texts,
     number,
     summarize,
     tabulate,
@@ -205,7 +206,7 @@ def generate_edits(
         for r, edit in enumerate(edits):
             entry = {"title": problem.title, "problem": problem.id, "edit": r, "text": edit.text}
             entry["rejected"] = getattr(edit, "reason", None)
-            entry["training_texts"] = list(getattr(edit, "training_texts", ()))
+            entry |= logged_texts(edit)
             if out is not None:
                 append_json(out, entry)
             else:

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seal_jax.self_edit import encode_text
 from seal_jax.tasks.arc import voting
 from seal_jax.tasks.arc.augmentations import AUGMENTATIONS
 from seal_jax.tasks.arc.format import (
     Undecodable,
     decode_grid,
     encode_grid,
-    encode_turn,
     make_turn,
 )
 from seal_jax.tasks.arc.grids import ArcTask, Example, same
@@ -41,10 +41,10 @@ def test_a_turn_as_text():
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_loss_is_on_all_tokens_or_on_output_grids(chat):
     tokenizer, turn = ByteTokenizer(), make_turn(EXAMPLES[:2], EXAMPLES[2])
-    ids, mask = encode_turn(tokenizer, turn, chat=chat, outputs_only=False)
+    ids, mask, _ = encode_text(tokenizer, turn, chat=chat)
     assert tokenizer.decode(ids) == turn.message + turn.answer
     assert mask == (False, *[True] * (len(ids) - 1))
-    same_ids, mask = encode_turn(tokenizer, turn, chat=chat, outputs_only=True)
+    same_ids, mask, _ = encode_text(tokenizer, turn, True, chat=chat)
     assert same_ids == ids
     chosen = [i for i, counts in zip(ids, mask, strict=True) if counts]
     assert tokenizer.decode(chosen) == "[[1], [2]]#[[1], [3]]#[[1], [4]]#"

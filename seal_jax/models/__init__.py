@@ -16,7 +16,8 @@ SOURCES = """valid sources are
   ORG/NAME        a model on the Hugging Face hub, for example HuggingFaceTB/SmolLM2-135M-Instruct
   ORG/NAME@REVISION                        the same at a branch, a tag or a commit
   RUN             the folder of a run of ours, or its checkpoints: the policy that it trained
-  random:NAME     random parameters for tests: random:byte-tiny"""
+  random:NAME     random parameters for tests: random:byte-tiny
+  tiny:arc        trained on the spot, for configs/arc_tiny.py; kept in ~/.cache/seal_jax"""
 
 # 0.4 M parameters over bytes. V is ByteTokenizer's 261 rounded up, so that 8 devices can share it.
 TINY = ModelConfig(
@@ -62,6 +63,8 @@ def load_model(source: str, dtype: Any = "float32", mesh: Any = None) -> Model:
         return _load_gguf(packaged_gguf(name), dtype, mesh)
     if kind == "random":
         return _random_model(name, dtype, mesh)
+    if kind == "tiny":
+        return _tiny_model(name, dtype, mesh)
     path = Path(source).expanduser()
     if path.is_dir():
         from seal_jax import runs  # which needs this module
@@ -124,6 +127,15 @@ def _random_model(name: str, dtype: Any, mesh: Any) -> Model:
         # From the host: arrays of one device cannot be moved to the devices of other processes.
         params = to_device(to_host(params), _shardings(mesh)(params))
     return Model(config, params, ByteTokenizer())
+
+
+def _tiny_model(name: str, dtype: Any, mesh: Any) -> Model:
+    if name != "arc":
+        raise FileNotFoundError(f"no tiny model {name!r}; found arc. {SOURCES}")
+    from seal_jax.tiny_arc import tiny_arc_folder  # which needs this module
+
+    cache = Path("~/.cache/seal_jax").expanduser()
+    return _load_folder(tiny_arc_folder(cache), dtype, mesh)
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

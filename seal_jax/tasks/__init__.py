@@ -4,12 +4,15 @@ import dataclasses
 import difflib
 from typing import Any
 
+from seal_jax.tasks.arc.task import Arc
 from seal_jax.tasks.facts import Facts
 from seal_jax.tasks.knowledge import Knowledge
 from seal_jax.tasks.task import Exam, Problem, Question, Rejected, SelfEdit, Task
 
 __all__ = [
+    "GIVEN",
     "TASKS",
+    "Arc",
     "Exam",
     "Facts",
     "Knowledge",
@@ -21,14 +24,16 @@ __all__ = [
     "make_task",
 ]
 
-TASKS = {"facts": Facts, "knowledge": Knowledge}
+TASKS = {"facts": Facts, "knowledge": Knowledge, "arc": Arc}
+# Fields of tasks that the run gives: the inner loop's batch size, and what counts a text's tokens.
+GIVEN = ("batch_size", "count_tokens")
 
 
 def make_task(name: str, **fields: Any) -> Task:
     """Make a task by its name in `TASKS`.
 
     Args:
-        name: 'facts' or 'knowledge'.
+        name: 'facts', 'knowledge' or 'arc'.
         **fields: fields of that task's dataclass; the others keep their defaults.
 
     Raises:
@@ -36,11 +41,16 @@ def make_task(name: str, **fields: Any) -> Task:
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}{_nearest(name, list(TASKS))}")
-    known = [field.name for field in dataclasses.fields(TASKS[name])]
+    known = field_names(name)
     for field in fields:
         if field not in known:
             raise ValueError(f"task {name!r} has no field {field!r}{_nearest(field, known)}")
     return TASKS[name](**fields)
+
+
+def field_names(name: str) -> list[str]:
+    """Return the fields of a task's dataclass."""
+    return [field.name for field in dataclasses.fields(TASKS[name])]
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -6,6 +6,7 @@ only the grader sees. They are two types so that a question cannot reach the pol
 Nothing below `tasks/` imports jax.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -76,9 +77,17 @@ class Rejected(NamedTuple):
 class Task(Protocol):
     """What the loop asks of a task. No base class: any object with these methods is one.
 
-    A task may have two more, for the reward `self_questions`: `question_prompt(problem) -> str`
-    asks the policy for questions on what it sees, and `parse_questions(problem, text) -> questions`
-    reads what it wrote, untrusted too: a tuple, empty where there is none.
+    A task may have more:
+      question_prompt(problem) -> str, parse_questions(problem, text) -> questions
+        for the reward `self_questions`: they ask the policy for questions on what it sees, and read
+        what it wrote, untrusted too: a tuple, empty where there is none.
+      queries(problem, exam) -> prompts, marks(problem, exam, answers) -> floats
+        where a question is asked in several ways: all prompts of an exam, and a mark from 0 to 1
+        for each of its questions, given the answers to all of them.
+      constrain(tokenizer, vocab_size) -> ((tokens written so far) -> bool[V])
+        for `sample.constrained`: which tokens a self-edit may go on with.
+      titles: what the rows of the final table are called here, see compare.TITLES.
+    Fields named in `tasks.GIVEN` are given by the run, and are no keys of a config.
     """
 
     def load(self, split: str) -> list[tuple[Problem, Exam]]:
@@ -104,3 +113,17 @@ class Task(Protocol):
     def grade(self, question: Question, prediction: str) -> bool:
         """Return whether `prediction` answers `question` correctly."""
         ...
+
+
+def prompts_of(task: Task, problem: Problem, exam: Exam) -> list[str]:
+    """Return all prompts that ask an exam, without the passage."""
+    if hasattr(task, "queries"):
+        return list(task.queries(problem, exam))
+    return [task.answer_prompt(problem, question.question) for question in exam.questions]
+
+
+def marks_of(task: Task, problem: Problem, exam: Exam, answers: Sequence[str]) -> list[float]:
+    """Return a mark from 0 to 1 for each question of an exam, given the answers to its prompts."""
+    if hasattr(task, "marks"):
+        return list(task.marks(problem, exam, answers))
+    return [float(task.grade(q, a)) for q, a in zip(exam.questions, answers, strict=True)]

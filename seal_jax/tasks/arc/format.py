@@ -13,15 +13,12 @@ be taken on them alone, whatever the tokenizer and the chat template.
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from seal_jax.tasks.arc.grids import Example, as_grid
 from seal_jax.tasks.task import Part, Turn
-
-if TYPE_CHECKING:
-    from seal_jax.tokenizer import Tokenizer
 
 ARROW, FOOTER = " -> ", "#"
 INSTRUCTION = (
@@ -43,9 +40,11 @@ def encode_grid(grid: np.ndarray) -> str:
     return json.dumps(grid.tolist())
 
 
-def make_prompt(examples: Sequence[Example], test_input: np.ndarray) -> tuple[Part, ...]:
+def make_prompt(
+    examples: Sequence[Example], test_input: np.ndarray, instruction: str = INSTRUCTION
+) -> tuple[Part, ...]:
     """Return the message that shows the examples and asks for the output of `test_input`."""
-    parts = [Part(INSTRUCTION + "\n", False)]
+    parts = [Part(instruction + "\n", False)]
     for example in examples:
         parts.append(Part(encode_grid(example.input) + ARROW, False))
         parts.append(Part(encode_grid(example.output) + FOOTER, True))
@@ -54,29 +53,10 @@ def make_prompt(examples: Sequence[Example], test_input: np.ndarray) -> tuple[Pa
     return tuple(parts)
 
 
-def make_turn(examples: Sequence[Example], query: Example) -> Turn:
+def make_turn(examples: Sequence[Example], query: Example, instruction: str = INSTRUCTION) -> Turn:
     """Return the text that trains on `query` with `examples` in context."""
-    return Turn(make_prompt(examples, query.input), encode_grid(query.output) + FOOTER)
-
-
-def encode_turn(
-    tokenizer: "Tokenizer", turn: Turn, *, chat: bool, outputs_only: bool
-) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """Return a training text's token ids and its loss mask.
-
-    Args:
-        tokenizer: a `seal_jax.tokenizer.Tokenizer`.
-        turn: the text.
-        chat: whether it goes through the model's chat template.
-        outputs_only: the loss is on the output grids, those of the examples and the answer, instead
-            of on all tokens. It is never on the first, which nothing predicts.
-
-    Raises:
-        ValueError: `chat`, and the tokenizer has no chat template.
-    """
-    ids, marked = tokenizer.encode_turn(turn.prompt, turn.answer, chat)
-    mask = [bool(i) and (is_output or not outputs_only) for i, is_output in enumerate(marked)]
-    return tuple(ids), tuple(mask)
+    prompt = make_prompt(examples, query.input, instruction)
+    return Turn(prompt, encode_grid(query.output) + FOOTER)
 
 
 def decode_grid(text: str) -> np.ndarray | Undecodable:

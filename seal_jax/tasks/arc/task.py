@@ -1,23 +1,38 @@
 """Few-shot ARC as a task of the outer loop.
 
     edit_prompt(problem) -> the policy writes JSON -> parse -> turns and settings -> an adapter
-    queries(problem) -> the adapted model answers greedily -> reward(exam, queries, answers)
+    queries(problem, exam) -> the adapted model answers greedily -> marks(problem, exam, answers)
 
-A problem's passage is the task as JSON without its solutions: all that the policy may see.
+A problem's passage is the task as JSON without its solutions: all that the policy may see. An
+exam's questions are its test grids; each is asked in many ways, and the answers are voted on.
 """
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from seal_jax.tasks.arc import self_edit, voting
-from seal_jax.tasks.arc.format import Undecodable, decode_grid, encode_grid, make_prompt
+from seal_jax.tasks.arc import grammar, self_edit, voting
+from seal_jax.tasks.arc.augmentations import GROUPS
+from seal_jax.tasks.arc.format import (
+    INSTRUCTION,
+    Undecodable,
+    decode_grid,
+    encode_grid,
+    make_prompt,
+)
 from seal_jax.tasks.arc.grids import ArcTask, same
-from seal_jax.tasks.arc.queries import Query, make_queries, read_answers
+from seal_jax.tasks.arc.queries import Predictions, Query, make_queries, read_answers
 from seal_jax.tasks.arc.sources import load_tasks, parse_task, pick_tasks
-from seal_jax.tasks.arc.training_data import MAX_TOKENS, MAX_TURNS, make_training_data
+from seal_jax.tasks.arc.training_data import (
+    MAX_TOKENS,
+    MAX_TURNS,
+    TrainingData,
+    make_training_data,
+)
 from seal_jax.tasks.task import Exam, Problem, Question, Rejected, SelfEdit, Turn
 
 # The paper's tasks, of ARC-AGI-1's two splits.
@@ -43,17 +58,37 @@ class Arc:
     train_tasks: str = TRAIN_TASKS  # names, with spaces between them
     eval_tasks: str = EVAL_TASKS
     seed: int = 0  # of training texts and of queries
-    batch_size: int = self_edit.BATCH_SIZE  # the inner loop's, by which steps are counted
     max_steps: int = self_edit.MAX_STEPS
     max_turns: int = MAX_TURNS
     max_tokens: int = MAX_TOKENS
     num_permuted: int = 1  # contexts of a query in a random order, beside its own
+    recipe: str = "basic size chain repeat"  # augmentations of fixed test-time training
+    edit_instruction: str = self_edit.INSTRUCTION  # asks for a self-edit
+    instruction: str = INSTRUCTION  # asks for a grid
+    # Given by the run, see tasks.GIVEN.
+    batch_size: int = self_edit.BATCH_SIZE  # the inner loop's, by which steps are counted
     count_tokens: Callable[[Turn], int] = count_characters
+
+    # The rows of the final table.
+    titles = {
+        "base": "in context only",
+        "passage": "fixed test-time training",
+        "own": "own self-edit, without RL",
+        "seal": "self-edit of the SEAL policy",
+        "random": "self-edit of the random-control policy",
+        "problems": "tasks",
+        "questions": "test grids, solved in two attempts",
+    }
 
     def __post_init__(self):
         for name in ("batch_size", "max_steps", "max_turns", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.num_permuted < 0:
+            raise ValueError(f"num_permuted is {self.num_permuted}, expected at least 0")
+        unknown = [group for group in self.recipe.split() if group not in GROUPS]
+        if unknown:
+            raise ValueError(f"recipe has {unknown[0]!r}, expected some of {', '.join(GROUPS)}")
         both = set(self.train_tasks.split()) & set(self.eval_tasks.split())
         if both:
             raise ValueError(f"tasks to train on and to evaluate on: {', '.join(sorted(both))}")
@@ -76,7 +111,7 @@ class Arc:
 
     def edit_prompt(self, problem: Problem) -> str:
         """Return the prompt that asks for a self-edit."""
-        return self_edit.edit_prompt(_task(problem), self.max_steps)
+        return self_edit.edit_prompt(_task(problem), self.max_steps, self.edit_instruction)
 
     def parse(self, problem: Problem, text: str) -> SelfEdit | Rejected:
         """Turn the policy's JSON into training texts and settings, or a reason. Never raises."""
@@ -84,7 +119,7 @@ class Arc:
         edit = self_edit.parse_self_edit(text)
         if isinstance(edit, str):
             return Rejected(problem.id, prompt, text, edit)
-        made = self._training_data(problem, edit.groups)
+        made = _training_data(self, problem, edit.groups)
         epochs = edit.training.num_train_epochs
         steps = self_edit.num_steps(len(made.turns), epochs, self.batch_size)
         if not made.turns:
@@ -97,44 +132,76 @@ class Arc:
         return SelfEdit(problem.id, prompt, text, made.turns, *settings)
 
     def passage_only(self, problem: Problem) -> SelfEdit:
-        """Return the control that trains on the examples alone, without augmentations.
+        """Return the control that no policy's text is in: fixed test-time training.
 
-        Learning rate and epochs are the config's.
+        Its augmentations are the recipe's, its learning rate and epochs the config's.
+
+        Raises:
+            ValueError: every text of the problem is too long or too large.
         """
-        made = self._training_data(problem, ())
-        return SelfEdit(problem.id, prompt="", text="", training_texts=made.turns)
+        made = _training_data(self, problem, tuple(self.recipe.split()))
+        if not made.turns:
+            raise ValueError(
+                f"task {problem.id}: no training text: {made.too_large} too large, {made.too_long}"
+                f" of more than {self.max_tokens:,} tokens"
+            )
+        return SelfEdit(problem.id, "", "", made.turns, outputs_only=True)
 
     def answer_prompt(self, problem: Problem, question: str) -> str:
         """Return the examples and the test grid of this number, as they are."""
         task = _task(problem)
-        return "".join(part.text for part in make_prompt(task.examples, task.tests[int(question)]))
+        parts = make_prompt(task.examples, task.tests[int(question)], self.instruction)
+        return "".join(part.text for part in parts)
 
     def grade(self, question: Question, prediction: str) -> bool:
         """Return whether the prediction is the solution: pass@1, without votes."""
         grid = decode_grid(prediction)
-        solution = np.array(json.loads(question.answer), np.int8)
-        return not isinstance(grid, Undecodable) and same(grid, solution)
+        return not isinstance(grid, Undecodable) and same(grid, _solution(question))
 
-    def queries(self, problem: Problem) -> tuple[Query, ...]:
-        """Return the prompts whose answers are voted on."""
-        return make_queries(_task(problem), seed=self.seed, num_permuted=self.num_permuted)
+    def queries(self, problem: Problem, exam: Exam) -> list[str]:
+        """Return the prompts whose answers are voted on, for the exam's test grids."""
+        return [query.prompt for query in self._queries(problem, exam)]
 
-    def reward(self, exam: Exam, queries: Sequence[Query], answers: Sequence[str]) -> float:
-        """Return pass@2 of a problem's answered queries: the share of its tests solved."""
-        predictions = read_answers(queries, answers)
-        attempts = [voting.vote(made) for made in predictions.by_test]
-        solutions = [np.array(json.loads(question.answer), np.int8) for question in exam.questions]
-        return voting.pass_at(attempts, solutions)
+    def marks(self, problem: Problem, exam: Exam, answers: Sequence[str]) -> list[float]:
+        """Return pass@2 of each of the exam's test grids, 0 or 1."""
+        predictions = self.predictions(problem, exam, answers)
+        marks = []
+        for question in exam.questions:
+            attempts = voting.vote(predictions.by_test[int(question.question)])
+            marks.append(float(voting.is_solved(attempts, _solution(question))))
+        return marks
 
-    def _training_data(self, problem: Problem, groups: Sequence[str]):
-        return make_training_data(
+    def predictions(self, problem: Problem, exam: Exam, answers: Sequence[str]) -> Predictions:
+        """Return the grids that the answers to `queries` are, turned back."""
+        return read_answers(self._queries(problem, exam), answers)
+
+    def constrain(self, tokenizer: Any, vocab_size: int) -> Callable[[Sequence[int]], np.ndarray]:
+        """Return which tokens a self-edit may go on with, see grammar.py."""
+        vocabulary = grammar.load_vocabulary(tokenizer.to_json(), vocab_size, tokenizer.stop_ids)
+        return functools.partial(grammar.allowed_tokens, vocabulary)
+
+    def _queries(self, problem: Problem, exam: Exam) -> list[Query]:
+        asked = {int(question.question) for question in exam.questions}
+        queries = make_queries(
             _task(problem),
-            groups,
             seed=self.seed,
-            count_tokens=self.count_tokens,
-            max_turns=self.max_turns,
-            max_tokens=self.max_tokens,
+            num_permuted=self.num_permuted,
+            instruction=self.instruction,
         )
+        return [query for query in queries if query.test in asked]
+
+
+@functools.lru_cache(maxsize=64)  # many self-edits choose the same groups
+def _training_data(arc: Arc, problem: Problem, groups: tuple[str, ...]) -> TrainingData:
+    return make_training_data(
+        _task(problem),
+        groups,
+        seed=arc.seed,
+        count_tokens=arc.count_tokens,
+        max_turns=arc.max_turns,
+        max_tokens=arc.max_tokens,
+        instruction=arc.instruction,
+    )
 
 
 def _problem(task: ArcTask) -> Problem:
@@ -152,3 +219,7 @@ def _exam(task: ArcTask) -> Exam:
 
 def _task(problem: Problem) -> ArcTask:
     return parse_task(problem.id, json.loads(problem.passage), "problem")
+
+
+def _solution(question: Question) -> np.ndarray:
+    return np.array(json.loads(question.answer), np.int8)

@@ -23,7 +23,7 @@ from seal_jax.tasks.arc.augmentations import (
     permute_examples,
     translation,
 )
-from seal_jax.tasks.arc.format import make_turn
+from seal_jax.tasks.arc.format import INSTRUCTION, make_turn
 from seal_jax.tasks.arc.grids import ArcTask, Example, fits, task_key
 from seal_jax.tasks.task import Turn
 
@@ -78,6 +78,7 @@ def make_training_data(
     max_turns: int = MAX_TURNS,
     max_tokens: int = MAX_TOKENS,
     num_permuted: int = 1,
+    instruction: str = INSTRUCTION,
 ) -> TrainingData:
     """Return the training texts of a task: a function of the task, the groups and the seed.
 
@@ -89,6 +90,7 @@ def make_training_data(
         max_turns: at most so many texts.
         max_tokens: of one text.
         num_permuted: copies of each task with colors and examples permuted, beside itself.
+        instruction: what every text begins with.
 
     Raises:
         ValueError: there is no such group.
@@ -123,7 +125,7 @@ def make_training_data(
             duplicates += 1
         else:
             seen.add(task_key(examples))
-            turn = make_turn(examples[:-1], examples[-1])
+            turn = make_turn(examples[:-1], examples[-1], instruction)
             if count_tokens(turn) <= max_tokens:
                 turns.append(turn)
             else:

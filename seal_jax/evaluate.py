@@ -243,9 +243,8 @@ def _ledger_entry(run: Run, outcome: Outcome) -> dict[str, Any]:
 
 
 def _digest(run: Run) -> str:
-    # What was written, and what the task made of it.
-    made = run.edit.text, run.edit.training_texts, run.edit[-3:]
-    return xxhash.xxh64_hexdigest(repr(made).encode("utf-8", "surrogatepass"))
+    # Texts, and what else the self-edit chose.
+    return xxhash.xxh64_hexdigest(repr(run.edit).encode("utf-8", "surrogatepass"))
 
 
 def read_ledger(ledger: str, runs: Sequence[Run]) -> dict[tuple, Outcome]:

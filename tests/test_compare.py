@@ -155,6 +155,7 @@ def test_what_was_rejected_or_overflowed_counts_as_0():
         config=SimpleNamespace(
             eval=SimpleNamespace(num_seeds=2), inner=SimpleNamespace(quantize="none")
         ),
+        task=None,
         evaluate=evaluate,
     )
     accuracy, num_rejected = compare.run_arm(stages, "params", problems, edits, "seal", "folder")

@@ -65,6 +65,7 @@ setup(
             "hypothesis",
             "llguidance>=1",
             "pytest>=8",
+            "pytest-xdist>=3",
             "ruff==0.17.6",
         ],
         # What the tests compare with, and Gemma 3 270M (by Gemma's terms of use). Gigabytes: never

@@ -18,6 +18,7 @@ import numpy as np
 
 from seal_jax import checkpoint, lora
 from seal_jax.models.config import ModelConfig
+from seal_jax.processes import is_first
 from seal_jax.sharding import to_host
 from seal_jax.types import Adapters
 
@@ -104,7 +105,7 @@ def list_adapters(folder: str) -> list[str]:
 
 def delete_adapters(folder: str, adapter_ids: Sequence[str]) -> None:
     """Delete those of the adapters that are there; on several processes the first one does."""
-    for adapter_id in adapter_ids if jax.process_index() == 0 else ():
+    for adapter_id in adapter_ids if is_first() else ():
         path = os.path.join(folder, "adapters", adapter_id)
         if os.path.exists(path):
             shutil.rmtree(path)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from seal_jax.decode import cache_sharding
 from seal_jax.memory import device_bytes, tree_bytes
 from seal_jax.models.config import ModelConfig
+from seal_jax.processes import least
 from seal_jax.self_edit import BUCKETS, bucket_of
 from seal_jax.sharding import RULES
 from seal_jax.types import Adapters, Params
@@ -61,6 +62,7 @@ def make_plan(
     wanted = max(1, min(_row_bucket(most), max_rows // A))
     dtype = params["embed"]["embedding"].dtype
     room = device_bytes(mesh) - _resident_bytes((params, adapters), mesh)
+    room = least("room for generation", room)
 
     def bytes_of(size: int) -> int:
         return planned_bytes(

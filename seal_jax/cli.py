@@ -188,13 +188,21 @@ def run_train(arguments: argparse.Namespace) -> int:
     from seal_jax.start import start_jax
 
     start_jax()
+    from seal_jax.preemption import Stopped, listen
+    from seal_jax.processes import is_first
     from seal_jax.train import is_done, train
 
     _examine(config, arguments.workdir)
-    _refuse_processes()
     done = is_done(config, arguments.workdir)
     if not done:
-        train(config, arguments.workdir)
+        listen()
+        try:
+            train(config, arguments.workdir)
+        except Stopped as stopped:
+            print(f"seal-jax train: {stopped}: the same command resumes the run", file=sys.stderr)
+            return 0
+    if not is_first():
+        return 0
     with open(os.path.join(arguments.workdir, "summary.md")) as file:
         print("\n" + file.read())
     if done:
@@ -239,17 +247,6 @@ def run_plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_processes() -> None:
-    """Raise ValueError on several processes: the outer loop has one writer of the run's files."""
-    import jax
-
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"{jax.process_count()} processes, and training on more than one is not there yet: each"
-            " would write the same files. Run one process on one machine, with all its devices"
-        )
-
-
 def _examine(config, workdir: str) -> list[str]:
     from seal_jax.doctor import check
     from seal_jax.processes import timeout_seconds
@@ -263,9 +260,12 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from seal_jax.start import start_jax
 
     start_jax()
+    from seal_jax.processes import is_first
     from seal_jax.train import evaluate_policy
 
     evaluate_policy(config, arguments.workdir, arguments.policy)
+    if not is_first():
+        return 0
     with open(os.path.join(arguments.workdir, "summary.md")) as file:
         print("\n" + file.read())
     return 0

@@ -25,6 +25,8 @@ from seal_jax.inner import num_shards as inner_shards
 from seal_jax.metrics import append_json, progress, read_jsonl
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import hidden_states, token_logp
+from seal_jax.preemption import stop_if_told
+from seal_jax.processes import ask_first, exchange_shares, spread
 from seal_jax.rewards import Outcome
 from seal_jax.sample import generate, make_stop, texts_of
 from seal_jax.self_edit import (
@@ -161,10 +163,16 @@ def make_evaluate(
             golds = [gold_texts(run) if run else [] for run in runs]
             logps = mean_logp(model, params, adapters, golds, mesh=mesh)
         trained = useful_tokens(batches)[1] / sum(run is not None for run in runs)
+
+        def grade(mine: list[int]) -> list[list[float]]:
+            return [marks_by_exam(task, runs[i], written[i]) if runs[i] else [] for i in mine]
+
+        # Every process grades its share, of about as many letters.
+        owners = spread([sum(map(len, texts)) for texts in written])
+        marks = exchange_shares("grading", owners, grade)
         return [
-            run
-            and _outcome(task, run, inner["num_epochs"], *parts)._replace(trained_tokens=trained)
-            for run, *parts in zip(runs, jobs, losses, written, logps, strict=True)
+            run and _outcome(run, inner["num_epochs"], *parts)._replace(trained_tokens=trained)
+            for run, *parts in zip(runs, jobs, losses, written, marks, logps, strict=True)
         ], adapters
 
     def deal(pairs: Sequence[tuple[Run, Job]], num_adapters: int) -> list[tuple[Run, Job] | None]:
@@ -207,18 +215,24 @@ def make_evaluate(
                         keep(run, lora.take(adapters, slice(i, i + 1)))
                     append_json(ledger, _ledger_entry(run, outcome))
                 outcomes[run.name] = outcome
+            stop_if_told()
         bar.close()
         return outcomes
 
     return evaluate
 
 
-def _outcome(task, run: Run, num_epochs: int, job: Job, losses, answers, logps) -> Outcome:
+def marks_by_exam(task, run: Run, answers: Sequence[str]) -> list[list[float]]:
+    """Return the marks of the answers to a run's exams, exam by exam."""
     given = iter(answers)
-    own, *rest = (
-        marks_of(task, *exam, [next(given) for _ in prompts_of(task, *exam)])
+    return [
+        list(map(float, marks_of(task, *exam, [next(given) for _ in prompts_of(task, *exam)])))
         for exam in run.exams()
-    )
+    ]
+
+
+def _outcome(run: Run, num_epochs: int, job: Job, losses, answers, marks, logps) -> Outcome:
+    own, *rest = marks
     by_kind: dict[str, list[float]] = {}
     for (kind, _, _), marks in zip(run.others, rest, strict=True):
         by_kind.setdefault(kind, []).extend(marks)
@@ -249,11 +263,10 @@ def _digest(run: Run) -> str:
 
 def read_ledger(ledger: str, runs: Sequence[Run]) -> dict[tuple, Outcome]:
     """Return the outcomes that the ledger has of these runs: of the same texts in the same step."""
-    if not os.path.exists(ledger):
-        return {}
     wanted = {run.name: (run.step, _digest(run)) for run in runs}
     outcomes = {}
-    for entry in read_jsonl(ledger):
+    exists = os.path.exists
+    for entry in ask_first("ledger", lambda: read_jsonl(ledger) if exists(ledger) else []):
         name = tuple(entry.pop("name"))
         if wanted.get(name) != (entry.pop("step"), entry.pop("text")):
             continue

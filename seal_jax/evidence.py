@@ -4,7 +4,6 @@ Beside the problem's own exam, an adapted model may be asked questions that the 
 the passage in context (no labels needed), and questions of earlier problems (was anything lost?).
 """
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,7 +12,8 @@ import numpy as np
 
 from seal_jax import keys
 from seal_jax.evaluate import Run
-from seal_jax.metrics import progress, write_json
+from seal_jax.metrics import progress, read_json, remove, write_json
+from seal_jax.processes import ask_first, exchange_shares, spread
 from seal_jax.reliability import seed_rounds
 from seal_jax.rewards import EARLIER, OWN, Evidence, Outcome, reward_of
 from seal_jax.stages import Edit, Stages, baseline_accuracy, inner_base, inner_runs, write
@@ -202,16 +202,19 @@ def judge_edits(
     ]
     texts = [edits[p][r].text for p, r in asked]
     path = judged(folder, step)
-    found = None
-    if os.path.exists(path):
-        with open(path) as file:
-            found = json.load(file)
+    found = ask_first("scores of the judge", lambda: read_json(path))
     if found is None or found["texts"] != texts:
         settings = Judge(section.judge_url, section.judge_model, num_tries=section.judge_tries)
         pairs = [(batch[p][0].passage, text) for (p, _), text in zip(asked, texts, strict=True)]
-        bar = progress(len(pairs), "judge", "self-edit")
-        found = {"texts": texts, "scores": judge_all(settings, pairs, show=bar.update)}
-        bar.close()
+
+        def ask(mine: list[int]) -> list[float | None]:
+            bar = progress(len(mine), "judge", "self-edit")
+            scores = judge_all(settings, [pairs[i] for i in mine], show=bar.update)
+            bar.close()
+            return scores
+
+        owners = spread([len(passage) + len(text) for passage, text in pairs])
+        found = {"texts": texts, "scores": exchange_shares("judge", owners, ask)}
         write_json(path, found)
     for (p, r), score in zip(asked, found["scores"], strict=True):
         scores[p][r] = np.nan if score is None else score
@@ -230,5 +233,4 @@ def judged(folder: str, step: int) -> str:
 
 def drop_pending(folder: str, step: int) -> None:
     for path in (pending(folder, step), judged(folder, step)):
-        if os.path.exists(path):
-            os.remove(path)
+        remove(path)

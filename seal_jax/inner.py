@@ -22,7 +22,7 @@ from seal_jax.models.config import ModelConfig
 from seal_jax.models.lora_product import Chunks, make_chunks, token_lanes
 from seal_jax.models.transformer import hidden_states, rope_tables, token_logp
 from seal_jax.optim import Optimizer, accumulate, scheduled_rate
-from seal_jax.sharding import RULES, leading
+from seal_jax.sharding import RULES, leading, to_host
 from seal_jax.types import Adapters, InnerBatch, InnerState, Params
 
 
@@ -247,7 +247,7 @@ def make_inner_update(
             state, loss = run_batch(params, state, batch)
             losses.append(loss)
             if show is not None:
-                num_steps = (jax.device_get(batch.lanes) >= 0).sum()
+                num_steps = (to_host(batch.lanes) >= 0).sum()
                 jax.block_until_ready(loss)
                 show(int(num_steps))
         return state.adapters, losses

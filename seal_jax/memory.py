@@ -21,8 +21,10 @@ from jax.sharding import Mesh, Sharding
 from seal_jax import lora
 from seal_jax.inner import batch_sharding
 from seal_jax.inner import num_shards as inner_shards
+from seal_jax.metrics import say
 from seal_jax.models.config import ModelConfig
 from seal_jax.optim import Optimizer, accumulate
+from seal_jax.processes import least
 from seal_jax.self_edit import SHORTEST, Job, Shape, Step, pack, step_shapes, text_of, to_arrays
 from seal_jax.sharding import RULES, leading
 from seal_jax.types import Adapters, InnerBatch, Params
@@ -183,7 +185,7 @@ def make_at_once(
         nonlocal seen, number
         if longest <= seen:
             return number
-        total = device_bytes(mesh) if limit is None else limit
+        total = least("memory", device_bytes(mesh) if limit is None else limit)
         each = adapter_bytes(fresh(multiple), optimizer, accumulation) / multiple
         for shape in largest_shapes(longest, tokens_per_step):
             number, used = fit_adapters(
@@ -191,10 +193,9 @@ def make_at_once(
             )
         # Rows up to T take the same steps.
         seen = max(longest, shape.length)
-        print(
+        say(
             f"inner loop: {number} adapters at once ({_say(used)} of the {_say(total)} to use on"
-            f" each device; {_say(each)} an adapter)",
-            flush=True,
+            f" each device; {_say(each)} an adapter)"
         )
         return number
 

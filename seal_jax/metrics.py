@@ -1,5 +1,7 @@
 """Metrics as JSON lines, progress for people, and files that are whole or absent.
 
+Of several processes all call these functions, and the first one writes, shows and says.
+
 `metrics.jsonl` is the source of truth of a run: one object per line, in the order of the steps. A
 kill can tear only its last line; reading skips it, and the next append removes it.
 """
@@ -15,6 +17,8 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from seal_jax.processes import is_first
+
 _RESERVED = ("step", "time", "nonfinite")
 
 
@@ -23,7 +27,7 @@ def append_metrics(path: str | os.PathLike, step: int, metrics: Mapping[str, Any
 
     A NaN or infinity is written as null and its name listed under 'nonfinite', since bare NaN is
     not JSON. The file is opened for each line, so that nothing waits in a buffer when a run is
-    killed. Only one process may write.
+    killed.
 
     Args:
       path: the file; created if absent.
@@ -50,6 +54,8 @@ def append_metrics(path: str | os.PathLike, step: int, metrics: Mapping[str, Any
 
 def append_json(path: str | os.PathLike, line: Mapping[str, Any]) -> None:
     """Append one object as a line of JSON, after dropping a last line that a kill tore."""
+    if not is_first():
+        return
     with open(path, "ab+") as file:
         _drop_torn_line(file)
         file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
@@ -76,12 +82,20 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
+def read_json(path: str | os.PathLike) -> Any:
+    """Return what a JSON file holds; None where there is no file."""
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
 def truncate_after(path: str | os.PathLike, step: int) -> None:
     """Drop the lines of every step above `step`, which a resumed run will redo.
 
     The file is replaced in one move; one that does not exist is left so.
     """
-    if not os.path.exists(path):
+    if not is_first() or not os.path.exists(path):
         return
     kept = [row for row in read_jsonl(path) if row["step"] <= step]
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
@@ -89,6 +103,8 @@ def truncate_after(path: str | os.PathLike, step: int) -> None:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a file that is, after a kill at any moment, either the old one or the whole new one."""
+    if not is_first():
+        return
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
     try:
@@ -106,6 +122,18 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as sorted JSON, atomically; NaN and infinity raise ValueError."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def say(text: str) -> None:
+    """Print at once."""
+    if is_first():
+        print(text, flush=True)
+
+
+def remove(path: str | os.PathLike) -> None:
+    """Delete a file, if there is one."""
+    if is_first() and os.path.exists(path):
+        os.remove(path)
 
 
 def progress(iterable_or_total: Iterable | int, desc: str, unit: str = "it") -> tqdm:
@@ -126,6 +154,7 @@ def progress(iterable_or_total: Iterable | int, desc: str, unit: str = "it") -> 
         if hasattr(iterable, "__len__"):
             total = len(iterable)
     options: dict[str, Any] = {"iterable": iterable, "total": total, "desc": desc, "unit": unit}
+    options["disable"] = not is_first()
     if sys.stderr.isatty():
         return tqdm(**options, file=sys.stderr, dynamic_ncols=True)
     return tqdm(

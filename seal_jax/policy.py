@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from seal_jax import keys, lora
-from seal_jax.metrics import progress
+from seal_jax.metrics import progress, say
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import hidden_states, token_logp, unembed
 from seal_jax.objectives import (
@@ -120,13 +120,35 @@ def init_train_state(
     """
     head = None
     if value_head:
-        zeros = {"kernel": np.zeros(config.embed_dim, np.float32), "bias": np.float32(0)}
-        head = to_device(zeros, replicated(mesh))
-    key = to_device(keys.fold_one(0), replicated(mesh))
-    fresh = _make_fresh(config, optimizer, update, lora_kwargs)(params, head, key)
-    # The optimizer's zeros depend on no argument, so jit left them on the first device.
-    adapters, opt_state = to_device(fresh, param_shardings(mesh, fresh))
+        head = to_device(_zero_head(config), replicated(mesh))
+    given = params, head, to_device(keys.fold_one(0), replicated(mesh))
+    fresh = _make_fresh(config, optimizer, update, lora_kwargs)
+    # The optimizer's zeros depend on no argument: without a word jit puts them on one device.
+    where = param_shardings(mesh, jax.eval_shape(fresh, *given))
+    adapters, opt_state = jax.jit(fresh, out_shardings=where)(*given)
     return TrainState(jax.device_put(np.int32(0)), params, adapters, opt_state, head)
+
+
+def state_shapes(
+    config: ModelConfig,
+    params: Params,
+    optimizer: Optimizer,
+    *,
+    update: str,
+    value_head: bool = False,
+    **lora_kwargs: Any,
+) -> TrainState:
+    """Return what `init_train_state` would, as ShapeDtypeStructs without a sharding."""
+
+    def state(params: Params, head: Params | None) -> TrainState:
+        fresh = _make_fresh(config, optimizer, update, lora_kwargs)
+        return TrainState(jnp.int32(0), params, *fresh(params, head, jax.random.key(0)), head)
+
+    return jax.eval_shape(state, params, _zero_head(config) if value_head else None)
+
+
+def _zero_head(config: ModelConfig) -> Params:
+    return {"kernel": np.zeros(config.embed_dim, np.float32), "bias": np.float32(0)}
 
 
 def _make_fresh(
@@ -135,7 +157,6 @@ def _make_fresh(
     """Return `fresh(params, head, key)`: a new adapter (None if full), and the optimizer's state
     before its first step."""
 
-    @jax.jit
     def fresh(params: Params, head: Params | None, key: jax.Array):
         adapters, trained = None, params
         if update == "lora":
@@ -271,10 +292,9 @@ def make_policy_update(
             loss, norm = map(float, to_host(numbers))
             losses.append(loss if np.isfinite(norm) else np.nan)
             if not np.isfinite(losses[-1]):
-                print(
+                say(
                     f"{label}: update skipped: batch {i} has loss {loss}, and its gradient and step"
-                    f" together the norm {norm}; lower outer.learning_rate?",
-                    flush=True,
+                    f" together the norm {norm}; lower outer.learning_rate?"
                 )
                 losses[-1] = np.nan
                 trained, frozen, scale, opt_state = start(state, step)
@@ -440,7 +460,10 @@ def _make_ends(
     """Return `start(state, step) -> trained, frozen, scale, opt_state`, and what makes a state of
     them again."""
     everywhere, full = replicated(settings.mesh), settings.update == "full"
-    fresh = _make_fresh(settings.config, optimizer, settings.update, lora_kwargs)
+    fresh = jax.jit(
+        _make_fresh(settings.config, optimizer, settings.update, lora_kwargs),
+        out_shardings=everywhere,
+    )
     copied = partial(jax.tree.map, jnp.copy)  # training donates; the caller keeps its state
 
     @jax.jit
@@ -457,7 +480,7 @@ def _make_ends(
         if full:
             return _with_head(copied(state.params), head), {}, (), copied(state.opt_state)
         key = to_device(keys.fold_one(seed, keys.POLICY, step), everywhere)
-        adapters, opt_state = to_device(fresh(state.params, head, key), everywhere)
+        adapters, opt_state = fresh(state.params, head, key)
         trained = _with_head(take_first(adapters).weights, head)
         return trained, state.params, adapters.scale, opt_state
 

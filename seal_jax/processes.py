@@ -6,10 +6,12 @@ roll, and all learn who is missing. Later they speak through JAX's key-value sto
 """
 
 import contextlib
+import itertools
 import json
 import os
 import socket
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -199,21 +201,32 @@ def _report(group: Group, me: dict, deadline: float) -> str:
     )
 
 
-def exchange(topic: str, text: str, timeout: float) -> list[str]:
-    """Return what every process says about a topic, in their order; each topic only once.
+def is_first() -> bool:
+    """Return whether this process writes the run's files: the first does, or the only one."""
+    return not distributed.global_state.process_id
+
+
+def exchange(topic: str, text: str, timeout: float | None = None) -> list[str]:
+    """Return what every process says, in their order. All of them call it, in the same order.
+
+    Args:
+      topic: what it is about, for the message.
+      timeout: in seconds; that of `timeout_seconds` by default.
 
     Raises:
-      ValueError: some said nothing within `timeout` seconds; the message names them.
+      ValueError: some said nothing for that long; the message names them.
     """
     client, state = distributed.global_state.client, distributed.global_state
     if client is None:
         return [text]
+    timeout = timeout_seconds() if timeout is None else timeout
+    turn = next(_TURNS)
     deadline, said, silent = time.monotonic() + timeout, [], []
-    client.key_value_set(f"seal_jax/{topic}/{state.process_id}", text)
+    client.key_value_set(f"seal_jax/{turn}/{topic}/{state.process_id}", text)
     for index in range(state.num_processes):
         left = max(1, int(1000 * (deadline - time.monotonic())))
         try:
-            said.append(client.blocking_key_value_get(f"seal_jax/{topic}/{index}", left))
+            said.append(client.blocking_key_value_get(f"seal_jax/{turn}/{topic}/{index}", left))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
@@ -223,4 +236,63 @@ def exchange(topic: str, text: str, timeout: float) -> list[str]:
             f"{topic}: process {', '.join(silent)} of {state.num_processes} said nothing for"
             f" {timeout:g} s; see its log"
         )
+    if state.process_id == 0 and turn > 0:  # all have heard it: they have spoken again
+        client.key_value_delete(f"seal_jax/{turn - 1}/")
     return said
+
+
+_TURNS = itertools.count()
+
+
+def ask_first(topic: str, read: Callable[[], Any]) -> Any:
+    """Return on every process what `read` returns on the first, which alone calls it.
+
+    Args:
+      read: returns what JSON can hold; infinities and NaN, too.
+
+    Raises:
+      ValueError, OSError: that `read` raised there, on every process.
+    """
+    return exchange_shares(topic, [0], lambda mine: [read() for _ in mine])[0]
+
+
+def exchange_shares(
+    topic: str, owners: Sequence[int], make: Callable[[list[int]], list[Any]]
+) -> list[Any]:
+    """Return a value for each owner, all on every process; each process makes its own.
+
+    Args:
+      owners: of each value, which process makes it; see `spread`.
+      make: (which of them) -> those values, of what JSON can hold; infinities and NaN, too.
+
+    Raises:
+      ValueError, OSError: that `make` raised on any process, on every one.
+    """
+    count, me = distributed.global_state.num_processes or 1, distributed.global_state.process_id
+    if count == 1:
+        return make(list(range(len(owners))))
+    mine: dict[str, Any] = {}
+    try:
+        mine["values"] = make([i for i, owner in enumerate(owners) if owner == me])
+    except (ValueError, OSError) as error:
+        mine["error"] = f"process {me}: {error}"
+    said = [json.loads(text) for text in exchange(topic, json.dumps(mine))]
+    if errors := [one["error"] for one in said if "error" in one]:
+        raise ValueError("; ".join(errors))
+    values = [iter(one["values"]) for one in said]
+    return [next(values[owner]) for owner in owners]
+
+
+def least(topic: str, number: float) -> float:
+    """Return the least of the numbers that the processes have."""
+    return min(map(float, exchange(topic, repr(number))))
+
+
+def spread(costs: Sequence[float]) -> list[int]:
+    """Return which process does each piece of work, so that all have about the same to do."""
+    count = distributed.global_state.num_processes or 1
+    owners, load = [0] * len(costs), [0.0] * count
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = load.index(min(load))
+        load[owners[i]] += costs[i]
+    return owners

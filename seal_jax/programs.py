@@ -23,7 +23,7 @@ from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
 from seal_jax.objectives import make_objective
 from seal_jax.optim import make_optimizer
-from seal_jax.policy import Penalties, TrainRows, init_train_state, make_policy_update
+from seal_jax.policy import Penalties, TrainRows, make_policy_update, state_shapes
 from seal_jax.self_edit import LONGEST, bucket_of
 from seal_jax.sharding import leading, param_shardings, replicated
 from seal_jax.stages import optimizer_arguments
@@ -211,23 +211,16 @@ def _policy_update(config: ConfigDict, model: Model, mesh: Mesh, lengths: Length
     )
     everywhere, value_head = replicated(mesh), objective.gae is not None
 
-    def init(params: Params) -> tuple:
-        state = init_train_state(
-            model.config, params, optimizer, mesh=mesh, value_head=value_head, **lora_sizes
-        )
-        head = {} if state.value_head is None else {"value": state.value_head}
-        if outer["update"] == "full":
-            return {"policy": params, **head}, state.opt_state, ()
-        adapter = lora.take(state.adapters, 0)
-        return {"policy": adapter.weights, **head}, state.opt_state, state.adapters.scale
-
-    trained, opt_state, scale = jax.eval_shape(init, model.params)
+    state = state_shapes(model.config, model.params, optimizer, value_head=value_head, **lora_sizes)
+    trained = {} if state.value_head is None else {"value": shaped(state.value_head, everywhere)}
     if outer["update"] == "full":
-        frozen, trained = {}, shaped(trained, everywhere) | {"policy": model.params}
-        opt_state = shaped(opt_state, param_shardings(mesh, opt_state))
+        frozen, scale, trained["policy"] = {}, (), model.params
+        opt_state = shaped(state.opt_state, param_shardings(mesh, state.opt_state))
     else:
-        frozen, trained = model.params, shaped(trained, everywhere)
-        opt_state, scale = shaped(opt_state, everywhere), shaped(scale, everywhere)
+        adapter = jax.eval_shape(partial(lora.take, index=0), state.adapters)
+        frozen, scale = model.params, shaped(state.adapters.scale, everywhere)
+        trained["policy"] = shaped(adapter.weights, everywhere)
+        opt_state = shaped(state.opt_state, everywhere)
     m = outer["microbatch_size"]
     n = -(-outer["batch_size"] // m)
     T = bucket_of(min(lengths.longest_passage + config.sample.max_tokens, LONGEST))

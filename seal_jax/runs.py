@@ -20,6 +20,7 @@ from seal_jax.metrics import write_json
 from seal_jax.models import Model
 from seal_jax.models.config import ModelConfig, config_from_hf, config_to_hf
 from seal_jax.models.transformer import init_params
+from seal_jax.processes import is_first
 from seal_jax.sharding import param_shardings
 from seal_jax.tokenizer import load_tokenizer
 from seal_jax.types import Params
@@ -66,7 +67,7 @@ def save_config(folder: str | os.PathLike, model: Model, dtype: str) -> None:
 def claim_model(folder: str | os.PathLike, model: Model, dtype: str) -> None:
     """Write RUN/model once."""
     path = Path(folder, "model")
-    if not path.exists():
+    if is_first() and not path.exists():
         with whole_folder(path) as temporary:
             save_config(temporary, model, dtype)
 

@@ -107,10 +107,50 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def to_device(tree, sharding):
-    """Put host arrays on the devices: the one way in."""
-    return jax.device_put(tree, sharding)
+    """Put host arrays on the devices: the one way in.
+
+    Of several processes, each puts the parts of its own devices, and all have the same arrays.
+
+    Args:
+      tree: of numpy arrays, or of arrays that are here as a whole.
+      sharding: of all, or a tree of them.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(_put_parts, tree, _broadcast(sharding, tree))
 
 
 def to_host(tree):
-    """Return arrays as numpy: the one way out."""
-    return jax.device_get(tree)
+    """Return arrays as numpy: the one way out.
+
+    Of several processes, all take the whole of what lies on the devices of all: they call it
+    together.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    apart = [i for i, leaf in enumerate(leaves) if not _is_here(leaf)]
+    if apart:
+        (mesh,) = {leaves[i].sharding.mesh for i in apart}
+        whole = jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))
+        for i, leaf in zip(apart, whole([leaves[i] for i in apart]), strict=True):
+            leaves[i] = leaf
+    return jax.device_get(treedef.unflatten(leaves))
+
+
+def _is_here(leaf) -> bool:
+    """Whether this process has every number of an array."""
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+
+
+def _put_parts(leaf, sharding: NamedSharding) -> jax.Array:
+    if not _is_here(leaf):  # it lies on the devices of all, and moves between them
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put_parts(jax.random.key_data(leaf), sharding))
+    array = np.asarray(jax.device_get(leaf))
+    with jax.transfer_guard("allow"):  # JAX takes a callback's arrays for a slip
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _broadcast(prefix, tree):
+    """Return `prefix` with each of its leaves repeated for the part of `tree` below it."""
+    return jax.tree.map(lambda one, part: jax.tree.map(lambda _: one, part), prefix, tree)

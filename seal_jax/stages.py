@@ -22,7 +22,7 @@ from seal_jax.metrics import progress
 from seal_jax.models import Model, load_model
 from seal_jax.models.quantize import quantize_params
 from seal_jax.optim import Optimizer, make_optimizer
-from seal_jax.policy import init_train_state
+from seal_jax.policy import state_shapes
 from seal_jax.sample import check_lengths, write_self_edits
 from seal_jax.self_edit import LONGEST, PAD_SAMPLES, PADDED, Text, encode_text
 from seal_jax.sharding import check_divides, make_mesh, param_shardings
@@ -142,13 +142,9 @@ def resident_bytes(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) ->
     outer, policy = config.outer, tree_bytes(model.params)
     optimizer = make_optimizer(**optimizer_arguments(outer.to_dict()))
 
-    def init(params: Params) -> Any:
-        lora = {"rank": outer.rank, "alpha": outer.alpha, "targets": outer.targets}
-        update = outer["update"]
-        state = init_train_state(model.config, params, optimizer, mesh=mesh, update=update, **lora)
-        return state.adapters, state.opt_state  # a value head is nothing beside them
-
-    state = jax.eval_shape(init, model.params)
+    lora = {"rank": outer.rank, "alpha": outer.alpha, "targets": outer.targets}
+    state = state_shapes(model.config, model.params, optimizer, update=outer["update"], **lora)
+    state = state.adapters, state.opt_state  # a value head is nothing beside them
     # While a policy is trained there is the base too; in the end, every policy that was trained.
     training = policy + tree_bytes(shaped(state, param_shardings(mesh, state)))
     comparing = policy * (2 if config.eval.random_control else 1)

@@ -17,8 +17,8 @@ WORKDIR/random.
 """
 
 import dataclasses
-import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -37,7 +37,9 @@ from seal_jax.lora import merge
 from seal_jax.metrics import (
     append_json,
     append_metrics,
+    read_json,
     read_jsonl,
+    say,
     truncate_after,
     write_json,
     write_text,
@@ -47,6 +49,8 @@ from seal_jax.optim import make_optimizer
 from seal_jax.peft import is_peft, load_peft
 from seal_jax.plan import describe
 from seal_jax.policy import init_train_state, make_policy_update
+from seal_jax.preemption import stop_if_told
+from seal_jax.processes import ask_first, exchange, timeout_seconds
 from seal_jax.record import (
     Clock,
     held_out_metrics,
@@ -88,7 +92,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       ValueError: the folder belongs to another config, or the data do not fit the config.
     """
-    check_workdir(config, workdir)
+    ask_first("workdir", lambda: check_workdir(config, workdir))
     objective = configured_objective(config)
     stages = make_stages(config)
     check_rewards(stages)
@@ -96,7 +100,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     check_prompts(stages, [*train_problems, *eval_problems])
     claim_workdir(config, workdir)
     claim_model(workdir, stages.model, config.model.dtype)
-    print(describe(stages, train_problems, eval_problems), flush=True)
+    say(describe(stages, train_problems, eval_problems))
     with jax.transfer_guard("disallow"):
         base = stages.model.params
         arms = {"base": base}
@@ -107,7 +111,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             arms["random"] = run_loop(
                 random_em(), folder=os.path.join(workdir, "random"), label="random control"
             ).params
-        rows = read_jsonl(os.path.join(workdir, "metrics.jsonl"))
+        rows = ask_first("metrics", lambda: read_jsonl(os.path.join(workdir, "metrics.jsonl")))
         return compare(stages, arms, eval_problems, workdir, mean_reliability(rows))
 
 
@@ -133,8 +137,8 @@ def is_done(config: ConfigDict, workdir: str) -> bool:
     Raises:
       ValueError: the folder belongs to another config.
     """
-    check_workdir(config, workdir)
-    return os.path.exists(os.path.join(workdir, "summary.json"))
+    ask_first("workdir", lambda: check_workdir(config, workdir))
+    return ask_first("is done", lambda: os.path.exists(os.path.join(workdir, "summary.json")))
 
 
 def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> dict[str, Any]:
@@ -143,7 +147,7 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> dict[str, 
     Args:
       policy: a folder of checkpoints, a PEFT adapter of the config's model, or any model source.
     """
-    check_workdir(config, workdir)
+    ask_first("workdir", lambda: check_workdir(config, workdir))
     stages = make_stages(config)
     _, held_out = split_problems(stages)
     with jax.transfer_guard("disallow"):
@@ -157,14 +161,12 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> dict[str, 
 def claim_policy(workdir: str, policy: str, policy_hash: str) -> None:
     """Write policy.json into a new folder; refuse one whose results are another policy's."""
     path, claim = os.path.join(workdir, "policy.json"), {"policy": policy, "hash": policy_hash}
-    if os.path.exists(path):
-        with open(path) as file:
-            found = json.load(file)
-        if found["hash"] != policy_hash:
-            raise ValueError(
-                f"{workdir} holds the evaluation of another policy: found {found}, asked for"
-                f" {claim}. Choose another --workdir."
-            )
+    found = ask_first("policy", lambda: read_json(path))
+    if found is not None and found["hash"] != policy_hash:
+        raise ValueError(
+            f"{workdir} holds the evaluation of another policy: found {found}, asked for"
+            f" {claim}. Choose another --workdir."
+        )
     write_json(path, claim)
 
 
@@ -192,7 +194,7 @@ def generate_edits(
     config: ConfigDict, problems: Sequence[Problem], *, adapter: str | None, out: str | None
 ) -> None:
     """Write `sample.num_edits` self-edits for each problem, to `out` as JSON lines or to stdout."""
-    if out is not None and os.path.exists(out):
+    if out is not None and ask_first("out", lambda: os.path.exists(out)):
         raise ValueError(f"{out} exists: choose another --out")
     stages = make_stages(config)
     params = stages.model.params
@@ -210,7 +212,7 @@ def generate_edits(
             if out is not None:
                 append_json(out, entry)
             else:
-                print(f"=== {problem.title}, self-edit {r + 1}\n{edit.text.strip()}\n")
+                say(f"=== {problem.title}, self-edit {r + 1}\n{edit.text.strip()}\n")
 
 
 def run_outer_loop(
@@ -231,67 +233,69 @@ def run_outer_loop(
 
     Raises:
       FloatingPointError: more than `outer.max_skipped` updates were not finite.
+      Stopped: a process was told to end; what is saved is on disk.
     """
     config, outer = stages.config, stages.config.outer
     update = outer["update"]  # outer.update would be ConfigDict's method of that name
     policy_update, state = make_update(stages, objective, base)
     os.makedirs(folder, exist_ok=True)
-    manager = checkpoint.make_manager(os.path.join(folder, "checkpoints"), config.checkpoint.keep)
-    state, past = restore_state(manager, state, folder)
-    for step in range(int(to_host(state.step)), outer.num_steps):
-        clock, name = Clock(), f"{label} step {step}"
-        batch = take_problems(problems, step, outer.problems_per_step)
-        rollout, texts = write_edits(
-            stages, state.params, batch, step, config.sample.num_edits, name
-        )
-        edits = parse(stages, batch, texts)
-        clock.lap("sample")
-        evaluated = None
-        if objective.needs_rewards:
-            earlier = problems[: step * outer.problems_per_step]
-            keep = partial(keep_adapter, folder, policy_parents(step, update))
-            evaluated = evaluate_edits(
-                stages,
-                state.params,
-                batch,
-                earlier,
-                rollout,
-                edits,
-                step,
-                folder=folder,
-                label=name,
-                keep=None if config.checkpoint.adapters == "none" else keep,
+    path = os.path.join(folder, "checkpoints")
+    with checkpoint.make_manager(path, config.checkpoint.keep) as manager:
+        state, past = restore_state(manager, state, folder)
+        for step in range(int(to_host(state.step)), outer.num_steps):
+            stop_if_told()
+            clock, name = Clock(), f"{label} step {step}"
+            batch = take_problems(problems, step, outer.problems_per_step)
+            rollout, texts = write_edits(
+                stages, state.params, batch, step, config.sample.num_edits, name
             )
-        clock.lap("inner")
-        rewards = tabulate(edits, evaluated, config.reward)
-        rng = np.random.default_rng([config.seed, keys.SELECT, step])
-        advantages = objective.advantages(rewards, past, rng)
-        state, metrics = policy_update(state, rollout, advantages.reshape(-1), name, past, base)
-        clock.lap("policy")
-        past = extend(past, rewards, metrics)
-        metrics |= summarize(edits, evaluated, rewards, advantages)
-        metrics |= written_lengths(rollout, stages.model.tokenizer.stop_ids)
-        if evaluated is not None:
-            metrics |= trust(evaluated, config.reward)
-        if held_out and config.eval.every and (step + 1) % config.eval.every == 0:
-            metrics |= examine(stages, state.params, held_out, folder, f"{name}: held-out")
-            clock.lap("eval")
-        append_metrics(os.path.join(folder, "metrics.jsonl"), step, metrics | clock.laps)
-        log_edits(folder, step, batch, edits, evaluated, rewards, advantages)
-        if config.checkpoint.adapters == "kept" and evaluated is not None:
-            drop_unkept(folder, batch, evaluated.runs, advantages)
-        if state.adapters is not None:
-            save_adapter(folder, policy_id(step), state.adapters, policy_parents(step, update))
-        save_state(manager, state, step, rewards, past)  # returns before it is on disk ...
-        drop_pending(folder, step - 1)  # ... but the one before it is
-        if past.num_skipped > outer.max_skipped:
-            raise FloatingPointError(
-                f"{name}: {past.num_skipped} updates were not finite and were skipped, of which"
-                f" outer.max_skipped = {outer.max_skipped} are allowed; lower outer.learning_rate"
-            )
-    checkpoint.wait(manager)
-    drop_pending(folder, outer.num_steps - 1)
-    manager.close()
+            edits = parse(stages, batch, texts)
+            clock.lap("sample")
+            evaluated = None
+            if objective.needs_rewards:
+                earlier = problems[: step * outer.problems_per_step]
+                keep = partial(keep_adapter, folder, policy_parents(step, update))
+                evaluated = evaluate_edits(
+                    stages,
+                    state.params,
+                    batch,
+                    earlier,
+                    rollout,
+                    edits,
+                    step,
+                    folder=folder,
+                    label=name,
+                    keep=None if config.checkpoint.adapters == "none" else keep,
+                )
+            clock.lap("inner")
+            rewards = tabulate(edits, evaluated, config.reward)
+            rng = np.random.default_rng([config.seed, keys.SELECT, step])
+            advantages = objective.advantages(rewards, past, rng)
+            state, metrics = policy_update(state, rollout, advantages.reshape(-1), name, past, base)
+            clock.lap("policy")
+            past = extend(past, rewards, metrics)
+            metrics |= summarize(edits, evaluated, rewards, advantages)
+            metrics |= written_lengths(rollout, stages.model.tokenizer.stop_ids)
+            if evaluated is not None:
+                metrics |= trust(evaluated, config.reward)
+            if held_out and config.eval.every and (step + 1) % config.eval.every == 0:
+                metrics |= examine(stages, state.params, held_out, folder, f"{name}: held-out")
+                clock.lap("eval")
+            append_metrics(os.path.join(folder, "metrics.jsonl"), step, metrics | clock.laps)
+            log_edits(folder, step, batch, edits, evaluated, rewards, advantages)
+            if config.checkpoint.adapters == "kept" and evaluated is not None:
+                drop_unkept(folder, batch, evaluated.runs, advantages)
+            if state.adapters is not None:
+                save_adapter(folder, policy_id(step), state.adapters, policy_parents(step, update))
+            save_state(manager, state, step, rewards, past)  # returns before it is on disk ...
+            drop_pending(folder, step - 1)  # ... but the one before it is
+            if past.num_skipped > outer.max_skipped:
+                raise FloatingPointError(
+                    f"{name}: {past.num_skipped} updates were not finite and were skipped; at most"
+                    f" outer.max_skipped = {outer.max_skipped} may be: lower outer.learning_rate"
+                )
+        checkpoint.wait(manager)
+        drop_pending(folder, outer.num_steps - 1)
     return state
 
 
@@ -374,9 +378,24 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
 
 
 def claim_workdir(config: ConfigDict, workdir: str) -> None:
-    """Write config.json into the folder, once model and data are known to be good."""
+    """Write config.json into the folder, once model and data are known to be good.
+
+    Raises:
+      ValueError: not every process sees it there.
+    """
     os.makedirs(workdir, exist_ok=True)
-    write_text(os.path.join(workdir, "config.json"), to_json(config))
+    path = os.path.join(workdir, "config.json")
+    patience = time.monotonic() + min(60, timeout_seconds())
+    write_text(path, to_json(config))
+    ask_first("config.json", lambda: None)  # it is written
+    while not os.path.exists(path) and time.monotonic() < patience:  # a bucket is seen late
+        time.sleep(0.2)
+    seen = exchange("workdir", "yes" if os.path.exists(path) else "no")
+    if apart := [str(i) for i, word in enumerate(seen) if word == "no"]:
+        raise ValueError(
+            f"--workdir {workdir}: process {', '.join(apart)} does not see what process 0 writes"
+            " there; all need the same folder (NFS, or a mounted bucket)"
+        )
 
 
 def split_problems(stages: Stages) -> tuple[list, list]:

@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = (
     + os.environ.get("XLA_FLAGS", "")  # the last one of a kind counts
 )
 
+import socket
 from pathlib import Path
 
 import hypothesis
@@ -44,6 +45,13 @@ def strict():
     """Refuse implicit casts. Not for everybody: optax's Adam itself raises a float to an int32."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def port():
+    """Return a free one on loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -4,52 +4,18 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
+from loopback import finish, launch
 from tiny_run import CONFIG, TESTS
 
 from seal_jax import cli, doctor, processes, start
 from seal_jax.config import load_config
 
 DOCTOR = [sys.executable, str(TESTS / "tiny_run.py"), "doctor", "--config", CONFIG]
-
-
-@pytest.fixture
-def port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def launch(command, port, index, count=2, timeout="20", **variables):
-    """Start a process of a group, with one CPU device."""
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": " ".join(flags),
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(count),
-        "JAX_PROCESS_ID": str(index),
-        "SEAL_JAX_TIMEOUT": timeout,
-        **variables,
-    }
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True
-    )
-
-
-def finish(*group):
-    """Wait for the processes; returns (exit code, stdout, stderr) of each."""
-    ended = []
-    for process in group:
-        out, err = process.communicate(timeout=120)
-        ended.append((process.returncode, out, err))
-    return ended
 
 
 def test_two_processes_that_agree_may_run(port, tmp_path):
@@ -85,13 +51,6 @@ def test_train_begins_with_the_same_look(port, tmp_path):
     for code, _, err in finish(*group):
         assert code == 2 and "seal-jax train: processes differ in workdir" in err
     assert os.listdir(tmp_path) == []
-
-
-def test_several_processes_do_not_train_into_one_folder(port, tmp_path):
-    command = [*DOCTOR[:2], "train", "--config", CONFIG, "--workdir", str(tmp_path / "run")]
-    for code, _, err in finish(*(launch(command, port, index) for index in range(2))):
-        assert code == 2 and "2 processes, and training on more than one is not there yet" in err
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_missing_are_named(port, tmp_path):

@@ -1,7 +1,8 @@
 """Whole runs of the tiny config, in a process of their own, which may be killed.
 
 As a program, `python tests/tiny_run.py train ...`, it is `seal-jax` without torch and TensorFlow,
-which kills itself where $KILL says. The fixtures are in tiny_fixtures.py.
+which kills itself where $KILL says, or is told to end where $TELL says. The fixtures are in
+tiny_fixtures.py.
 """
 
 import importlib.machinery
@@ -30,33 +31,48 @@ def hide_torch() -> None:
     finders[finders.index(importlib.machinery.PathFinder)] = WithoutTorch
 
 
-def kill_before(file: str, line: int) -> None:
-    """Kill this process, as kill -9 does, before that line (counted from 1) enters the file."""
+def signal_before(number: int, file: str, line: int) -> None:
+    """Send this process a signal before that line (counted from 1) enters the file."""
     from seal_jax import evaluate, metrics, record
 
+    num_lines = 0  # of those that this process has; of several, the first alone writes
+
     def append_json(path, entry):
-        num_lines = len(metrics.read_jsonl(path)) if os.path.exists(path) else 0
-        if os.path.abspath(path) == file and num_lines + 1 == line:
-            os.kill(os.getpid(), signal.SIGKILL)
+        nonlocal num_lines
+        if os.path.abspath(path) == file:
+            num_lines = max(num_lines, _count_lines(path)) if metrics.is_first() else num_lines
+            num_lines += 1
+            if num_lines == line:
+                os.kill(os.getpid(), number)
         metrics.append_json(path, entry)
 
     evaluate.append_json = record.append_json = append_json
+
+
+def _count_lines(path) -> int:
+    from seal_jax import metrics
+
+    return len(metrics.read_jsonl(path)) if os.path.exists(path) else 0
 
 
 def main() -> int:
     hide_torch()
     from seal_jax.cli import main as seal_jax
 
-    if "KILL" in os.environ:
-        file, _, line = os.environ["KILL"].rpartition(":")
-        kill_before(file, int(line))
+    for name, number in (("KILL", signal.SIGKILL), ("TELL", signal.SIGTERM)):
+        if name in os.environ:
+            file, _, line = os.environ[name].rpartition(":")
+            signal_before(number, file, int(line))
     return seal_jax()
 
 
-def run_process(*arguments, kill: str = "", check: bool = True) -> subprocess.CompletedProcess:
-    """Run `seal-jax ARGUMENTS` on one CPU device, in a process of its own."""
+def run_process(
+    *arguments, kill: str = "", check: bool = True, num_devices: int = 1
+) -> subprocess.CompletedProcess:
+    """Run `seal-jax ARGUMENTS` on CPU devices, in a process of its own."""
     flags = os.environ.get("XLA_FLAGS", "").split()
     flags = [flag for flag in flags if "xla_force_host_platform_device_count" not in flag]
+    flags.append(f"--xla_force_host_platform_device_count={num_devices}")
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

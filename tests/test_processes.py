@@ -1,0 +1,125 @@
+"""One run on several processes is the run of one process with as many devices, bit for bit."""
+
+import json
+import sys
+
+import pytest
+from loopback import finish, launch
+from test_train import assert_same_run
+from tiny_run import TESTS, run_process, train_arguments
+
+from seal_jax import processes
+from seal_jax.metrics import read_jsonl
+
+pytest_plugins = ["tiny_fixtures"]
+TIMEOUT = "300"  # seconds: they compile, one perhaps from the other's cache
+
+
+def train(folder, port, count, *overrides, **variables):
+    """Run `seal-jax train` on processes of one device each; returns how each ended."""
+    command = [sys.executable, str(TESTS / "tiny_run.py"), *train_arguments(folder, *overrides)]
+    return finish(
+        *(
+            launch(command, port, index, count, TIMEOUT, **variables.get(f"on_{index}", {}))
+            for index in range(count)
+        )
+    )
+
+
+def final_hash(folder):
+    """Return the hash of all that the last checkpoint holds: values, paths, position."""
+    steps = [path for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
+    last = max(steps, key=lambda path: int(path.name))
+    return json.loads((last / "position" / "metadata").read_text())["hash"]
+
+
+@pytest.fixture(scope="module")
+def on_two_devices(compiled, tmp_path_factory):
+    """Return the folder of a run of one process with two devices."""
+    folder = tmp_path_factory.mktemp("two_devices") / "run"
+    run_process(*train_arguments(folder, "eval.random_control=False"), num_devices=2)
+    return folder
+
+
+def test_two_processes_one_of_them_stopped_are_one(on_two_devices, port, tmp_path):
+    run, overrides = tmp_path / "run", ("eval.random_control=False",)
+    tell = {"TELL": f"{run / 'pending_1.jsonl'}:2"}  # within a wave of step 1
+    for code, out, err in train(run, port, 2, *overrides, on_1=tell):
+        assert code == 0, err
+        assert "process 1 got SIGTERM: the same command resumes the run" in err
+        assert "| method |" not in out
+    # The wave was finished, and the first process alone wrote it.
+    assert len(read_jsonl(run / "pending_1.jsonl")) == 4
+    assert len(read_jsonl(run / "metrics.jsonl")) == 1
+    assert {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()} == {"1"}
+    first, second = train(run, port, 2, *overrides)
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    assert "| method |" in first[1] and "| method |" not in second[1]
+    assert_same_run(on_two_devices, run)
+    assert final_hash(run) == final_hash(on_two_devices)
+
+
+@pytest.mark.long
+def test_four_processes_are_one_and_another_number_goes_on(port, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    run_process(*train_arguments(whole), num_devices=4)
+    tell = {"TELL": f"{run / 'pending_1.jsonl'}:2"}
+    for code, _, err in train(run, port, 4, on_2=tell):
+        assert code == 0 and "process 2 got SIGTERM" in err
+    run_process(*train_arguments(run), num_devices=4)
+    assert_same_run(whole, run)
+    assert final_hash(run) == final_hash(whole)
+
+
+def test_work_is_spread_by_its_cost(monkeypatch):
+    monkeypatch.setattr(processes.distributed.global_state, "num_processes", 3)
+    costs = [1, 9, 2, 5, 3, 4, 3]
+    owners = processes.spread(costs)
+    load = [sum(c for c, o in zip(costs, owners, strict=True) if o == p) for p in range(3)]
+    assert sorted(load) == [9, 9, 9]
+    assert processes.spread([]) == []
+
+
+SPEAK = """
+import sys
+from seal_jax.start import start_jax
+start_jax()
+from seal_jax.processes import ask_first, exchange_shares, is_first, least
+size = 8_000_000
+assert ask_first("text", lambda: "x" * size if is_first() else None) == "x" * size
+numbers = [1.5, float("inf"), None, 0.1]
+assert ask_first("numbers", lambda: numbers) == numbers
+for turn in range(50):
+    shares = exchange_shares("shares", [1, 0, 0, 1], lambda mine: [10 * i for i in mine])
+    assert shares == [0, 10, 20, 30]
+assert least("room", 3.25 if is_first() else 0.1) == 0.1
+def fail(mine):
+    raise OSError("no such thing") if mine == [1] else ValueError("nobody's")
+try:
+    exchange_shares("failing", [0, 1], lambda mine: fail(mine) if mine == [1] else mine)
+except ValueError as error:
+    assert str(error) == "process 1: no such thing", error
+else:
+    sys.exit("no error")
+print("heard")
+"""
+
+
+def test_what_one_says_all_hear(port):
+    command = [sys.executable, "-c", SPEAK]
+    for code, out, err in finish(*(launch(command, port, index, 2) for index in range(2))):
+        assert (code, out) == (0, "heard\n"), err
+
+
+def test_a_workdir_that_is_not_shared_is_refused(port, tmp_path):
+    """Each process has a folder of its own under the same name."""
+    arguments = train_arguments("run")
+    command = [sys.executable, str(TESTS / "tiny_run.py"), *arguments]
+    group = []
+    for index in range(2):
+        (tmp_path / str(index)).mkdir()
+        group.append(launch(command, port, index, 2, "10", cwd=tmp_path / str(index)))
+    for code, _, err in finish(*group):
+        assert code == 2
+        assert "--workdir run: process 1 does not see what process 0 writes there" in err
+    assert not (tmp_path / "1" / "run" / "config.json").exists()

@@ -26,7 +26,7 @@ def fold(paths: Sequence[Sequence[int]]) -> jax.Array:
 
 def fold_one(*path: int) -> jax.Array:
     """Return the typed key [] of one path."""
-    return jax.jit(lambda paths: _fold(paths)[0])(jax.device_put(np.asarray([path], np.uint32)))
+    return _fold_first(jax.device_put(np.asarray([path], np.uint32)))
 
 
 @jax.jit
@@ -35,3 +35,8 @@ def _fold(paths: jax.Array) -> jax.Array:
         return functools.reduce(jax.random.fold_in, path[1:], jax.random.key(path[0]))
 
     return jax.vmap(one)(paths)
+
+
+@jax.jit
+def _fold_first(paths: jax.Array) -> jax.Array:
+    return _fold(paths)[0]

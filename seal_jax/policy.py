@@ -30,7 +30,7 @@ from seal_jax.objectives import (
     token_advantages,
 )
 from seal_jax.optim import Optimizer, scheduled_rate
-from seal_jax.sharding import param_shardings, replicated, to_device, to_host
+from seal_jax.sharding import leading, param_shardings, replicated, to_device, to_host
 from seal_jax.types import Adapters, Params, Rollout, TrainState
 
 
@@ -246,7 +246,7 @@ def make_policy_update(
     rollout is on the host, [B T]; advantages is f32[B], nan for rows that are left out (see
     `Objective`); past is a `Past`; reference are the params that the KL penalty holds the policy
     to. A batch's gradient is summed over microbatches, so memory follows `microbatch_size` and the
-    result `batch_size`.
+    result `batch_size`. A microbatch is divided over the axes of 'batch', where they divide it.
 
     Where no row has an advantage nothing is trained, and metrics count `policy/no_advantage`. Where
     a loss, gradient or step is not finite the whole update is taken back, and `policy/skipped` is
@@ -279,12 +279,13 @@ def make_policy_update(
     ) -> tuple[TrainState, list[float]]:
         """Return the state after all batches, and their losses; the last is nan if one failed."""
         everywhere = replicated(mesh)
+        by_row = leading(mesh, "batch", microbatch_size, before=1)
         penalties = to_device(Penalties(np.float32(kl), np.float32(entropy_coef)), everywhere)
         trained, frozen, scale, opt_state = start(state, step)
         losses = []
         for i, batch in enumerate(progress(batches, f"{label}: policy update", "batch")):
             counters = to_device((np.int32(i), np.int32(len(batches))), everywhere)
-            placed = to_device(batch, everywhere)
+            placed = to_device(batch, by_row)
             with jax.set_mesh(mesh):  # for the attention kernels
                 trained, opt_state, *numbers = train_step(
                     trained, frozen, opt_state, scale, placed, penalties, *counters
@@ -364,7 +365,8 @@ def _used_rows(settings: _Settings, advantages: np.ndarray) -> np.ndarray:
 
 def _make_score(settings: _Settings) -> Callable[..., list[np.ndarray]]:
     """Return `score(params, head, rollout)`: log p and values, f32[B T] each, on the host."""
-    everywhere, size = replicated(settings.mesh), settings.microbatch_size
+    size = settings.microbatch_size
+    by_row = leading(settings.mesh, "batch", size)
 
     @jax.jit
     def score_rows(params: Params, head: Params | None, tokens, loss_mask):
@@ -377,7 +379,7 @@ def _make_score(settings: _Settings) -> Callable[..., list[np.ndarray]]:
         B = len(rollout.tokens)
         for start in range(0, B, size):
             index = np.minimum(np.arange(start, start + size), B - 1)
-            placed = to_device((rollout.tokens[index], rollout.loss_mask[index]), everywhere)
+            placed = to_device((rollout.tokens[index], rollout.loss_mask[index]), by_row)
             with jax.set_mesh(settings.mesh):  # for the attention kernels
                 parts.append(to_host(score_rows(params, head, *placed)))
         return [np.concatenate(part)[:B] for part in zip(*parts, strict=True)]
@@ -419,7 +421,11 @@ def _make_train_step(
     settings: _Settings, optimizer: Optimizer, schedule: str, learning_rate: float
 ) -> Callable:
     """Return the jitted step: a batch's gradient, summed over microbatches, and its update."""
-    config, objective = settings.config, settings.objective
+    config, objective, mesh = settings.config, settings.objective, settings.mesh
+
+    def where(trees):
+        full = settings.update == "full"
+        return param_shardings(mesh, trees) if full else replicated(mesh)
 
     def loss_of(trained, frozen: Params, scale, rows: TrainRows, penalties: Penalties) -> jax.Array:
         params, adapters = trained["policy"], None
@@ -449,6 +455,10 @@ def _make_train_step(
         rate = scheduled_rate(schedule, jnp.float32(learning_rate), step, num_steps)
         updates, opt_state = optimizer(rate).update(grads, opt_state, trained)
         trained = jax.tree.map(lambda w, u: w + u.astype(w.dtype), trained, updates)
+        # Where they came from: else the next step is compiled anew, or donates nothing.
+        trained, opt_state = jax.lax.with_sharding_constraint(
+            (trained, opt_state), where((trained, opt_state))
+        )
         return trained, opt_state, loss, optax.tree.norm((grads, updates))
 
     return train_step

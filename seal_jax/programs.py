@@ -234,6 +234,7 @@ def _policy_update(config: ConfigDict, model: Model, mesh: Mesh, lengths: Length
         *(array(n, m, T) for _ in range(5)),
         array(n, m),
     )
+    rows = shaped(rows, leading(mesh, "batch", m, before=1))
     count = array(dtype=jnp.int32)
     arguments = (rows, Penalties(array(), array()), count, count)
     return Program(

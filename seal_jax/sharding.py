@@ -4,6 +4,7 @@ Strings live on the host, arrays on devices. `to_device` and `to_host` are the o
 they are explicit, so the loop runs under `jax.transfer_guard('disallow')`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -17,6 +18,7 @@ from seal_jax.types import Params
 RULES = {
     "adapter": "data",
     "rows": "data",
+    "batch": ("data", "fsdp"),  # of rows that train the policy
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
@@ -96,10 +98,15 @@ def param_shardings(mesh: Mesh, params: Params, rules: Mapping[str, str] | None 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def leading(mesh: Mesh, logical: str, size: int) -> NamedSharding:
-    """Return the sharding of arrays [logical ...], whole where the axis does not divide it."""
+def leading(mesh: Mesh, logical: str, size: int, before: int = 0) -> NamedSharding:
+    """Return the sharding of arrays [... logical ...], whole where the axis does not divide it.
+
+    Args:
+      before: the number of axes before it.
+    """
     axis = RULES[logical]
-    return NamedSharding(mesh, PartitionSpec(axis if size % mesh.shape[axis] == 0 else None))
+    parts = math.prod(mesh.shape[name] for name in ([axis] if isinstance(axis, str) else axis))
+    return NamedSharding(mesh, PartitionSpec(*[None] * before, axis if size % parts == 0 else None))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

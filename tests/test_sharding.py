@@ -13,6 +13,7 @@ from tiny_run import CONFIG as TINY_CONFIG
 from tiny_run import run_loop
 
 from seal_jax import keys, lora
+from seal_jax.bench.timing import count_compiles
 from seal_jax.config import load_config
 from seal_jax.draw import make_settings
 from seal_jax.evaluate import answer, mean_logp
@@ -21,11 +22,14 @@ from seal_jax.metrics import read_jsonl
 from seal_jax.models import Model
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import forward, init_params
+from seal_jax.objectives import make_objective
 from seal_jax.optim import make_optimizer
+from seal_jax.policy import init_train_state, make_policy_update
 from seal_jax.sample import generate
 from seal_jax.self_edit import job_losses, make_job, pack, text_of
 from seal_jax.sharding import check_divides, leading, make_mesh, param_shardings, to_device, to_host
 from seal_jax.tokenizer import ByteTokenizer
+from seal_jax.types import Rollout
 
 pytest_plugins = ["tiny_fixtures"]
 CONFIG = ModelConfig(
@@ -297,3 +301,73 @@ def test_a_mesh_that_does_not_fit_is_refused_with_both_sides(sizes):
         make_mesh(**sizes)
     for name, size in sizes.items():
         assert f"{name}={size}" in str(error.value)
+
+
+OBJECTIVES = {
+    "rest_em": {},
+    "reinforce": {"entropy_coef": 0.1},
+    "rloo": {"kl_coef": 0.1, "update": "full"},
+    "grpo": {"kl_coef": 0.1},
+    "ppo": {"entropy_coef": 0.1, "kl_coef": 0.1, "update": "full"},
+}
+
+
+def policy_update(model, mesh, name, *, update="lora", **penalties):
+    """Return the policy after an update on rows of several lengths, and its metrics."""
+    objective = make_objective(name)
+    # Smooth in the gradient: with its usual eps, Adam turns a gradient's last bits into steps.
+    optimizer = make_optimizer(optax_name="adamw", optax_kwargs={"eps": 1e-2})
+    kind = {"rank": 4, "alpha": 8.0, "targets": ("q_proj", "up_proj"), "update": update}
+    sizes = {"learning_rate": 0.01, "num_epochs": 2, "batch_size": 8, "microbatch_size": 8}
+    train = make_policy_update(
+        CONFIG, objective, optimizer, mesh=mesh, seed=0, **sizes, **kind, **penalties
+    )
+    params = to_device(model.params, param_shardings(mesh, model.params))
+    rng = np.random.default_rng(0)
+    tokens, ends = rng.integers(1, 256, (12, 24)).astype(np.int32), rng.integers(8, 25, (12, 1))
+    loss_mask = (np.arange(24) >= 5) & (np.arange(24) < ends)
+    logp = np.where(loss_mask, -rng.random((12, 24)), 0).astype(np.float32)
+    advantages = rng.normal(size=12).astype(np.float32)
+    with jax.transfer_guard("disallow"):
+        head = objective.gae is not None
+        state = init_train_state(CONFIG, params, optimizer, mesh=mesh, value_head=head, **kind)
+        rollout = Rollout(tokens, logp, loss_mask)
+        state, _ = train(state, rollout, advantages, reference=params)
+        with count_compiles() as compiled:
+            rollout = rollout._replace(step=1)
+            state, metrics = train(state, rollout, advantages, reference=params)
+        assert not compiled
+    return state, metrics
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(sizes, marks=() if len(sizes) == 3 else pytest.mark.long, id=name)
+        for name, sizes in MESHES.items()
+    ],
+)
+def test_every_objectives_update_on_eight_devices_is_that_on_one(model, sizes, name):
+    mesh = make_mesh(**sizes)
+    found, metrics = policy_update(model, mesh, name, **OBJECTIVES[name])
+    expected, known = policy_update(model, one_device_mesh(), name, **OBJECTIVES[name])
+
+    def assert_close(x, y):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * max(1, np.abs(y).max()))
+
+    jax.tree.map(assert_close, to_host(found.params), to_host(expected.params))
+    jax.tree.map(assert_close, to_host(found.opt_state), to_host(expected.opt_state))
+    assert metrics == pytest.approx(known, rel=1e-4)
+    for x, where in zip(
+        jax.tree.leaves(found.params),
+        jax.tree.leaves(param_shardings(mesh, model.params)),
+        strict=True,
+    ):
+        assert x.sharding.is_equivalent_to(where, x.ndim)
+
+
+def test_rows_that_train_the_policy_are_divided_over_data_and_fsdp():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    assert leading(mesh, "batch", 8, before=1).spec == PartitionSpec(None, ("data", "fsdp"))
+    assert leading(mesh, "batch", 6, before=1).spec == PartitionSpec(None, None)

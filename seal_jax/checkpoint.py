@@ -11,8 +11,10 @@ that Orbax refuses. A step is restored only if all of that agrees; else the one 
     wait(manager)
 """
 
+import errno
 import json
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,6 +27,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import xxhash
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
+
+from seal_jax.processes import least
 
 PyTree = Any
 Position = dict[str, Any]
@@ -37,18 +42,39 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written, or restored into what the run asks for."""
 
 
-def make_manager(folder: str | os.PathLike, keep: int) -> ocp.CheckpointManager:
+def make_manager(folder: str | os.PathLike, keep: int, best: int = 0) -> ocp.CheckpointManager:
     """Open a folder of checkpoints for writing, and clear what a kill left half written.
 
     Args:
       folder: created if absent.
       keep: how many of the latest steps stay; with 1 nothing is left to fall back on.
+      best: how many of the steps of the highest value stay beside them.
     """
-    return _open(folder, max_to_keep=keep, cleanup_tmp_directories=True)
+    policies: list[Any] = [policy.LatestN(n=keep)]
+    if best:
+        stays = policy.BestN(
+            get_metric_fn=_value_of, n=best, keep_checkpoints_without_metrics=False
+        )
+        policies.append(stays)
+    return _open(
+        folder,
+        preservation_policy=policy.AnyPreservationPolicy(policies),
+        best_fn=_value_of if best else None,  # or Orbax drops the values
+        cleanup_tmp_directories=True,
+    )
+
+
+def _value_of(metrics: Mapping[str, Any]) -> float:
+    value = metrics["value"]
+    return -np.inf if value is None else value
 
 
 def save(
-    manager: ocp.CheckpointManager, step: int, pytrees: Mapping[str, PyTree], position: Position
+    manager: ocp.CheckpointManager,
+    step: int,
+    pytrees: Mapping[str, PyTree],
+    position: Position,
+    value: float | None = None,
 ) -> None:
     """Save a step, in the background once the arrays are copied from the devices.
 
@@ -60,15 +86,33 @@ def save(
       step: above every step that the folder has.
       pytrees: what to save, by name; a leaf is an array, a number or a string.
       position: JSON values that say where the run is.
+      value: by which the best are found; NaN and None are below all others.
 
     Raises:
       CheckpointError: the folder already has this step or a later one.
       ValueError: `position` is not JSON, by a NaN for example, or a leaf cannot be saved.
+      OSError: the disk has no room for it; the steps before stay.
     """
     items = _items(pytrees, position, f"step {step}")
-    if not manager.save(step, args=items):
+    _check_room(str(manager.directory), pytrees)
+    value = None if value is None or np.isnan(value) else float(value)
+    if not manager.save(step, args=items, metrics={"value": value}):
         raise CheckpointError(
             f"step {step} was not saved: {manager.directory} has steps {manager.all_steps()}"
+        )
+
+
+def _check_room(folder: str, pytrees: Mapping[str, PyTree]) -> None:
+    """Raise OSError where the disk is too small: from Orbax's threads it comes as 400 lines."""
+    if "://" in folder:
+        return
+    needed = sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(pytrees)) + 1_000_000
+    free = least("disk", shutil.disk_usage(folder).free)
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"No space left for a checkpoint: needs {needed / 1e6:,.0f} MB, has {free / 1e6:,.0f}",
+            folder,
         )
 
 
@@ -138,6 +182,46 @@ def restore_alone(
     if complaint:
         raise CheckpointError(f"damaged: {os.fspath(path)}: {complaint}")
     return pytrees, position
+
+
+def verify(folder: str | os.PathLike) -> dict[int, str]:
+    """Read every step of a folder of checkpoints; returns what is damaged of each, '' if nothing.
+
+    No model is needed: shapes and dtypes are those that were saved.
+    """
+    with _open(folder, read_only=True) as reader:
+        return {
+            step: _verify(partial(reader.restore, step)) for step in reader.all_steps(read=True)
+        }
+
+
+def verify_alone(path: str | os.PathLike) -> str:
+    """Return what is damaged of what `save_alone` saved, or ''."""
+    with _open_alone() as checkpointer:
+        return _verify(partial(checkpointer.restore, _absolute(path)))
+
+
+def _verify(restore: Restore) -> str:
+    record, complaint = _read(lambda: _restore_record(restore))
+    if complaint:
+        return complaint
+    templates = {
+        name: {path: _as_saved(leaf) for path, leaf in leaves.items()}
+        for name, leaves in record["leaves"].items()
+    }
+    return _read(lambda: _restore_leaves(restore, record["leaves"], templates))[1]
+
+
+def _as_saved(record: Mapping[str, Any]) -> Any:
+    """Return a template of a leaf by its record.
+
+    A jax one where it can be: for it Orbax reads every file, as a run does.
+    """
+    if record["dtype"] == "str":
+        return ""
+    shape, dtype = tuple(record["shape"]), np.dtype(record["dtype"])
+    kept = jax.dtypes.canonicalize_dtype(dtype) == dtype
+    return jax.ShapeDtypeStruct(shape, dtype) if kept else np.empty(shape, dtype)
 
 
 def tree_hash(pytree: PyTree) -> str:

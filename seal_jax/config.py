@@ -200,6 +200,11 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
             f"inner.batch_size = {size}: with inner.pad_loss = 'exact' at most 8, as {size} texts "
             f"of 2,048 tokens do not fit into a step of 16,384"
         )
+    if values["checkpoint.best"] and not values["eval.every"]:
+        yield (
+            f"checkpoint.best = {values['checkpoint.best']}: the best are those of the highest"
+            " eval/reward, which is measured only with eval.every > 0"
+        )
     name = values["task.name"]
     taken = _task_defaults(name)
     given = {k.removeprefix("task."): v for k, v in values.items() if k.startswith("task.")}

@@ -297,6 +297,8 @@ FIELDS: dict[str, Field] = {
     "eval.random_control": Field(True, _flag()),  # a policy trained on random self-edits
     "eval.num_bootstrap": Field(10000, _COUNT),
     "checkpoint.keep": Field(2, _COUNT, placement=True),  # 1 leaves nothing to fall back on
+    # Those of the highest eval/reward stay beside the latest.
+    "checkpoint.best": Field(0, _integer(0), placement=True),
     # The inner loop's adapters of training; the policy's are always kept. No placement: an outcome
     # that a resumed step takes from its ledger must have its adapter.
     "checkpoint.adapters": Field("none", choice("none", "kept", "all")),

@@ -171,9 +171,13 @@ def claim_policy(workdir: str, policy: str, policy_hash: str) -> None:
 
 
 def load_policy(stages: Stages, base: Params, policy: str) -> Params:
-    """Return the params of checkpoints, a PEFT adapter, or a model of the same architecture."""
+    """Return the params of checkpoints or one of them, a PEFT adapter, or a model of the same
+    architecture."""
     if is_checkpoints(policy):
         return checkpoint.restore(policy, {"policy": base})[1]["policy"]
+    folder, step = os.path.split(os.path.normpath(policy))
+    if step.isdigit() and is_checkpoints(folder):
+        return checkpoint.restore(folder, {"policy": base}, int(step))[1]["policy"]
     if is_peft(policy):
         adapters = to_device(load_peft(policy, stages.model.config), replicated(stages.mesh))
         return jax.jit(merge, out_shardings=param_shardings(stages.mesh, base))(base, adapters)
@@ -240,7 +244,8 @@ def run_outer_loop(
     policy_update, state = make_update(stages, objective, base)
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "checkpoints")
-    with checkpoint.make_manager(path, config.checkpoint.keep) as manager:
+    keep, best = config.checkpoint.keep, config.checkpoint.best
+    with checkpoint.make_manager(path, keep, best) as manager:
         state, past = restore_state(manager, state, folder)
         for step in range(int(to_host(state.step)), outer.num_steps):
             stop_if_told()
@@ -287,7 +292,8 @@ def run_outer_loop(
                 drop_unkept(folder, batch, evaluated.runs, advantages)
             if state.adapters is not None:
                 save_adapter(folder, policy_id(step), state.adapters, policy_parents(step, update))
-            save_state(manager, state, step, rewards, past)  # returns before it is on disk ...
+            # Returns before it is on disk ...
+            save_state(manager, state, step, rewards, past, metrics.get("eval/reward"))
             drop_pending(folder, step - 1)  # ... but the one before it is
             if past.num_skipped > outer.max_skipped:
                 raise FloatingPointError(
@@ -424,11 +430,13 @@ def take_problems(problems: Sequence, step: int, count: int) -> Sequence:
     return problems[step * count : (step + 1) * count]
 
 
-def save_state(manager, state: TrainState, step: int, rewards: Rewards, past: Past) -> None:
+def save_state(
+    manager, state: TrainState, step: int, rewards: Rewards, past: Past, value: float | None
+) -> None:
     """Save the state after `step`; `adapters` is what this step merged into `policy`."""
     position = {"next_step": step + 1, "past": past._asdict()}
     position["rewards"] = [[number(value) for value in row] for row in rewards.values]
-    checkpoint.save(manager, step + 1, _trees(state), position)
+    checkpoint.save(manager, step + 1, _trees(state), position, value)
 
 
 def restore_state(manager, state: TrainState, folder: str) -> tuple[TrainState, Past]:

@@ -101,6 +101,16 @@ def _filled(folder, steps=(1, 2), keep=5):
     return manager
 
 
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_optimizer_state_round_trips_bit_for_bit(tmp_path, name, dtype):
@@ -153,6 +163,46 @@ def test_keep_is_how_many_of_the_latest_stay(tmp_path):
         restore(manager, {"policy": _params()}, step=1)
 
 
+@pytest.mark.parametrize(
+    ("values", "best", "stays"),
+    [
+        ([0.1, 0.9, 0.3, 0.2], 1, [2, 4]),
+        ([0.1, 0.9, math.nan, 0.2, math.nan], 1, [2, 5]),  # NaN is never the best
+        ([math.nan, math.nan, 0.2, 0.1], 2, [3, 4]),
+        ([None, 0.5, 0.7, None, None], 2, [2, 3, 5]),
+        ([-math.inf, -2.0, -3.0, math.nan], 1, [2, 4]),
+        ([0.9, 0.8, 0.7], 0, [3]),
+    ],
+)
+def test_the_best_stay_beside_the_latest(tmp_path, values, best, stays):
+    """Through a kill after each step, too: values are on disk."""
+    for step, value in enumerate(values, start=1):
+        manager = make_manager(tmp_path, keep=1, best=best)
+        save(manager, step, {"policy": _params()}, {"step": step}, value)
+        wait(manager)
+        manager.close()
+    assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == stays
+    assert restore(tmp_path, {"policy": _params()}, step=stays[0])[2] == {"step": stays[0]}
+
+
+@pytest.mark.parametrize("damage", [_flip, _truncate, os.unlink])
+def test_verify_names_every_damaged_step(tmp_path, damage):
+    """It finds what a restore would not use, and only that, without a template."""
+    _filled(tmp_path / "good").close()
+    assert checkpoint.verify(tmp_path / "good") == {1: "", 2: ""}
+    for number, original in enumerate(_files(tmp_path / "good" / "2")):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "good", folder)
+        damage(folder / original.relative_to(tmp_path / "good"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            used = restore(folder, {"policy": _params()})[0]
+        found = checkpoint.verify(folder)
+        assert found[1] == ""
+        assert (found.get(2) == "") == (used == 2), (original, found)
+        shutil.rmtree(folder)
+
+
 def test_the_same_or_an_earlier_step_is_refused(tmp_path):
     manager = _filled(tmp_path)
     for step in (1, 2):
@@ -197,16 +247,6 @@ def test_another_template_is_an_error_not_a_cast(tmp_path, template, words):
 
 def _files(folder):
     return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    path.write_bytes(data)
-
-
-def _truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize("damage", [_flip, _truncate, os.unlink])

@@ -1,10 +1,11 @@
 """Whole runs of the tiny config, in a process of their own, which may be killed.
 
 As a program, `python tests/tiny_run.py train ...`, it is `seal-jax` without torch and TensorFlow,
-which kills itself where $KILL says, or is told to end where $TELL says. The fixtures are in
-tiny_fixtures.py.
+which kills itself where $KILL says, is told to end where $TELL says, or finds its disk full where
+$FILL says. The fixtures are in tiny_fixtures.py.
 """
 
+import functools
 import importlib.machinery
 import os
 import signal
@@ -31,8 +32,8 @@ def hide_torch() -> None:
     finders[finders.index(importlib.machinery.PathFinder)] = WithoutTorch
 
 
-def signal_before(number: int, file: str, line: int) -> None:
-    """Send this process a signal before that line (counted from 1) enters the file."""
+def before_line(file: str, line: int, happens) -> None:
+    """Let something happen before that line (counted from 1) enters the file."""
     from seal_jax import evaluate, metrics, record
 
     num_lines = 0  # of those that this process has; of several, the first alone writes
@@ -43,7 +44,7 @@ def signal_before(number: int, file: str, line: int) -> None:
             num_lines = max(num_lines, _count_lines(path)) if metrics.is_first() else num_lines
             num_lines += 1
             if num_lines == line:
-                os.kill(os.getpid(), number)
+                happens()
         metrics.append_json(path, entry)
 
     evaluate.append_json = record.append_json = append_json
@@ -55,19 +56,30 @@ def _count_lines(path) -> int:
     return len(metrics.read_jsonl(path)) if os.path.exists(path) else 0
 
 
+def fill_disk(file: str, left: int = 100_000) -> None:
+    """Leave so many bytes on the disk of a file."""
+    room = os.statvfs(os.path.dirname(file))
+    with open(os.path.join(os.path.dirname(file), "..", "filler"), "wb") as filler:
+        filler.write(bytes(room.f_bavail * room.f_frsize - left))
+
+
 def main() -> int:
     hide_torch()
     from seal_jax.cli import main as seal_jax
 
-    for name, number in (("KILL", signal.SIGKILL), ("TELL", signal.SIGTERM)):
+    for name, happens in {
+        "KILL": lambda file: os.kill(os.getpid(), signal.SIGKILL),
+        "TELL": lambda file: os.kill(os.getpid(), signal.SIGTERM),
+        "FILL": fill_disk,
+    }.items():
         if name in os.environ:
             file, _, line = os.environ[name].rpartition(":")
-            signal_before(number, file, int(line))
+            before_line(file, int(line), functools.partial(happens, file))
     return seal_jax()
 
 
 def run_process(
-    *arguments, kill: str = "", check: bool = True, num_devices: int = 1
+    *arguments, kill: str = "", fill: str = "", check: bool = True, num_devices: int = 1
 ) -> subprocess.CompletedProcess:
     """Run `seal-jax ARGUMENTS` on CPU devices, in a process of its own."""
     flags = os.environ.get("XLA_FLAGS", "").split()
@@ -79,6 +91,7 @@ def run_process(
         "XLA_FLAGS": " ".join(flags),
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
         **({"KILL": kill} if kill else {}),
+        **({"FILL": fill} if fill else {}),
     }
     command = [sys.executable, str(TESTS / "tiny_run.py"), *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

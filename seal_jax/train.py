@@ -391,7 +391,7 @@ def claim_workdir(config: ConfigDict, workdir: str) -> None:
     """
     os.makedirs(workdir, exist_ok=True)
     path = os.path.join(workdir, "config.json")
-    patience = time.monotonic() + min(60, timeout_seconds())
+    patience = time.monotonic() + timeout_seconds() / 10
     write_text(path, to_json(config))
     ask_first("config.json", lambda: None)  # it is written
     while not os.path.exists(path) and time.monotonic() < patience:  # a bucket is seen late

@@ -118,7 +118,7 @@ def test_a_workdir_that_is_not_shared_is_refused(port, tmp_path):
     group = []
     for index in range(2):
         (tmp_path / str(index)).mkdir()
-        group.append(launch(command, port, index, 2, "10", cwd=tmp_path / str(index)))
+        group.append(launch(command, port, index, 2, "100", cwd=tmp_path / str(index)))
     for code, _, err in finish(*group):
         assert code == 2
         assert "--workdir run: process 1 does not see what process 0 writes there" in err

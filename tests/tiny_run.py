@@ -79,10 +79,19 @@ def main() -> int:
 
 
 def run_process(
-    *arguments, kill: str = "", fill: str = "", check: bool = True, num_devices: int = 1
+    *arguments,
+    kill: str = "",
+    fill: str = "",
+    check: bool = True,
+    num_devices: int = 1,
+    flags: str | None = None,
 ) -> subprocess.CompletedProcess:
-    """Run `seal-jax ARGUMENTS` on CPU devices, in a process of its own."""
-    flags = os.environ.get("XLA_FLAGS", "").split()
+    """Run `seal-jax ARGUMENTS` on CPU devices, in a process of its own.
+
+    Args:
+      flags: for XLA; those of this process by default.
+    """
+    flags = (os.environ.get("XLA_FLAGS", "") if flags is None else flags).split()
     flags = [flag for flag in flags if "xla_force_host_platform_device_count" not in flag]
     flags.append(f"--xla_force_host_platform_device_count={num_devices}")
     environment = {

@@ -12,6 +12,9 @@ ours      learning rate and epochs of fixed test-time training, and the top_p
 
 from seal_jax.config import default_config
 
+# `bash tests/run.sh -m aot` compiles the run's programs for it.
+SLICES = {"v5e:2x4": ()}
+
 
 def get_config():
     config = default_config()

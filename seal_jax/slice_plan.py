@@ -102,7 +102,13 @@ def measure(program: Program, mesh: Mesh, chip: Chip, resident: float) -> Cost:
                 raise
             nothing = {"arguments": math.inf, "temporaries": math.inf, "results": 0.0}
             return Cost(program, {**nothing, "peak": math.inf}, 0.0, 0.0, {}, 0.0, "-", 0)
-    text, analysis = compiled.as_text(), compiled.memory_analysis()
+    try:
+        text, analysis = compiled.as_text(), compiled.memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"JAX {jax.__version__} cannot read what this libtpu compiles ({error}): install the"
+            " libtpu that belongs to it, as jax[tpu] does"
+        ) from None
     memory = {
         "arguments": analysis.argument_size_in_bytes,
         "temporaries": analysis.temp_size_in_bytes,

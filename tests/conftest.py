@@ -36,10 +36,6 @@ TINY = ModelConfig(
 )
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "long: takes minutes; run with -m long")
-
-
 @pytest.fixture
 def strict():
     """Refuse implicit casts. Not for everybody: optax's Adam itself raises a float to an int32."""

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need into .venv, and runs them: all but the long ones, unless -m says otherwise.
+# Installs what the tests need into .venv, and runs them: all but the long ones, and those that compile
+# for TPU slices (-m aot, needs libtpu), unless -m says otherwise.
 #
 #   bash tests/run.sh                                  the default set
 #   bash tests/run.sh -k checkpoint                    any of pytest's options; -n 0 is one worker

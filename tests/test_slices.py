@@ -1,0 +1,45 @@
+"""Every config that names TPU slices compiles for them: `pip install libtpu`, then -m aot."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from seal_jax.config import load_config
+from seal_jax.models.known import config_of
+from seal_jax.programs import Lengths
+from seal_jax.slice_plan import plan_slice
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# Tokens of a passage on average, and of the longest.
+LENGTHS = {"squad": Lengths(256, 768), "arc": Lengths(2048, 4096)}
+
+
+def slices():
+    found = []
+    for path in sorted(CONFIGS.glob("*.py")):
+        text = path.read_text()
+        if "SLICES" in text:
+            for name, overrides in runpy.run_path(str(path))["SLICES"].items():
+                found.append(pytest.param(path, name, overrides, id=f"{path.stem} on {name}"))
+    return found
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("path", "name", "overrides"), slices())
+def test_a_config_fits_the_slices_that_it_names(path, name, overrides):
+    pytest.importorskip("libtpu")
+    config = load_config(str(path), overrides)
+    lines, complaints = plan_slice(config, name, LENGTHS[path.stem.partition("_")[0]])
+    print("\n".join(lines))
+    assert not complaints
+
+
+def test_the_slices_are_those_that_we_promise():
+    named = {case.id for case in slices()}
+    assert {"squad_qwen2p5_7b on v5e:4x4", "squad_qwen2p5_7b on v5p:2x2x1"} <= named
+    assert {"squad_qwen2p5_7b on v6e:2x4", "arc_llama3p2_1b on v5e:2x4"} <= named
+    assert "squad_qwen2p5_32b on v5p:2x2x4" in named
+    for case in slices():  # valid without a compiler, too, and of known sizes
+        path, _, overrides = case.values
+        assert config_of(load_config(str(path), overrides).model.source).num_layers >= 16

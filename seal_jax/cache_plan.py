@@ -18,7 +18,7 @@ from seal_jax.memory import device_bytes, tree_bytes
 from seal_jax.models.config import ModelConfig
 from seal_jax.processes import least
 from seal_jax.self_edit import BUCKETS, bucket_of
-from seal_jax.sharding import RULES
+from seal_jax.sharding import num_parts
 from seal_jax.types import Adapters, Params
 
 SHRINK = 4  # by how much a batch shrinks in which nobody waits
@@ -153,5 +153,5 @@ def planned_bytes(
     prompts, heads = on_device(num_prompts, prompt_slots)
     heads *= config.num_heads // config.num_kv_heads
     scores = 2 * 4 * heads * prompt_slots**2
-    draws = _DRAW_BYTES * config.vocab_size * -(-num_rows // mesh.shape[RULES["rows"]])
+    draws = _DRAW_BYTES * config.vocab_size * -(-num_rows // num_parts(mesh, "rows"))
     return 2 * rows + prompts + max(scores, draws)

@@ -194,6 +194,10 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     axes = [key for key in FIELDS if key.startswith("mesh.") and values[key] == -1]
     if len(axes) > 1:
         yield f"{' and '.join(axes)} = -1: only one axis can take the devices that are left"
+    for others in ("vocab", "heads", "mlp"):  # the other axis of a kernel that has 'embed'
+        one, other = "sharding.embed", f"sharding.{others}"
+        for axis in set(values[one].split()) & set(values[other].split()):
+            yield f"{one} and {other} = {axis!r}: one axis cannot divide both axes of an array"
     if values["inner.pad_loss"] == "exact" and values["inner.batch_size"] > 8:
         size = values["inner.batch_size"]
         yield (

@@ -198,6 +198,7 @@ _COUNT = _integer(1)
 _TARGETS = _names(*_ATTENTION, *_MLP)
 _SCHEDULE = choice("constant", "linear", "cosine")  # the last two decay to 0
 _AXIS = _integer(1, also=(-1,))
+_DIVIDES = choice("fsdp", "tensor", "fsdp tensor", "")
 _OBJECTIVE = choice("rest_em", "random_em", "reinforce", "rloo", "grpo", "ppo")
 
 # What a backward pass keeps of a layer; 'none' keeps everything and is the fastest that fits.
@@ -306,4 +307,9 @@ FIELDS: dict[str, Field] = {
     "mesh.data": Field(-1, _AXIS, placement=True),
     "mesh.fsdp": Field(1, _AXIS, placement=True),
     "mesh.tensor": Field(1, _AXIS, placement=True),
+    # Which of these axes divide the model's own; '' is none, and both are divided over one another.
+    "sharding.embed": Field("fsdp", _DIVIDES, placement=True),
+    "sharding.vocab": Field("tensor", _DIVIDES, placement=True),
+    "sharding.heads": Field("tensor", _DIVIDES, placement=True),
+    "sharding.mlp": Field("tensor", _DIVIDES, placement=True),
 }

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from seal_jax.draw import Settings, draw
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import KVCache, hidden_states, init_cache, unembed
-from seal_jax.sharding import RULES, leading
+from seal_jax.sharding import divided, leading
 from seal_jax.types import Adapters, Params
 
 
@@ -46,8 +46,8 @@ class Rows(NamedTuple):
 
 def cache_sharding(config: ModelConfig, mesh: Mesh, num_rows: int) -> NamedSharding:
     """Return where a cache's [B K S H] lie: divided over rows and heads where they can be."""
-    rows, heads = leading(mesh, "rows", num_rows).spec[0], RULES["heads"]
-    heads = heads if config.num_kv_heads % mesh.shape[heads] == 0 else None
+    rows = divided(mesh, "rows", num_rows)
+    heads = divided(mesh, "heads", config.num_kv_heads, config.rules)
     return NamedSharding(mesh, PartitionSpec(rows, heads))
 
 
@@ -64,8 +64,8 @@ def _next_logits(config: ModelConfig, mesh: Mesh, params: Params, hidden: jax.Ar
     Every device draws from whole rows. Without a word in between, it would collect the output
     head's kernel for that, and not the logits.
     """
-    rows, vocab = leading(mesh, "rows", len(hidden)).spec[0], RULES["vocab"]
-    vocab = vocab if config.vocab_size % mesh.shape[vocab] == 0 else None
+    rows = divided(mesh, "rows", len(hidden))
+    vocab = divided(mesh, "vocab", config.vocab_size, config.rules)
     where = NamedSharding(mesh, PartitionSpec(rows, vocab))
     return jax.lax.with_sharding_constraint(unembed(config, params, hidden), where)
 

@@ -125,7 +125,7 @@ def _adapted(
     ids = [*parents, adapter]
     adapters = _load_adapters(run, ids, base.config, mesh)
     params = base.params
-    merge = jax.jit(lora.merge, out_shardings=param_shardings(mesh, params))
+    merge = jax.jit(lora.merge, out_shardings=param_shardings(mesh, params, base.config.rules))
     for part in adapters:
         params = merge(params, part)
     return ids, adapters, params

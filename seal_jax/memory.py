@@ -26,7 +26,7 @@ from seal_jax.models.config import ModelConfig
 from seal_jax.optim import Optimizer, accumulate
 from seal_jax.processes import least
 from seal_jax.self_edit import SHORTEST, Job, Shape, Step, pack, step_shapes, text_of, to_arrays
-from seal_jax.sharding import RULES, leading
+from seal_jax.sharding import leading, num_parts
 from seal_jax.types import Adapters, InnerBatch, Params
 
 # Of a device's memory, or of this host's: what we plan with. The rest is for fragments, for what
@@ -167,7 +167,7 @@ def make_at_once(
       limit: bytes to plan with on each device; `device_bytes` by default.
     """
     # The population is divided over this axis where its size allows, see sharding.leading.
-    multiple, num_shards = mesh.shape[RULES["adapter"]], inner_shards(mesh)
+    multiple, num_shards = num_parts(mesh, "adapter"), inner_shards(mesh)
     params = shaped(params, jax.tree.map(lambda x: x.sharding, params))
     seen, number = 0, most
 

@@ -124,7 +124,7 @@ def init_train_state(
     given = params, head, to_device(keys.fold_one(0), replicated(mesh))
     fresh = _make_fresh(config, optimizer, update, lora_kwargs)
     # The optimizer's zeros depend on no argument: without a word jit puts them on one device.
-    where = param_shardings(mesh, jax.eval_shape(fresh, *given))
+    where = param_shardings(mesh, jax.eval_shape(fresh, *given), config.rules)
     adapters, opt_state = jax.jit(fresh, out_shardings=where)(*given)
     return TrainState(jax.device_put(np.int32(0)), params, adapters, opt_state, head)
 
@@ -425,7 +425,7 @@ def _make_train_step(
 
     def where(trees):
         full = settings.update == "full"
-        return param_shardings(mesh, trees) if full else replicated(mesh)
+        return param_shardings(mesh, trees, config.rules) if full else replicated(mesh)
 
     def loss_of(trained, frozen: Params, scale, rows: TrainRows, penalties: Penalties) -> jax.Array:
         params, adapters = trained["policy"], None

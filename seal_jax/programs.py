@@ -54,17 +54,18 @@ class Program(NamedTuple):
 
 def model_shapes(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Model:
     """Return the policy as ShapeDtypeStructs with their shardings, without a tokenizer."""
-    model = dataclasses.replace(model, attention=config.model.attention)
+    rules = tuple(config.sharding.items())
+    model = dataclasses.replace(model, attention=config.model.attention, rules=rules)
     dtype = config.model.dtype
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), dtype))
-    return Model(model, shaped(params, param_shardings(mesh, params)), None)
+    return Model(model, shaped(params, param_shardings(mesh, params, rules)), None)
 
 
 def programs(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> Iterator[Program]:
     """Yield the programs of a run in the order in which it calls them."""
     yield from _writing(config, model, mesh, lengths)
     base = jax.eval_shape(partial(quantize_params, word=config.inner.quantize), model.params)
-    base = shaped(base, param_shardings(mesh, base))
+    base = shaped(base, param_shardings(mesh, base, model.config.rules))
     yield _inner_step(config, model, base, mesh, lengths)
     if "log_likelihood" in config.reward.weights:
         yield _scoring(config, model, base, mesh, lengths)
@@ -215,7 +216,8 @@ def _policy_update(config: ConfigDict, model: Model, mesh: Mesh, lengths: Length
     trained = {} if state.value_head is None else {"value": shaped(state.value_head, everywhere)}
     if outer["update"] == "full":
         frozen, scale, trained["policy"] = {}, (), model.params
-        opt_state = shaped(state.opt_state, param_shardings(mesh, state.opt_state))
+        where = param_shardings(mesh, state.opt_state, model.config.rules)
+        opt_state = shaped(state.opt_state, where)
     else:
         adapter = jax.eval_shape(partial(lora.take, index=0), state.adapters)
         frozen, scale = model.params, shaped(state.adapters.scale, everywhere)

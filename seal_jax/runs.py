@@ -6,6 +6,7 @@ So a policy can be loaded where the base model that it came from is not at hand.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import jax
 from seal_jax import checkpoint
 from seal_jax.metrics import write_json
 from seal_jax.models import Model
-from seal_jax.models.config import ModelConfig, config_from_hf, config_to_hf
+from seal_jax.models.config import ModelConfig, ParamRules, config_from_hf, config_to_hf
 from seal_jax.models.transformer import init_params
 from seal_jax.processes import is_first
 from seal_jax.sharding import param_shardings
@@ -72,7 +73,7 @@ def claim_model(folder: str | os.PathLike, model: Model, dtype: str) -> None:
             save_config(temporary, model, dtype)
 
 
-def load_run(run: RunFolder, dtype: Any, mesh: Any) -> Model:
+def load_run(run: RunFolder, dtype: Any, mesh: Any, rules: ParamRules = ()) -> Model:
     """Return the policy of a run's newest good checkpoint; see `models.load_model`."""
     kept = run.root / "model"
     if not kept.is_dir():
@@ -80,7 +81,7 @@ def load_run(run: RunFolder, dtype: Any, mesh: Any) -> Model:
             f"{run.root} has no folder model/, which newer versions write: name its checkpoints and"
             " the model that it was trained from"
         )
-    config = config_from_hf(kept / "config.json")
+    config = dataclasses.replace(config_from_hf(kept / "config.json"), rules=rules)
     _, params = load_policy(run, config, mesh)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     return Model(config, params, load_tokenizer(kept))
@@ -96,7 +97,7 @@ def load_policy(run: RunFolder, config: ModelConfig, mesh: Any = None) -> tuple[
     folder, dtype = run.folder / "checkpoints", run.config["model"]["dtype"]
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
     if mesh is not None:
-        shardings = param_shardings(mesh, shapes)
+        shardings = param_shardings(mesh, shapes, config.rules)
         shapes = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
     restored = checkpoint.restore(folder, {"policy": shapes}) if folder.is_dir() else None
     if restored is None:

@@ -5,16 +5,17 @@ they are explicit, so the loop runs under `jax.transfer_guard('disallow')`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from seal_jax.models.config import ModelConfig
+from seal_jax.models.config import ModelConfig, ParamRules
 from seal_jax.types import Params
 
-# Logical axis -> mesh axis. Models never name the mesh.
+# Logical axis -> mesh axis. Models never name the mesh. Those of the parameters are defaults: the
+# config's section `sharding` has them too, and a ModelConfig has its `rules`.
 RULES = {
     "adapter": "data",
     "rows": "data",
@@ -63,36 +64,57 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes), axes, types, devices=devices)
 
 
+def mesh_axes(logical: str, rules: ParamRules = ()) -> tuple[str, ...]:
+    """Return the axes of the mesh that divide a logical one; none leaves it whole."""
+    axes = dict(rules).get(logical, RULES[logical])
+    return tuple(axes.split()) if isinstance(axes, str) else axes
+
+
+def num_parts(mesh: Mesh, logical: str, rules: ParamRules = ()) -> int:
+    """Return into how many parts the mesh divides a logical axis."""
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(logical, rules))
+
+
+def divided(mesh: Mesh, logical: str, size: int, rules: ParamRules = ()) -> str | tuple | None:
+    """Return the entry of a PartitionSpec: None, if the axes do not divide `size`."""
+    axes = mesh_axes(logical, rules)
+    if not axes or size % num_parts(mesh, logical, rules):
+        return None
+    return axes[0] if len(axes) == 1 else axes
+
+
 def check_divides(mesh: Mesh, config: ModelConfig) -> None:
     """Raise ValueError where an axis of the mesh does not divide what it is there to divide.
 
     Fewer key and value heads than `tensor` are no mistake: they are divided within a head.
     """
-    for axis, what, size in (
-        ("fsdp", "dimensions of the model", config.embed_dim),
-        ("tensor", "heads", config.num_heads),
-        ("tensor", "dimensions of the MLP", config.mlp_dim),
+    for logical, what, size in (
+        ("embed", "dimensions of the model", config.embed_dim),
+        ("heads", "heads", config.num_heads),
+        ("mlp", "dimensions of the MLP", config.mlp_dim),
     ):
-        if size % mesh.shape[axis]:
-            raise ValueError(f"mesh.{axis} = {mesh.shape[axis]} does not divide the {size} {what}")
+        axes = mesh_axes(logical, config.rules)
+        if size % num_parts(mesh, logical, config.rules):
+            found = " x ".join(f"mesh.{axis} = {mesh.shape[axis]}" for axis in axes)
+            raise ValueError(f"{found} does not divide the {size} {what}")
 
 
-def param_shardings(mesh: Mesh, params: Params, rules: Mapping[str, str] | None = None):
+def param_shardings(mesh: Mesh, params: Params, rules: ParamRules = ()):
     """Return the sharding of every parameter, or of what an optimizer keeps for it.
 
     A size that its axis does not divide is whole.
+
+    Args:
+      rules: of `ModelConfig.rules`.
     """
-    rules = rules or RULES
 
     def one(path, leaf) -> NamedSharding:
         names = [getattr(entry, "key", None) for entry in path]
         axes = next((KERNELS[name] for name in names if name in KERNELS), None)
         if axes is None or len(leaf.shape) != len(axes):
             return NamedSharding(mesh, PartitionSpec())
-        spec = [
-            rules.get(axis) if size % mesh.shape[rules.get(axis)] == 0 else None
-            for axis, size in zip(axes, leaf.shape, strict=True)
-        ]
+        sizes = zip(axes, leaf.shape, strict=True)
+        spec = [divided(mesh, axis, size, rules) for axis, size in sizes]
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(one, params)
@@ -104,9 +126,7 @@ def leading(mesh: Mesh, logical: str, size: int, before: int = 0) -> NamedShardi
     Args:
       before: the number of axes before it.
     """
-    axis = RULES[logical]
-    parts = math.prod(mesh.shape[name] for name in ([axis] if isinstance(axis, str) else axis))
-    return NamedSharding(mesh, PartitionSpec(*[None] * before, axis if size % parts == 0 else None))
+    return NamedSharding(mesh, PartitionSpec(*[None] * before, divided(mesh, logical, size)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -124,7 +124,7 @@ def _at_once(
         model.config,
         inner_update,
         optimizer,
-        shaped(base, param_shardings(mesh, base)),
+        shaped(base, param_shardings(mesh, base, model.config.rules)),
         mesh=mesh,
         resident=resident_bytes(config, model, mesh),
         most=min(config.answer.max_rows, runs),
@@ -146,7 +146,7 @@ def resident_bytes(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) ->
     state = state_shapes(model.config, model.params, optimizer, update=outer["update"], **lora)
     state = state.adapters, state.opt_state  # a value head is nothing beside them
     # While a policy is trained there is the base too; in the end, every policy that was trained.
-    training = policy + tree_bytes(shaped(state, param_shardings(mesh, state)))
+    training = policy + tree_bytes(shaped(state, param_shardings(mesh, state, model.config.rules)))
     comparing = policy * (2 if config.eval.random_control else 1)
     own = 0 if config.inner.quantize == "none" else policy  # a quantized base is one more
     return max(training, comparing) + own
@@ -172,8 +172,8 @@ def longest_row(stages: Stages, problems: Sequence) -> int:
 
 
 def place_model(config: ConfigDict, source: str, mesh: jax.sharding.Mesh) -> Model:
-    """Load a model onto the mesh; it computes attention as the config says."""
-    model = load_model(source, config.model.dtype, mesh)
+    """Load a model onto the mesh; it lies there, and computes attention, as the config says."""
+    model = load_model(source, config.model.dtype, mesh, tuple(config.sharding.items()))
     attention = config.model.attention
     return model._replace(config=dataclasses.replace(model.config, attention=attention))
 

@@ -180,7 +180,8 @@ def load_policy(stages: Stages, base: Params, policy: str) -> Params:
         return checkpoint.restore(folder, {"policy": base}, int(step))[1]["policy"]
     if is_peft(policy):
         adapters = to_device(load_peft(policy, stages.model.config), replicated(stages.mesh))
-        return jax.jit(merge, out_shardings=param_shardings(stages.mesh, base))(base, adapters)
+        where = param_shardings(stages.mesh, base, stages.model.config.rules)
+        return jax.jit(merge, out_shardings=where)(base, adapters)
     model = place_model(stages.config, policy, stages.mesh)
     if model.config != stages.model.config:
         raise ValueError(

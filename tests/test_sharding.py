@@ -28,6 +28,7 @@ from seal_jax.policy import init_train_state, make_policy_update
 from seal_jax.sample import generate
 from seal_jax.self_edit import job_losses, make_job, pack, text_of
 from seal_jax.sharding import check_divides, leading, make_mesh, param_shardings, to_device, to_host
+from seal_jax.stages import place_model
 from seal_jax.tokenizer import ByteTokenizer
 from seal_jax.types import Rollout
 
@@ -43,6 +44,7 @@ CONFIG = ModelConfig(
     max_length=256,
 )
 NUM_ADAPTERS = 8
+RULES = (("embed", ""), ("vocab", "fsdp tensor"), ("heads", "fsdp"), ("mlp", "tensor"))
 MESHES = {
     "data=8": {"data": 8},
     "fsdp=8": {"data": 1, "fsdp": 8},
@@ -86,7 +88,7 @@ def inner_arguments(model, mesh):
     )
     adapters = init(keys.fold([(i,) for i in range(NUM_ADAPTERS)]))
     return (
-        to_device(model.params, param_shardings(mesh, model.params)),
+        to_device(model.params, param_shardings(mesh, model.params, model.config.rules)),
         to_device(adapters, leading(mesh, "adapter", NUM_ADAPTERS)),
         [to_device(batch, batch_sharding(mesh)) for batch in batches],
     )
@@ -97,7 +99,7 @@ def compute(model, mesh):
     encode = model.tokenizer.encode
     params, adapters, batches = inner_arguments(model, mesh)
     with jax.transfer_guard("disallow"):
-        update = make_inner_update(CONFIG, make_optimizer(), mesh=mesh)
+        update = make_inner_update(model.config, make_optimizer(), mesh=mesh)
         adapters, losses = update(params, adapters, batches)
         losses = job_losses(to_host(batches), to_host(losses), NUM_ADAPTERS)
         prompts = [[encode(f"thing {i}?"), encode("so?")] for i in range(NUM_ADAPTERS)]
@@ -105,7 +107,7 @@ def compute(model, mesh):
         golds = [[text_of(p + encode("red", start=False), len(p)) for p in g] for g in prompts]
         logps = mean_logp(model, params, adapters, golds, mesh=mesh)
         samples = generate(
-            CONFIG,
+            model.config,
             params,
             adapters,
             prompts,
@@ -149,7 +151,24 @@ def test_logits_of_eight_devices_are_those_of_one(model, sizes):
 
 @pytest.mark.parametrize("sizes", CASES)
 def test_eight_devices_give_what_one_gives(model, expected, sizes):
-    trained, answers, logps, samples = compute(model, make_mesh(**sizes))
+    assert_same(compute(model, make_mesh(**sizes)), expected)
+
+
+def test_other_rules_give_the_same_numbers(model, expected):
+    divided = model._replace(config=dataclasses.replace(CONFIG, rules=RULES))
+    assert_same(compute(divided, make_mesh(data=2, fsdp=2, tensor=2)), expected)
+
+
+def test_the_configs_rules_place_the_model():
+    config = load_config(TINY_CONFIG, ("mesh.fsdp=2", "mesh.tensor=2", "sharding.heads="))
+    mesh = make_mesh(**config.mesh)
+    layer = place_model(config, config.model.source, mesh).params["layers_0"]
+    assert layer["attn"]["q_proj"]["kernel"].sharding.spec == PartitionSpec("fsdp", None)
+    assert layer["mlp"]["up_proj"]["kernel"].sharding.spec == PartitionSpec("fsdp", "tensor")
+
+
+def assert_same(found, expected):
+    trained, answers, logps, samples = found
 
     def assert_close(x, y):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(1, np.abs(y).max()))
@@ -243,6 +262,17 @@ def test_a_size_that_its_axis_does_not_divide_stays_whole():
     assert leading(mesh, "rows", 3).spec == PartitionSpec("data")
     assert leading(make_mesh(), "adapter", 16).spec == PartitionSpec("data")
     assert leading(make_mesh(), "adapter", 12).spec == PartitionSpec(None)
+
+
+def test_a_models_rules_go_before_the_table(model):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    specs = jax.tree.map(lambda one: one.spec, param_shardings(mesh, model.params, RULES))
+    assert specs["embed"]["embedding"] == PartitionSpec(("fsdp", "tensor"), None)
+    assert specs["layers_0"]["attn"]["q_proj"]["kernel"] == PartitionSpec(None, "fsdp")
+    assert specs["layers_0"]["mlp"]["down_proj"]["kernel"] == PartitionSpec("tensor", None)
+    narrow = dataclasses.replace(CONFIG, mlp_dim=42, rules=(("mlp", "fsdp tensor"),))
+    with pytest.raises(ValueError, match="mesh.fsdp = 2 x mesh.tensor = 2 does not divide the 42 "):
+        check_divides(mesh, narrow)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """Models by source: a folder, a GGUF file, an installed package, the hub, or random numbers."""
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from seal_jax.models.config import ModelConfig
+from seal_jax.models.config import ModelConfig, ParamRules
 from seal_jax.models.packages import packaged_gguf
 from seal_jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -45,7 +46,9 @@ class Model(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_model(source: str, dtype: Any = "float32", mesh: Any = None) -> Model:
+def load_model(
+    source: str, dtype: Any = "float32", mesh: Any = None, rules: ParamRules = ()
+) -> Model:
     """Load a model onto the devices.
 
     Args:
@@ -53,6 +56,7 @@ def load_model(source: str, dtype: Any = "float32", mesh: Any = None) -> Model:
         dtype: numpy dtype or name that every parameter is cast to, for example 'bfloat16'.
         mesh: places the parameters by `sharding.param_shardings`; without it all are on the default
             device, uncommitted.
+        rules: how it does so, where not by the defaults; the model's config keeps them.
 
     Raises:
         FileNotFoundError: there is no such source; the message says what was looked for.
@@ -60,59 +64,61 @@ def load_model(source: str, dtype: Any = "float32", mesh: Any = None) -> Model:
     """
     kind, _, name = source.partition(":")
     if kind == "package":
-        return _load_gguf(packaged_gguf(name), dtype, mesh)
+        return _load_gguf(packaged_gguf(name), dtype, mesh, rules)
     if kind == "random":
-        return _random_model(name, dtype, mesh)
+        return _random_model(name, dtype, mesh, rules)
     if kind == "tiny":
-        return _tiny_model(name, dtype, mesh)
+        return _tiny_model(name, dtype, mesh, rules)
     path = Path(source).expanduser()
     if path.is_dir():
         from seal_jax import runs  # which needs this module
 
         run = runs.find_run(path)
-        return runs.load_run(run, dtype, mesh) if run else _load_folder(path, dtype, mesh)
+        if run is not None:
+            return runs.load_run(run, dtype, mesh, rules)
+        return _load_folder(path, dtype, mesh, rules)
     if path.suffix.lower() == ".gguf":
-        return _load_gguf(path, dtype, mesh)
+        return _load_gguf(path, dtype, mesh, rules)
     if path.exists():
         raise ValueError(f"{source}: a file, but not a .gguf; {SOURCES}")
     on_hub = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", source)
     if on_hub:
-        return _load_folder(_from_hub(*on_hub.groups()), dtype, mesh)
+        return _load_folder(_from_hub(*on_hub.groups()), dtype, mesh, rules)
     raise FileNotFoundError(f"model {source!r}: no such file or folder; {SOURCES}")
 
 
-def _shardings(mesh: Any) -> Any:
+def _shardings(mesh: Any, rules: ParamRules) -> Any:
     """Return what gives every parameter its sharding, None without a mesh."""
     if mesh is None:
         return None
     from seal_jax.sharding import param_shardings
 
-    return functools.partial(param_shardings, mesh)
+    return functools.partial(param_shardings, mesh, rules=rules)
 
 
-def _load_folder(folder: Path, dtype: Any, mesh: Any) -> Model:
+def _load_folder(folder: Path, dtype: Any, mesh: Any, rules: ParamRules) -> Model:
     from seal_jax.models import weights
 
-    config = weights.load_folder_config(folder)
+    config = dataclasses.replace(weights.load_folder_config(folder), rules=rules)
     tokenizer = load_tokenizer(folder)
     _check_vocab(config, tokenizer, str(folder))
-    params = weights.load_safetensors(folder, config, dtype, _shardings(mesh))
+    params = weights.load_safetensors(folder, config, dtype, _shardings(mesh, rules))
     return Model(config, params, tokenizer)
 
 
-def _load_gguf(path: Path, dtype: Any, mesh: Any) -> Model:
+def _load_gguf(path: Path, dtype: Any, mesh: Any, rules: ParamRules) -> Model:
     from seal_jax.gguf_tokenizer import gguf_tokenizer
     from seal_jax.models import gguf
 
     reader = gguf.open_gguf(path)
-    config = gguf.gguf_config(reader, path)
+    config = dataclasses.replace(gguf.gguf_config(reader, path), rules=rules)
     tokenizer = gguf_tokenizer(gguf.gguf_metadata(reader, path), str(path))
     _check_vocab(config, tokenizer, str(path))
-    params = gguf.gguf_params(reader, config, path, dtype, _shardings(mesh))
+    params = gguf.gguf_params(reader, config, path, dtype, _shardings(mesh, rules))
     return Model(config, params, tokenizer)
 
 
-def _random_model(name: str, dtype: Any, mesh: Any) -> Model:
+def _random_model(name: str, dtype: Any, mesh: Any, rules: ParamRules) -> Model:
     if name not in RANDOM_MODELS:
         raise FileNotFoundError(f"no random model {name!r}; found {', '.join(RANDOM_MODELS)}.")
     import jax
@@ -120,22 +126,22 @@ def _random_model(name: str, dtype: Any, mesh: Any) -> Model:
     from seal_jax.models.transformer import init_params
     from seal_jax.sharding import to_device, to_host
 
-    config = RANDOM_MODELS[name]
+    config = dataclasses.replace(RANDOM_MODELS[name], rules=rules)
     with jax.transfer_guard("allow"):  # JAX's own random numbers cross the border implicitly
         params = init_params(config, jax.random.key(0), dtype)
     if mesh is not None:
         # From the host: arrays of one device cannot be moved to the devices of other processes.
-        params = to_device(to_host(params), _shardings(mesh)(params))
+        params = to_device(to_host(params), _shardings(mesh, rules)(params))
     return Model(config, params, ByteTokenizer())
 
 
-def _tiny_model(name: str, dtype: Any, mesh: Any) -> Model:
+def _tiny_model(name: str, dtype: Any, mesh: Any, rules: ParamRules) -> Model:
     if name != "arc":
         raise FileNotFoundError(f"no tiny model {name!r}; found arc. {SOURCES}")
     from seal_jax.tiny_arc import tiny_arc_folder  # which needs this module
 
     cache = Path("~/.cache/seal_jax").expanduser()
-    return _load_folder(tiny_arc_folder(cache), dtype, mesh)
+    return _load_folder(tiny_arc_folder(cache), dtype, mesh, rules)
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

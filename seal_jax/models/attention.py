@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from seal_jax.models.config import ModelConfig
-from seal_jax.sharding import RULES
+from seal_jax.models.config import ModelConfig, ParamRules
+from seal_jax.sharding import divided, mesh_axes
 
 # Splash attention's smallest tile, and the length from which it is worth its overhead: at 512
 # tokens attention is about 1 % of a 7B model's operations.
@@ -57,7 +57,8 @@ def attend(
     window = config.sliding_window if local else None
     way = _choose(config, q) if whole else "xla"
     if way == "splash":
-        return splash_attention(q, k, v, segments, key_segments, scale, window, config.attn_softcap)
+        softcap, rules = config.attn_softcap, config.rules
+        return splash_attention(q, k, v, segments, key_segments, scale, window, softcap, rules)
     visible = visible_slots(segments, key_segments, first_slot, window)
     if way == "cudnn":
         return cudnn_attention(q, k, v, visible, scale, config.attn_softcap)
@@ -248,6 +249,7 @@ def splash_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    rules: ParamRules = (),
 ) -> jax.Array:
     """Compute attention with JAX's splash kernel (Pallas), which skips tiles that nobody sees.
 
@@ -267,9 +269,9 @@ def splash_attention(
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     auto = {name for name, kind in types if kind == AxisType.Auto}
     if auto:
-        rows, heads = RULES["rows"], RULES["heads"]
-        rows = rows if rows in auto and B % mesh.shape[rows] == 0 else None
-        heads = heads if heads in auto and k.shape[1] % mesh.shape[heads] == 0 else None
+        rows, heads = divided(mesh, "rows", B), divided(mesh, "heads", k.shape[1], rules)
+        rows = rows if auto.issuperset(mesh_axes("rows")) else None
+        heads = heads if auto.issuperset(mesh_axes("heads", rules)) else None
         by_head, by_row = PartitionSpec(rows, heads), PartitionSpec(rows)
         kernel = jax.shard_map(
             kernel,

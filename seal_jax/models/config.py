@@ -15,6 +15,9 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # Hugging Face's names of activations, and ours.
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
+# Pairs of a logical axis of the parameters and the mesh axes, divided by spaces, that divide
+# it; see sharding.py.
+ParamRules = tuple[tuple[str, str], ...]
 REMATS = ("none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable")
 
 
@@ -121,9 +124,10 @@ class ModelConfig:
     sliding_window: int | None = None  # tokens a local layer sees, itself included
     local_layers: tuple[bool, ...] = ()  # [L], or () for none
     local_rope_theta: float | None = None  # in local layers; None is rope_theta, with its scaling
-    # How to compute, not what: see attention.py, and transformer.py for remat.
+    # How to compute, not what: see attention.py, transformer.py for remat, sharding.py for rules.
     attention: str = "auto"
     remat: str = "none"
+    rules: ParamRules = ()  # where they are not those of sharding.RULES
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

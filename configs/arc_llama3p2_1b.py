@@ -4,7 +4,7 @@ command   seal-jax train --config configs/arc_llama3p2_1b.py --workdir runs/arc
 needs     pip install 'seal_jax[arc]', and access to the model on the Hugging Face hub
 size      12 tasks x 15 self-edits, then 10 held-out tasks in 5 ways; an inner run is at most 375
           steps of 2 texts of up to 8,192 tokens
-time      not measured: this config was never run. It is for an accelerator
+slices    those of SLICES, with what to --set there; compiled for them, and never run on one
 expect    published, of 40 self-edits: 0 % in context, 20 % without RL, 72.5 % with; the tasks are
           some that fixed test-time training can solve
 ours      learning rate and epochs of fixed test-time training, and the top_p
@@ -13,7 +13,7 @@ ours      learning rate and epochs of fixed test-time training, and the top_p
 from seal_jax.config import default_config
 
 # `bash tests/run.sh -m aot` compiles the run's programs for it.
-SLICES = {"v5e:2x4": ()}
+SLICES = {"v5e:2x4": ("mesh.tensor=2", "outer.microbatch_size=4")}
 
 
 def get_config():

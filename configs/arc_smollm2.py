@@ -18,7 +18,7 @@ def get_config():
     config.task.train_tasks = "44f52bb0 5582e5ca 6150a2bd 6d0aefbc"
     config.task.eval_tasks = "59341089 66e6c45b 68b67ca3"
     config.task.max_turns = 8
-    config.task.max_tokens = 768
+    config.task.max_tokens = 512
     config.task.max_steps = 12
     config.task.num_permuted = 0
     # A model of this size seldom writes the JSON by itself.

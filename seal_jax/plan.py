@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seal_jax.compare import titles_of
-from seal_jax.stages import Stages, longest_row
+from seal_jax.stages import Stages, longest_row, text_limit
 from seal_jax.tasks.task import Problem
 from seal_jax.types import Params
 
@@ -51,7 +51,7 @@ def describe(stages: Stages, training: Sequence, held_out: Sequence) -> str:
     used = training[: outer.problems_per_step * outer.num_steps]
     # What a problem's own texts have, and what a self-edit adds where its text is trained on.
     length = np.mean([text_tokens(stages, problem) for problem, _ in used])
-    added = 0 if hasattr(stages.task, "max_tokens") else WRITTEN
+    added = WRITTEN if text_limit(config) is None else 0
     runs = len(used) * config.sample.num_edits * inner.num_seeds
     if outer.objective == "random_em":
         runs = 0

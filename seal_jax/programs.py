@@ -26,7 +26,7 @@ from seal_jax.optim import make_optimizer
 from seal_jax.policy import Penalties, TrainRows, make_policy_update, state_shapes
 from seal_jax.self_edit import LONGEST, bucket_of
 from seal_jax.sharding import leading, param_shardings, replicated
-from seal_jax.stages import optimizer_arguments
+from seal_jax.stages import optimizer_arguments, row_tokens
 from seal_jax.types import InnerBatch, Params
 
 
@@ -125,16 +125,6 @@ def _writing(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> 
     )
 
 
-def longest_row(config: ConfigDict, model: ModelConfig, lengths: Lengths) -> int:
-    """Return about how many tokens the longest row of an inner run has; see stages.longest_row."""
-    written, size = config.sample.max_tokens, config.inner.batch_size
-    longest = max(lengths.longest_passage, written)
-    longest = longest if size == 1 else lengths.longest_passage + written
-    if config.inner.pad_loss == "exact":
-        longest = max(longest, size * min(2048, model.max_length))
-    return min(longest, LONGEST)
-
-
 def _inner_step(
     config: ConfigDict, model: Model, base: Params, mesh: Mesh, lengths: Lengths
 ) -> Program:
@@ -154,7 +144,8 @@ def _inner_step(
     )
     adapters = jax.eval_shape(lambda: init(jax.random.split(jax.random.key(0), A)))
     adapters = shaped(adapters, leading(mesh, "adapter", A))
-    shape = largest_shapes(longest_row(config, model.config, lengths), inner.tokens_per_step)[-1]
+    longest = row_tokens(config, lengths.longest_passage, model.config.max_length)
+    shape = largest_shapes(longest, inner.tokens_per_step)[-1]
     batch = empty_batch(shape, A, inner.steps_per_call, num_shards(mesh))
     batch = shaped(batch, batch_sharding(mesh))
     arguments = base, adapters, InnerBatch(*batch)

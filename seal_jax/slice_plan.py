@@ -46,6 +46,7 @@ class Cost(NamedTuple):
     seconds: float
     bound: str  # what takes the longest: compute, memory or links
     largest: int  # what the config's key could be
+    refused: str = ""  # what XLA said, if it compiled nothing
 
 
 def plan_slice(config: ConfigDict, topology: str, lengths: Lengths) -> tuple[list[str], list[str]]:
@@ -72,7 +73,8 @@ def plan_slice(config: ConfigDict, topology: str, lengths: Lengths) -> tuple[lis
     limit = SHARE * chip.memory
     complaints = [
         f"{cost.program.name} does not fit: it needs {_gb(cost.memory['peak'])} a device, and there"
-        f" are {_gb(limit)} to use. {_ADVICE[cost.program.key].capitalize()}, or divide the model"
+        f" are {_gb(limit)} to use{cost.refused and f' ({cost.refused})'}."
+        f" {_ADVICE[cost.program.key].capitalize()}, or divide the model"
         " over more devices (mesh.fsdp, mesh.tensor)"
         for cost in costs
         if cost.memory["peak"] > limit
@@ -101,7 +103,8 @@ def measure(program: Program, mesh: Mesh, chip: Chip, resident: float) -> Cost:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             nothing = {"arguments": math.inf, "temporaries": math.inf, "results": 0.0}
-            return Cost(program, {**nothing, "peak": math.inf}, 0.0, 0.0, {}, 0.0, "-", 0)
+            memory, said = {**nothing, "peak": math.inf}, str(error).splitlines()[0]
+            return Cost(program, memory, 0.0, 0.0, {}, 0.0, "-", 0, said)
     try:
         text, analysis = compiled.as_text(), compiled.memory_analysis()
     except jax.errors.JaxRuntimeError as error:
@@ -196,7 +199,7 @@ def step_counts(config: ConfigDict, lengths: Lengths) -> dict[str, float]:
 def _gb(num_bytes: float) -> str:
     if num_bytes == math.inf:
         return "too much"
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= size:
             return f"{num_bytes / size:.3g} {unit}"
     return f"{num_bytes / 1e3:.3g} kB"

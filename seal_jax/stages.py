@@ -26,7 +26,7 @@ from seal_jax.policy import state_shapes
 from seal_jax.sample import check_lengths, write_self_edits
 from seal_jax.self_edit import LONGEST, PAD_SAMPLES, PADDED, Text, encode_text
 from seal_jax.sharding import check_divides, make_mesh, param_shardings
-from seal_jax.tasks import field_names, make_task
+from seal_jax.tasks import TASKS, field_names, make_task
 from seal_jax.tasks.task import Rejected, SelfEdit, Task, marks_of, prompts_of
 from seal_jax.types import Params, Rollout
 
@@ -154,21 +154,36 @@ def resident_bytes(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) ->
 
 def longest_row(stages: Stages, problems: Sequence) -> int:
     """Return about how many tokens the longest row of an inner run on these problems will have."""
-    config = stages.config
     passage = max(
         len(stages.encode(text, False).tokens)
         for problem, _ in problems
         for text in stages.task.passage_only(problem).training_texts
     )
+    return row_tokens(stages.config, passage, stages.model.config.max_length)
+
+
+def row_tokens(config: ConfigDict, passage: int, max_length: int) -> int:
+    """Return about how many tokens the longest row of an inner run has.
+
+    Args:
+      passage: tokens of the longest.
+      max_length: of the model.
+    """
     size, written = config.inner.batch_size, config.sample.max_tokens
     longest = max(passage, written) if size == 1 else passage + written
-    if hasattr(stages.task, "max_tokens"):  # its texts are not written by the policy
-        longest = size * stages.task.max_tokens
+    if (most := text_limit(config)) is not None:
+        longest = size * most
     if config.inner.pad_loss == "sampled":
         longest += size * (PAD_SAMPLES + 1)
     if config.inner.pad_loss == "exact":
-        longest = max(longest, size * min(PADDED, stages.model.config.max_length))
+        longest = max(longest, size * min(PADDED, max_length))
     return min(longest, LONGEST)
+
+
+def text_limit(config: ConfigDict) -> int | None:
+    """Return how many tokens a text has at most that the task makes; None if the policy writes."""
+    default = getattr(TASKS[config.task.name], "max_tokens", None)
+    return None if default is None else config.task.get("max_tokens", default)
 
 
 def place_model(config: ConfigDict, source: str, mesh: jax.sharding.Mesh) -> Model:

@@ -12,15 +12,26 @@ import re
 import shutil
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from seal_jax import checkpoint, lora
+from seal_jax.metrics import read_jsonl
 from seal_jax.models.config import ModelConfig
 from seal_jax.processes import is_first
 from seal_jax.sharding import to_host
 from seal_jax.types import Adapters
+
+
+class Kept(NamedTuple):
+    """An inner run's adapter on disk."""
+
+    adapter_id: str
+    accuracy: float | None  # None: no grader could tell
+    num_bytes: int
 
 
 def policy_id(step: int) -> str:
@@ -101,6 +112,34 @@ def list_adapters(folder: str) -> list[str]:
 
     # A kill leaves unfinished folders, which Orbax names so.
     return sorted((name for name in names if ".orbax-checkpoint-tmp" not in name), key=order)
+
+
+def list_kept(folder: str) -> list[Kept]:
+    """Return the adapters of the inner runs in `folder`/edits.jsonl, the best ones first."""
+    log, found = Path(folder, "edits.jsonl"), []
+    for entry in read_jsonl(log) if log.exists() else ():
+        for seed, accuracy in enumerate(entry["accuracy"]):
+            name = inner_id(entry["step"], (entry["problem"], entry["edit"], seed))
+            path = Path(folder, "adapters", name)
+            if path.is_dir():
+                size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+                found.append(Kept(name, accuracy, size))
+    return sorted(found, key=lambda kept: -1.0 if kept.accuracy is None else kept.accuracy)[::-1]
+
+
+def drop_beyond(folder: str, max_bytes: float) -> list[str]:
+    """Delete the worst adapters of inner runs, the oldest first, until the others fit; return them.
+
+    What is not in edits.jsonl yet, and what belongs to the policy, stays.
+    """
+    kept = list_kept(folder)
+    total, dropped = sum(one.num_bytes for one in kept), []
+    while kept and total > max_bytes:
+        worst = kept.pop()
+        total -= worst.num_bytes
+        dropped.append(worst.adapter_id)
+    delete_adapters(folder, dropped)
+    return dropped
 
 
 def delete_adapters(folder: str, adapter_ids: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ _EXPORT = """\
 examples:
   seal-jax export runs/quickstart --to my_adapter
   seal-jax export runs/quickstart --to my_model --merged
+  seal-jax export runs/quickstart --list
   seal-jax export runs/quickstart --to one_edit --adapter 0-passage-3-2-0
 
 The first writes adapter_config.json and adapter_model.safetensors for PEFT, the second a model
@@ -138,7 +139,8 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", help="a JSON-lines file; without it they are printed")
     export = command("export", "Write what a run learned for PEFT or transformers.", _EXPORT)
     export.add_argument("run", metavar="RUN", help="the run's folder, or RUN/random")
-    export.add_argument("--to", required=True, metavar="FOLDER", help="where to: new, or empty")
+    export.add_argument("--to", metavar="FOLDER", help="where to: new, or empty")
+    export.add_argument("--list", action="store_true", help="only say which adapters there are")
     export.add_argument("--adapter", default="policy", metavar="ID", help="default: policy")
     export.add_argument("--merged", action="store_true", help="a whole model, not an adapter")
     doctor = configured("doctor", "Say now what would stop a run later, on any process.", _DOCTOR)
@@ -297,7 +299,11 @@ def run_generate(arguments: argparse.Namespace) -> int:
 def run_export(arguments: argparse.Namespace) -> int:
     from seal_jax.start import start_jax
 
+    if arguments.list == (arguments.to is not None):
+        raise ValueError("export needs one of --to FOLDER and --list")
     start_jax()
+    if arguments.list:
+        return list_run_adapters(arguments.run)
     from seal_jax.export import export_run
 
     exported = export_run(
@@ -310,6 +316,23 @@ def run_export(arguments: argparse.Namespace) -> int:
         f"read back and checked: its logits differ from the run's model by {exported.error:.1e},"
         f" from the base model by {exported.change:.1e} (relative)"
     )
+    return 0
+
+
+def list_run_adapters(run: str) -> int:
+    from seal_jax.adapters import list_adapters, list_kept
+    from seal_jax.runs import find_run
+
+    found = find_run(run)
+    if found is None:
+        raise FileNotFoundError(f"{run}: not the folder of a run")
+    names, kept = list_adapters(str(found.folder)), list_kept(str(found.folder))
+    print(f"{len(names)} adapters in {found.folder}; those of inner runs are best first")
+    for name in sorted(set(names) - {one.adapter_id for one in kept}):
+        print(f"  {name}")
+    for one in kept:
+        accuracy = "?" if one.accuracy is None else f"{100 * one.accuracy:.1f}"
+        print(f"  {one.adapter_id}   accuracy {accuracy} %, {one.num_bytes / 1e6:.1f} MB")
     return 0
 
 

@@ -302,7 +302,8 @@ FIELDS: dict[str, Field] = {
     "checkpoint.best": Field(0, _integer(0), placement=True),
     # The inner loop's adapters of training; the policy's are always kept. No placement: an outcome
     # that a resumed step takes from its ledger must have its adapter.
-    "checkpoint.adapters": Field("none", choice("none", "kept", "all")),
+    "checkpoint.adapters": Field("none", choice("none", "best", "kept", "all")),
+    "checkpoint.adapters_gb": Field(20.0, _real(0), placement=True),  # all of them, at most
     # Devices along each axis; -1 takes what the others leave.
     "mesh.data": Field(-1, _AXIS, placement=True),
     "mesh.fsdp": Field(1, _AXIS, placement=True),

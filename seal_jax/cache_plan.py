@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from seal_jax.decode import cache_sharding
+from seal_jax.decode import cache_dtype, cache_sharding
 from seal_jax.memory import device_bytes, tree_bytes
 from seal_jax.models.config import ModelConfig
 from seal_jax.processes import least
@@ -146,7 +146,7 @@ def planned_bytes(
     def on_device(count: int, slots: int) -> tuple[int, int]:
         shape = count, config.num_kv_heads, slots, config.head_dim
         shard = cache_sharding(config, mesh, count).shard_shape(shape)
-        cache = 2 * config.num_layers * math.prod(shard) * jnp.dtype(dtype).itemsize
+        cache = 2 * config.num_layers * math.prod(shard) * cache_dtype(dtype, mesh).itemsize
         return cache + 5 * shard[0] * config.vocab_size, shard[0] * shard[1]
 
     rows, _ = on_device(num_rows, num_slots)

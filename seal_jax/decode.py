@@ -44,6 +44,14 @@ class Rows(NamedTuple):
     finished: jax.Array  # bool[B] by a stop token
 
 
+def cache_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
+    """Return the type of a cache of parameters of type `dtype`: float32 on CPUs.
+
+    XLA writes no bfloat16 there: at each token the whole cache would become float32, and go back.
+    """
+    return jnp.dtype(jnp.float32 if mesh.devices.flat[0].platform == "cpu" else dtype)
+
+
 def cache_sharding(config: ModelConfig, mesh: Mesh, num_rows: int) -> NamedSharding:
     """Return where a cache's [B K S H] lie: divided over rows and heads where they can be."""
     rows = divided(mesh, "rows", num_rows)
@@ -84,7 +92,7 @@ def prefill(
     P, S = prompts.shape
     slots = jnp.broadcast_to(jnp.arange(S), (P, S))
     ones = jnp.ones((P, S), jnp.int32)  # causal: nobody looks at what is behind a prompt
-    cache = init_cache(config, P, S, params["embed"]["embedding"].dtype)
+    cache = init_cache(config, P, S, cache_dtype(params["embed"]["embedding"].dtype, mesh))
     hidden, cache = hidden_states(config, params, prompts, slots, ones, adapters, cache, 0)
     last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
     seen = jnp.zeros((P, config.vocab_size), bool)
@@ -110,7 +118,7 @@ def no_rows(
         logits=jnp.zeros((B, config.vocab_size), jnp.float32),
         seen=jnp.zeros((B, config.vocab_size), bool),
         length=count,
-        cache=init_cache(config, B, num_slots, dtype),
+        cache=init_cache(config, B, num_slots, cache_dtype(dtype, mesh)),
         keys=jax.random.split(jax.random.key(0), B),
         settings=Settings(some, count, some, some, some),
         written=count,

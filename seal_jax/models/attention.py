@@ -172,7 +172,8 @@ def xla_attention(
     the values: half as long forward and backward on a CPU as the textbook order. The backward pass
     is written out: it needs no more than the weights and the output, both in q's dtype.
     """
-    return _xla_attention(scale, softcap, q, k, v.astype(q.dtype), visible)
+    v = v.astype(jnp.promote_types(q.dtype, v.dtype))  # a cache may be finer than what is computed
+    return _xla_attention(scale, softcap, q, k, v, visible)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -184,7 +185,13 @@ def _xla_forward(scale, softcap, q, k, v, visible):
     B, N, T, H = q.shape
     K, S = k.shape[1:3]
     rows = q.reshape(B, K, -1, H)  # [B K G*T H]
-    scores = jnp.einsum("bkth,bksh->bkts", rows, k, preferred_element_type=jnp.float32) * scale
+    if T == 1 and _platform() == "cpu":
+        # XLA for CPUs packs the right side of a product, and that takes longer than the product.
+        scores = jnp.einsum("bksh,bkth->bkst", k, rows, preferred_element_type=jnp.float32)
+        scores = jax.lax.optimization_barrier(scores).swapaxes(-1, -2)
+    else:
+        scores = jnp.einsum("bkth,bksh->bkts", rows, k, preferred_element_type=jnp.float32)
+    scores *= scale
     slope = None
     if softcap is not None:
         capped = jnp.tanh(scores / softcap)
@@ -196,7 +203,7 @@ def _xla_forward(scale, softcap, q, k, v, visible):
     weights = jnp.where(seen, jnp.exp(scores - highest), 0)
     # One over the softmax's sum, which is 0 for who sees nothing.
     share = 1 / jnp.maximum(weights.sum(axis=-1), 1e-30).reshape(B, K, -1, 1)
-    weights = weights.reshape(B, K, -1, S).astype(q.dtype)
+    weights = weights.reshape(B, K, -1, S).astype(v.dtype)
     out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=jnp.float32)
     out = (out * share).astype(q.dtype).reshape(B, N, T, H)
     return out, (q, k, v, weights, share, slope, out)

@@ -130,9 +130,10 @@ def list_kept(folder: str) -> list[Kept]:
 def drop_beyond(folder: str, max_bytes: float) -> list[str]:
     """Delete the worst adapters of inner runs, the oldest first, until the others fit; return them.
 
-    What is not in edits.jsonl yet, and what belongs to the policy, stays.
+    What is not in edits.jsonl yet, and what belongs to the policy, stays. On several processes the
+    first one does it, and the others return nothing.
     """
-    kept = list_kept(folder)
+    kept = list_kept(folder) if is_first() else []
     total, dropped = sum(one.num_bytes for one in kept), []
     while kept and total > max_bytes:
         worst = kept.pop()

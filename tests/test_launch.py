@@ -1,9 +1,11 @@
 """The launch scripts: what they would call, with a `gcloud` that only writes down its arguments."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -11,6 +13,9 @@ from tiny_run import TESTS
 
 LAUNCH = TESTS.parent / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+# From its wheel, beside this interpreter, or the system's.
+PLACES = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+SHELLCHECK = shutil.which("shellcheck", path=PLACES)
 VM = {
     "NAME": "seal",
     "ZONE": "us-west4-a",
@@ -92,16 +97,21 @@ def test_a_script_is_strict_and_bash_reads_it(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+@pytest.mark.skipif(not SHELLCHECK, reason="shellcheck is not installed")
 def test_shellcheck_has_no_complaint():
-    command = [
-        "shellcheck",
-        "--severity=warning",
-        "-x",
-        *(f"launch/{path.name}" for path in SCRIPTS),
-    ]
+    scripts = [*(f"launch/{path.name}" for path in SCRIPTS), "tests/run.sh"]
+    command = [SHELLCHECK, "--severity=warning", "-x", *scripts]
     result = subprocess.run(command, cwd=LAUNCH.parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+def test_install_knows_the_extras_of_setup_py():
+    setup = (LAUNCH.parent / "setup.py").read_text().partition("extras_require={")[2]
+    extras = set(re.findall(r'^        "(\w+)": \[', setup, re.MULTILINE))
+    command = ["bash", LAUNCH / "install.sh", "nothing"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert set(result.stderr.partition("there are ")[2].strip().split(", ")) == extras
 
 
 @pytest.mark.parametrize("script", ["cpu.sh", "gpu.sh", "tpu_worker.sh"])

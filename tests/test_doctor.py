@@ -13,7 +13,7 @@ from loopback import finish, launch
 from tiny_run import CONFIG, TESTS
 
 from seal_jax import cli, doctor, processes, start
-from seal_jax.config import load_config
+from seal_jax.config import load_config, to_json
 
 DOCTOR = [sys.executable, str(TESTS / "tiny_run.py"), "doctor", "--config", CONFIG]
 
@@ -53,6 +53,18 @@ def test_train_begins_with_the_same_look(port, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_another_runs_folder_stops_both(port, tmp_path):
+    (tmp_path / "config.json").write_text(to_json(load_config(CONFIG, ("inner.rank=5",))))
+    command = [*DOCTOR[:2], "train", "--config", CONFIG, "--workdir", str(tmp_path)]
+    for code, out, err in finish(*(launch(command, port, index) for index in range(2))):
+        assert (code, out) == (2, "") and "Traceback" not in err
+        for index in range(2):
+            words = f"process {index} on {socket.gethostname()}: {tmp_path} belongs to another"
+            assert words in err
+        assert err.count("inner.rank: 5 -> 4") == 2
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
 def test_the_missing_are_named(port, tmp_path):
     command = [*DOCTOR, "--workdir", str(tmp_path / "run")]
     group = [launch(command, port, index, count=4, timeout="5") for index in (0, 2)]
@@ -83,6 +95,13 @@ def test_a_roll_call_tells_all_the_same(port, others, words):
         futures = [pool.submit(processes.roll_call, group, 20) for group in groups]
     errors = [future.exception() for future in futures]
     assert [error and str(error) for error in errors] == [words] * len(groups)
+
+
+def test_a_port_that_is_taken_is_named(port):
+    words = f"process 0 on .* cannot listen at port {port} .*name another port"
+    with socket.create_server(("127.0.0.1", port)):
+        with pytest.raises(ValueError, match=words):
+            processes.roll_call(processes.Group(f"127.0.0.1:{port}", 2, 0), 5)
 
 
 def test_two_with_the_same_number_are_named(port):

@@ -3,13 +3,16 @@
 import json
 import sys
 
+import jax
+import numpy as np
 import pytest
 from loopback import finish, launch
 from test_train import assert_same_run
 from tiny_run import TESTS, run_process, train_arguments
 
-from seal_jax import processes
+from seal_jax import checkpoint, processes
 from seal_jax.metrics import read_jsonl
+from seal_jax.sharding import leading, make_mesh
 
 pytest_plugins = ["tiny_fixtures"]
 TIMEOUT = "300"  # seconds: they compile, one perhaps from the other's cache
@@ -123,3 +126,57 @@ def test_a_workdir_that_is_not_shared_is_refused(port, tmp_path):
         assert code == 2
         assert "--workdir run: process 1 does not see what process 0 writes there" in err
     assert not (tmp_path / "1" / "run" / "config.json").exists()
+
+
+def test_a_mesh_that_does_not_divide_the_heads_ends_every_process(port, tmp_path):
+    for code, _, err in train(tmp_path / "run", port, 3, "mesh.tensor=3"):
+        assert code == 2 and "Traceback" not in err
+        assert "seal-jax train: mesh.tensor = 3 does not divide the 4 heads" in err
+    assert not (tmp_path / "run").exists()
+
+
+SAVE = """
+import sys
+from seal_jax.start import start_jax
+start_jax()
+import jax.numpy as jnp
+from seal_jax import checkpoint
+from seal_jax.sharding import leading, make_mesh, replicated, to_device
+mesh, value = make_mesh(), jnp.arange(64.0).reshape(16, 4)
+where = {"split": leading(mesh, "rows", 16), "whole": replicated(mesh)}
+tree = {name: to_device(value, sharding) for name, sharding in where.items()}
+with checkpoint.make_manager(sys.argv[1], keep=2) as manager:
+    checkpoint.save(manager, 1, {"tree": tree}, {"step": 1})
+print(checkpoint.tree_hash(tree))
+"""
+
+
+def test_what_two_processes_save_is_restored_by_one(port, tmp_path):
+    command = [sys.executable, "-c", SAVE, str(tmp_path)]
+    said = finish(*(launch(command, port, index) for index in range(2)))
+    assert [code for code, _, _ in said] == [0, 0], said
+    value = np.arange(64, dtype=np.float32).reshape(16, 4)
+    expected = checkpoint.tree_hash({"split": value, "whole": value})
+    assert {out.split()[-1] for _, out, _ in said} == {expected}  # behind what Gloo says
+    for num_devices in (1, 8):
+        mesh = make_mesh(devices=jax.devices()[:num_devices])
+        leaf = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=leading(mesh, "rows", 16))
+        step, trees, _ = checkpoint.restore(tmp_path, {"tree": {"split": leaf, "whole": leaf}})
+        assert step == 1 and checkpoint.tree_hash(trees["tree"]) == expected
+        assert len(trees["tree"]["split"].sharding.device_set) == num_devices
+
+
+@pytest.mark.long
+def test_a_model_that_lies_on_two_processes_goes_on_on_one(port, tmp_path):
+    """Its parts are of two processes, and so are its checkpoints; the sums have another order."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    overrides = ("mesh.fsdp=2", "eval.random_control=False")
+    run_process(*train_arguments(whole, *overrides), num_devices=2)
+    tell = {"TELL": f"{run / 'pending_1.jsonl'}:2"}
+    for code, _, err in train(run, port, 2, *overrides, on_0=tell):
+        assert code == 0 and "process 0 got SIGTERM" in err, err
+    run_process(*train_arguments(run, *overrides[1:]))
+    found, expected = (read_jsonl(folder / "edits.jsonl") for folder in (run, whole))
+    for edit, other in zip(found, expected, strict=True):
+        assert (edit["text"], edit["kept"]) == (other["text"], other["kept"])
+        assert edit["reward"] == pytest.approx(other["reward"], rel=1e-4)

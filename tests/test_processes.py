@@ -63,6 +63,15 @@ def test_two_processes_one_of_them_stopped_are_one(on_two_devices, port, tmp_pat
 
 
 @pytest.mark.long
+def test_a_full_disk_ends_all(small_disk, port):
+    run = small_disk / "run"
+    fill = {"FILL": f"{run / 'edits.jsonl'}:1"}  # before the first checkpoint
+    for code, _, err in train(run, port, 2, "eval.random_control=False", on_0=fill):
+        assert code == 2 and "Traceback" not in err, err
+        assert "No space left for a checkpoint: needs" in err
+
+
+@pytest.mark.long
 def test_four_processes_are_one_and_another_number_goes_on(port, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     run_process(*train_arguments(whole), num_devices=4)

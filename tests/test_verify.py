@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 
-import pytest
 from test_train import assert_same_run
 from tiny_run import run_process, train_arguments
 
@@ -62,18 +61,6 @@ def test_one_checkpoint_of_several_is_a_policy(finished, one_device, tmp_path, c
     assert json.loads((tmp_path / "last" / "policy.json").read_text())["hash"] != first["hash"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """Return a folder on a disk of 80 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("cannot mount a disk of its own")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk_ends_the_run_and_costs_no_finished_step(finished, small_disk):
     run = small_disk / "run"
     # Step 1 is logged, and its checkpoint does not fit any more.
@@ -84,3 +71,12 @@ def test_a_full_disk_ends_the_run_and_costs_no_finished_step(finished, small_dis
     (small_disk / "filler").unlink()
     run_process(*train_arguments(run))
     assert_same_run(finished, run)
+
+
+def test_a_disk_that_is_read_only_ends_the_run(finished, one_device, small_disk, capsys):
+    run = shutil.copytree(finished, small_disk / "run")
+    (run / "summary.json").unlink()  # as if it were not done
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert cli.main(train_arguments(run)) == 2
+    assert "seal-jax train: [Errno 30] Read-only file system" in capsys.readouterr().err
+    assert verify_run(str(run))[1] == []

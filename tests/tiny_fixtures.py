@@ -1,4 +1,7 @@
-"""A pytest plugin: one finished run of the tiny config for all tests, and runs in this process."""
+"""A pytest plugin: a finished run of the tiny config, runs in this process, and a small disk."""
+
+import shutil
+import subprocess
 
 import jax
 import pytest
@@ -35,3 +38,15 @@ def one_device(compiled, monkeypatch):
     yield mesh
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Return a folder on a disk of 80 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("cannot mount a disk of its own")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

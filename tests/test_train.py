@@ -211,6 +211,17 @@ def test_a_run_that_is_killed_three_times_is_the_uninterrupted_run(finished, one
     }
 
 
+def test_a_run_that_is_told_to_end_finishes_its_wave_and_goes_on(finished, tmp_path):
+    run = tmp_path / "run"
+    ended = run_process(*train_arguments(run), tell=f"{run / 'pending_1.jsonl'}:2")
+    assert "process 0 got SIGTERM: the same command resumes the run" in ended.stderr
+    assert "Traceback" not in ended.stderr and "| method |" not in ended.stdout
+    assert len(read_jsonl(run / "pending_1.jsonl")) == 4  # the wave, and no other
+    assert {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()} == {"1"}
+    run_process(*train_arguments(run))
+    assert_same_run(finished, run)
+
+
 @pytest.mark.long
 def test_a_full_updates_optimizer_state_survives_a_kill(one_device, tmp_path):
     overrides = ("outer.update=full", "eval.random_control=False", "outer.learning_rate=1e-3")

@@ -81,6 +81,7 @@ def main() -> int:
 def run_process(
     *arguments,
     kill: str = "",
+    tell: str = "",
     fill: str = "",
     check: bool = True,
     num_devices: int = 1,
@@ -99,8 +100,7 @@ def run_process(
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(flags),
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
-        **({"KILL": kill} if kill else {}),
-        **({"FILL": fill} if fill else {}),
+        **{name: at for name, at in (("KILL", kill), ("TELL", tell), ("FILL", fill)) if at},
     }
     command = [sys.executable, str(TESTS / "tiny_run.py"), *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

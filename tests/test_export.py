@@ -1,6 +1,7 @@
 """What a run learned, taken elsewhere: PEFT and transformers compute what we compute."""
 
 import importlib.util
+import itertools
 import json
 import shutil
 
@@ -12,13 +13,17 @@ from tiny_run import CONFIG, TESTS, run_loop, train_arguments
 
 from seal_jax import adapters, checkpoint, cli, lora
 from seal_jax.config import load_config
+from seal_jax.evaluate import Run
+from seal_jax.evidence import Evaluated
 from seal_jax.metrics import read_jsonl
 from seal_jax.models import load_model
 from seal_jax.models.transformer import forward
 from seal_jax.models.weights import save_safetensors
+from seal_jax.rewards import Outcome
 from seal_jax.runs import claim_model
 from seal_jax.sample import write_self_edits
-from seal_jax.train import claim_workdir
+from seal_jax.tasks.task import Exam, Problem
+from seal_jax.train import claim_workdir, drop_adapters
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -158,15 +163,36 @@ def test_a_run_can_keep_the_best_adapter_of_each_problem(finished, tmp_path):
     edits, found = read_jsonl(tmp_path / "edits.jsonl"), adapters.list_adapters(str(tmp_path))
     assert found[0] == "policy-0" and len(found) == 1 + len({edit["problem"] for edit in edits})
     for edit in edits:
-        (best,) = [one for one in adapters.list_kept(str(tmp_path)) if edit["problem"] in one[0]]
-        assert max(edit["accuracy"]) <= best.accuracy
+        assert sum(edit["problem"] in one for one in found) == 1
+
+
+def test_the_best_adapter_of_a_problem_is_the_most_accurate(tmp_path):
+    accuracies = {("a", 0, 0): 0.2, ("a", 0, 1): 0.8, ("a", 1, 0): 0.5, ("b", 0, 0): np.nan}
+    accuracies |= {("b", 1, 0): 0.0, ("b", 1, 1): np.nan}
+    problems = {name: (Problem(name, "", ""), Exam(name, ())) for name in "ab"}
+    runs = [Run(name, 3, *problems[name[0]], None) for name in accuracies]
+    outcomes = {
+        name: Outcome(accuracy, None, 0.0, 0.0, (), 0) for name, accuracy in accuracies.items()
+    }
+    for name in accuracies:
+        (tmp_path / "adapters" / adapters.inner_id(3, name)).mkdir(parents=True)
+    config = load_config(CONFIG, ("checkpoint.adapters=best",))
+    evaluated = Evaluated([], runs, outcomes, [])
+    drop_adapters(config, str(tmp_path), list(problems.values()), evaluated, np.zeros((2, 2)))
+    assert adapters.list_adapters(str(tmp_path)) == ["3-a-0-1", "3-b-1-0"]
 
 
 def test_the_adapters_of_a_run_have_a_limit(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     run = str(tmp_path / "run")
+    edits = read_jsonl(tmp_path / "run" / "edits.jsonl")
+    for i, edit in enumerate(edits):  # a random model is never right
+        edit["accuracy"] = [(7 * i + seed) % 16 / 16 for seed in range(len(edit["accuracy"]))]
+    lines = [json.dumps(edit) + "\n" for edit in edits]
+    (tmp_path / "run" / "edits.jsonl").write_text("".join(lines))
     kept = adapters.list_kept(run)
-    assert len(kept) == 8 and kept[0].accuracy >= kept[-1].accuracy
+    assert len(kept) == 8
+    assert all(one.accuracy > other.accuracy for one, other in itertools.pairwise(kept))
     assert adapters.drop_beyond(run, sum(one.num_bytes for one in kept)) == []
     dropped = adapters.drop_beyond(run, sum(one.num_bytes for one in kept[:3]))
     assert dropped == [one.adapter_id for one in kept[:2:-1]]

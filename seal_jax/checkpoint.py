@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import absl.logging
@@ -191,7 +192,8 @@ def verify(folder: str | os.PathLike) -> dict[int, str]:
     """
     with _open(folder, read_only=True) as reader:
         return {
-            step: _verify(partial(reader.restore, step)) for step in reader.all_steps(read=True)
+            step: _with_file(_verify(partial(reader.restore, step)), reader.directory / str(step))
+            for step in reader.all_steps(read=True)
         }
 
 
@@ -292,6 +294,7 @@ def _restore(
                 _set_aside(manager, damaged)
             return candidate, pytrees, position
         path = manager.directory / str(candidate)
+        complaint = _with_file(complaint, path)
         warnings.warn(f"damaged checkpoint {path}: {complaint}", stacklevel=3)
         damaged.append(candidate)
     if damaged:
@@ -338,6 +341,20 @@ def _read(read: Callable[[], Any]) -> tuple[Any, str]:
     return (None, complaint) if complaint else (value, "")
 
 
+def _with_file(complaint: str, step: os.PathLike) -> str:
+    """Return a complaint about a step's folder with the file in it: of JSON, Orbax names none."""
+    if not complaint.startswith("JSONDecodeError"):
+        return complaint
+    for path in sorted(path for path in Path(step).rglob("*") if path.is_file()):
+        text = path.read_bytes()
+        if text.startswith(b"{"):  # all of Orbax's JSON files are objects
+            try:
+                json.loads(text)
+            except ValueError:
+                return f"{complaint} in {path}"
+    return complaint
+
+
 def _root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
@@ -348,7 +365,7 @@ def _restore_record(restore: Restore) -> dict[str, Any]:
     items = restore(args=ocp.args.Composite(**{_JSON_ITEM: ocp.args.JsonRestore()}))
     item = items[_JSON_ITEM]
     if _hash_json(item["record"]) != item["hash"]:
-        raise ValueError(f"{_JSON_ITEM}: its hash does not verify")
+        raise ValueError(f"{_JSON_ITEM}/metadata: its hash does not verify")
     return item["record"]
 
 

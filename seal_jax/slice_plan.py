@@ -90,7 +90,7 @@ def plan_slice(config: ConfigDict, topology: str, lengths: Lengths) -> tuple[lis
         " by what stays: the first policy, the trained one's optimizer",
         *_table(costs),
         *([] if topology != "here" else [_reported(mesh.local_devices[0])]),
-        *_run(config, costs, lengths),
+        *_run(config, costs, lengths, limit),
     ]
     return lines, complaints
 
@@ -180,17 +180,26 @@ def _table(costs: Sequence[Cost]) -> list[str]:
     return lines
 
 
-def _run(config: ConfigDict, costs: Sequence[Cost], lengths: Lengths) -> list[str]:
+def _run(config: ConfigDict, costs: Sequence[Cost], lengths: Lengths, limit: float) -> list[str]:
     """Return the lines about the whole run."""
     counts = step_counts(config, lengths)
-    seconds = {cost.program.name: cost.seconds for cost in costs}
     size = {cost.program.name: cost.program.size for cost in costs}
     size["inner step"] = 1  # its steps are counted as they are, whoever shares them
-    total = sum(seconds[name] * counts[name] / size[name] for name in seconds if name in counts)
+
+    def total(numbers: Sequence[float]) -> float:
+        names = [cost.program.name for cost in costs]
+        return sum(x * counts[name] / size[name] for x, name in zip(numbers, names, strict=True))
+
+    most = max(costs, key=lambda cost: cost.memory["peak"])
+    hours = total([cost.seconds for cost in costs]) / EFFICIENCY / 3600
     return [
         f"assumed: passages of {lengths.passage} tokens, the longest {lengths.longest_passage},"
         f" {lengths.num_questions} questions each",
-        f"the whole run: about {total / EFFICIENCY / 3600:.2g} hours at {EFFICIENCY:.0%} of these"
+        f"in total, a device: {total([cost.flops for cost in costs]) / 1e12:.3g} TFLOP,"
+        f" {_gb(total([cost.moved for cost in costs]))} moved,"
+        f" {_gb(total([sum(cost.collectives.values()) for cost in costs]))} in collectives; at most"
+        f" {_gb(most.memory['peak'])} of {_gb(limit)}, in {most.program.name}",
+        f"the whole run: about {hours:.2g} hours at {EFFICIENCY:.0%} of these"
         f" rooflines ({counts['inner step']:,.0f} inner steps), without compiling and grading",
     ]
 

@@ -211,6 +211,20 @@ def test_every_program_of_a_run_is_counted(costs):
     assert costs["inner step"].collectives  # the base is divided
 
 
+def test_a_run_takes_what_its_steps_take(costs):
+    config = load_config(CONFIG, SMALL)
+    (_, total, hours) = slice_plan._run(config, list(costs.values()), SHORT, 1e9)
+    counts = slice_plan.step_counts(config, SHORT)
+    flops = sum(
+        cost.flops * counts[name] / (1 if name == "inner step" else cost.program.size)
+        for name, cost in costs.items()
+    )
+    assert f"a device: {flops / 1e12:.3g} TFLOP, " in total
+    name, most = max(costs.items(), key=lambda item: item[1].memory["peak"])
+    assert total.endswith(f"; at most {most.memory['peak'] / 1e6:.3g} MB of 1 GB, in {name}")
+    assert "inner steps" in hours
+
+
 @pytest.mark.parametrize("axis", [None, "data"])
 def test_what_every_device_repeats_counts_for_each(axis):
     mesh, size, trips = make_mesh(), 64, 5
@@ -259,6 +273,7 @@ def test_here_says_what_fits_and_a_smaller_device_what_to_change(monkeypatch, ca
     assert cli.main(plan) == 0
     out = capsys.readouterr().out
     assert "random:byte-tiny" in out and "one step of" in out and "the whole run" in out
+    assert "cpu reports nothing of its memory: that of the host is divided" in out
     monkeypatch.setattr(slice_plan, "device_bytes", lambda mesh: 4e6)
     assert cli.main(plan) == 2
     error = capsys.readouterr().err

@@ -127,13 +127,6 @@ def expected(model):
     return compute(model, one_device_mesh())
 
 
-LONG = ("fsdp=8", "tensor=8")
-CASES = [
-    pytest.param(sizes, marks=pytest.mark.long if name in LONG else (), id=name)
-    for name, sizes in MESHES.items()
-]
-
-
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 def test_logits_of_eight_devices_are_those_of_one(model, sizes):
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 12)).astype(np.int32)
@@ -149,7 +142,7 @@ def test_logits_of_eight_devices_are_those_of_one(model, sizes):
     np.testing.assert_allclose(to_host(found), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("sizes", CASES)
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 def test_eight_devices_give_what_one_gives(model, expected, sizes):
     assert_same(compute(model, make_mesh(**sizes)), expected)
 
@@ -177,6 +170,8 @@ def assert_same(found, expected):
     assert answers == expected[1]
     assert len({text for group in answers for text in group}) > 2  # not all the same
     jax.tree.map(assert_close, logps, expected[2])
+    np.testing.assert_array_equal(samples.tokens, expected[3].tokens)
+    assert len(np.unique(samples.tokens, axis=0)) > 2
     jax.tree.map(assert_close, samples, expected[3])
 
 
@@ -196,6 +191,9 @@ def test_the_parts_of_a_population_do_not_talk(model):
     [
         ("mesh.fsdp=2", "mesh.tensor=2"),
         pytest.param(("inner.max_adapters=8",), marks=pytest.mark.long),
+        pytest.param(("mesh.data=1", "mesh.fsdp=8"), marks=pytest.mark.long),
+        # The model has 4 heads.
+        pytest.param(("mesh.data=1", "mesh.tensor=8", "sharding.heads="), marks=pytest.mark.long),
         pytest.param(("mesh.tensor=2", "outer.update=full"), marks=pytest.mark.long),
     ],
     ids=" ".join,

@@ -176,9 +176,13 @@ def make_evaluate(
         ], adapters
 
     def deal(pairs: Sequence[tuple[Run, Job]], num_adapters: int) -> list[tuple[Run, Job] | None]:
-        """Return a place for each adapter: the runs, longest first, go round the shards."""
-        order = [k for s in range(num_shards) for k in range(s, num_adapters, num_shards)]
-        return [pairs[k] if k < len(pairs) else None for k in order]
+        """Return a place for each adapter: all shards of the population have as much to train."""
+        most = num_adapters // num_shards
+        shards: list[list] = [[] for _ in range(num_shards)]
+        owners = spread([num_trained(job) for _, job in pairs], num_shards, most)
+        for pair, owner in zip(pairs, owners, strict=True):
+            shards[owner].append(pair)
+        return [pair for shard in shards for pair in [*shard, *[None] * (most - len(shard))]]
 
     def evaluate(
         params: Params,
@@ -194,7 +198,7 @@ def make_evaluate(
         longest = max((row_length(row) for _, job in planned for row in job.rows), default=1)
         num_adapters = -(-at_once(longest) // num_shards) * num_shards
         # The longest first, so that those of a wave end together.
-        planned.sort(key=lambda pair: -sum(map(row_length, pair[1].rows)))
+        planned.sort(key=lambda pair: -num_trained(pair[1]))
         waves = [planned[i : i + num_adapters] for i in range(0, len(planned), num_adapters)]
         # A wave that was cut short is made again as it was: beside other neighbors, padded to
         # other lengths, the last bits of a run's numbers may differ.
@@ -220,6 +224,11 @@ def make_evaluate(
         return outcomes
 
     return evaluate
+
+
+def num_trained(job: Job) -> int:
+    """Return the tokens that a job trains on, padding that is in the loss included."""
+    return sum(map(row_length, job.rows))
 
 
 def marks_by_exam(task, run: Run, answers: Sequence[str]) -> list[list[float]]:

@@ -288,11 +288,17 @@ def least(topic: str, number: float) -> float:
     return min(map(float, exchange(topic, repr(number))))
 
 
-def spread(costs: Sequence[float]) -> list[int]:
-    """Return which process does each piece of work, so that all have about the same to do."""
-    count = distributed.global_state.num_processes or 1
-    owners, load = [0] * len(costs), [0.0] * count
+def spread(costs: Sequence[float], count: int | None = None, most: int | None = None) -> list[int]:
+    """Return who does each piece of work, so that all have about the same to do.
+
+    Args:
+      count: how many there are to do it; the processes by default.
+      most: how many pieces each can have.
+    """
+    count = count or distributed.global_state.num_processes or 1
+    owners, load, room = [0] * len(costs), [0.0] * count, [most or len(costs)] * count
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owners[i] = load.index(min(load))
+        owners[i] = min((k for k in range(count) if room[k]), key=load.__getitem__)
         load[owners[i]] += costs[i]
+        room[owners[i]] -= 1
     return owners

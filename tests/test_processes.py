@@ -90,6 +90,8 @@ def test_work_is_spread_by_its_cost(monkeypatch):
     load = [sum(c for c, o in zip(costs, owners, strict=True) if o == p) for p in range(3)]
     assert sorted(load) == [9, 9, 9]
     assert processes.spread([]) == []
+    # Two places each: what is short goes where the long ones are, once the others are full.
+    assert processes.spread([9, 1, 1, 1], count=2, most=2) == [0, 1, 1, 0]
 
 
 SPEAK = """

@@ -104,6 +104,8 @@ def join(group: Group, timeout: float) -> None:
         initialization_timeout=max(1, int(timeout)),
         # Processes that stop for the same reason do so within seconds.
         shutdown_timeout_seconds=max(1, min(60, int(timeout))),
+        # One that is not heard of for so long, as it hangs or its machine is gone, ends the others.
+        heartbeat_timeout_seconds=max(10, min(100, int(timeout))),
     )
 
 

@@ -83,6 +83,23 @@ def test_four_processes_are_one_and_another_number_goes_on(port, tmp_path):
     assert final_hash(run) == final_hash(whole)
 
 
+@pytest.mark.long
+def test_one_that_hangs_in_a_wave_does_not_hold_the_others(port, tmp_path):
+    """They wait for its numbers there, not for its words: JAX misses its heartbeat."""
+    run, timeout = tmp_path / "run", 40
+    command = [sys.executable, str(TESTS / "tiny_run.py"), *train_arguments(run)]
+    halt = {"HALT": f"{run / 'pending_0.jsonl'}:2"}
+    waits, hangs = (
+        launch(command, port, index, 2, str(timeout), **(halt if index else {}))
+        for index in range(2)
+    )
+    _, err = waits.communicate(timeout=200)
+    assert waits.returncode != 0 and "heartbeats" in err, err
+    assert hangs.poll() is None
+    hangs.kill()
+    hangs.communicate()
+
+
 def test_work_is_spread_by_its_cost(monkeypatch):
     monkeypatch.setattr(processes.distributed.global_state, "num_processes", 3)
     costs = [1, 9, 2, 5, 3, 4, 3]

@@ -1,8 +1,8 @@
 """Whole runs of the tiny config, in a process of their own, which may be killed.
 
 As a program, `python tests/tiny_run.py train ...`, it is `seal-jax` without torch and TensorFlow,
-which kills itself where $KILL says, is told to end where $TELL says, or finds its disk full where
-$FILL says. The fixtures are in tiny_fixtures.py.
+which kills itself where $KILL says, is told to end where $TELL says, hangs where $HALT says, or
+finds its disk full where $FILL says. The fixtures are in tiny_fixtures.py.
 """
 
 import functools
@@ -70,6 +70,7 @@ def main() -> int:
     for name, happens in {
         "KILL": lambda file: os.kill(os.getpid(), signal.SIGKILL),
         "TELL": lambda file: os.kill(os.getpid(), signal.SIGTERM),
+        "HALT": lambda file: os.kill(os.getpid(), signal.SIGSTOP),
         "FILL": fill_disk,
     }.items():
         if name in os.environ:

@@ -4,6 +4,7 @@ Every process looks at its own devices, folder and versions, tells the others, a
 none: with one message that has both sides in it.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -20,8 +21,10 @@ import jax
 from ml_collections import ConfigDict
 
 from seal_jax.config import to_json
+from seal_jax.models.config import ModelConfig
+from seal_jax.models.known import config_of
 from seal_jax.processes import exchange
-from seal_jax.sharding import make_mesh
+from seal_jax.sharding import check_divides, make_mesh
 from seal_jax.start import lost_devices
 
 PACKAGES = ("seal_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -100,10 +103,21 @@ def _device_problems(config: ConfigDict) -> list[str]:
     problem = lost_devices()
     if not problem:
         try:
-            make_mesh(**config.mesh)
+            mesh = make_mesh(**config.mesh)
+            if mesh.size > mesh.shape["data"] and (sizes := _known_sizes(config)):
+                check_divides(mesh, sizes)
         except ValueError as error:
             problem = str(error)
     return [problem] if problem else []
+
+
+def _known_sizes(config: ConfigDict) -> ModelConfig | None:
+    """Return the sizes of the config's model, None where they are known only when it is loaded."""
+    try:
+        sizes = config_of(config.model.source)
+    except (ValueError, OSError):
+        return None
+    return dataclasses.replace(sizes, rules=tuple(config.sharding.items()))
 
 
 def _folder_problems(config: ConfigDict, workdir: str, check_workdir: Callable) -> list[str]:

@@ -215,6 +215,18 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys, workdir, w
     assert error.startswith("seal-jax doctor: ") and all(word in error for word in words)
 
 
+def test_a_mesh_is_held_against_a_model_that_is_not_here(tmp_path):
+    """The sizes of known models need no download; those of others are left to the loading."""
+
+    def look(source):
+        config = load_config(CONFIG, ("mesh.tensor=8", f"model.source={source}"))
+        return doctor.check(config, str(tmp_path / "run"), lambda config, folder: None, 1)
+
+    with pytest.raises(ValueError, match="mesh.tensor = 8 does not divide the 28 heads"):
+        look("Qwen/Qwen2.5-7B")
+    assert look("org/nothing-7b")
+
+
 def test_a_full_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "LEAST_FREE", 1e18)
     with pytest.raises(ValueError, match="MB free; a run needs 1000000000000 at least"):

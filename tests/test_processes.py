@@ -159,7 +159,8 @@ def test_a_workdir_that_is_not_shared_is_refused(port, tmp_path):
 def test_a_mesh_that_does_not_divide_the_heads_ends_every_process(port, tmp_path):
     for code, _, err in train(tmp_path / "run", port, 3, "mesh.tensor=3"):
         assert code == 2 and "Traceback" not in err
-        assert "seal-jax train: mesh.tensor = 3 does not divide the 4 heads" in err
+        assert err.startswith("seal-jax train: process 0 on ")
+        assert err.count(": mesh.tensor = 3 does not divide the 4 heads\n") == 3
     assert not (tmp_path / "run").exists()
 
 

@@ -22,6 +22,8 @@ from seal_jax.sharding import num_parts
 from seal_jax.types import Adapters, Params
 
 SHRINK = 4  # by how much a batch shrinks in which nobody waits
+# Where nobody ever waits, so many prompt slots are read at once.
+_READ_TOKENS = 4096
 _SHORTEST_CACHE = 256  # slots; from there it doubles
 # What drawing takes for each row and token of the vocabulary: some float32 arrays of [B V].
 _DRAW_BYTES = 24
@@ -31,6 +33,7 @@ class Plan(NamedTuple):
     """The shapes of a call, known before anything runs."""
 
     size: int  # rows of each of A adapters
+    few: int  # rows of each that the batch shrinks to
     at_once: int  # prompts of each adapter that one call reads
     prompt_slots: int
     most_slots: int  # of the cache, when it has grown to its end
@@ -71,9 +74,17 @@ def make_plan(
             dtype,
             num_rows=A * size,
             num_slots=S + max_tokens,
-            num_prompts=A * -(-size // SHRINK),
+            num_prompts=A * at_once_of(size),
             prompt_slots=S,
         )
+
+    def at_once_of(size: int) -> int:
+        a_quarter = -(-size // SHRINK)
+        if most > size:  # the others begin a quarter at a time
+            return a_quarter
+        num_prompts = max(len(set(map(tuple, group))) for group in prompts)
+        num_calls = -(-num_prompts // max(a_quarter, _READ_TOKENS // (A * S)))
+        return -(-num_prompts // num_calls)
 
     size = wanted
     while (needed := bytes_of(size)) > room:
@@ -94,7 +105,7 @@ def make_plan(
             " max_tokens may be lower",
             stacklevel=3,
         )
-    return Plan(size, -(-size // SHRINK), S, S + max_tokens)
+    return Plan(size, -(-size // SHRINK), at_once_of(size), S, S + max_tokens)
 
 
 def _resident_bytes(trees: Any, mesh: Mesh) -> int:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from seal_jax.draw import Settings, draw
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.transformer import KVCache, hidden_states, init_cache, unembed
+from seal_jax.models.transformer import KVCache, hidden_states, init_cache, split_layers, unembed
 from seal_jax.sharding import divided, leading
 from seal_jax.types import Adapters, Params
 
@@ -197,6 +197,8 @@ def decode(
     B, max_tokens = rows.tokens.shape
     each, S = jnp.arange(B), rows.cache.keys[0].shape[2]
     ones = jnp.ones((B, 1), jnp.int32)
+    if adapters is not None:  # here, or every step would cut the stacks anew
+        adapters = adapters._replace(weights=split_layers(adapters.weights))
 
     def running(carry: tuple) -> jax.Array:
         step, rows = carry

@@ -82,7 +82,7 @@ def draw(
         logits = jnp.where(seen, punished, logits)
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    likeliest = argmax(logits)
     random = settings.temperature > 0
     token = jax.lax.cond(random.any(), lambda: _draw(logits, keys, settings), lambda: likeliest)
     token = jnp.where(random, token, likeliest)
@@ -139,13 +139,31 @@ def _keep_top_k(probs: jax.Array, settings: Settings) -> jax.Array:
     return jnp.where(bits >= low[:, None], probs, 0.0)
 
 
+def argmax(x: jax.Array) -> jax.Array:
+    """Return the first place of the largest of x [B V], i32[B]; what is not a number is largest.
+
+    In two levels, of which the first is a plain maximum: XLA:CPU takes an argmax on one core, a
+    number at a time.
+    """
+    blocks = _blocks(x, -jnp.inf)
+    block = jnp.argmax(blocks.max(axis=-1), axis=-1)
+    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (block * _BLOCK + jnp.argmax(within, axis=-1)).astype(jnp.int32)
+
+
+def _blocks(x: jax.Array, filler: float) -> jax.Array:
+    """Return x [B V] as [B n _BLOCK]."""
+    padding = -x.shape[1] % _BLOCK
+    padded = jnp.pad(x, ((0, 0), (0, padding)), constant_values=filler)
+    return padded.reshape(x.shape[0], -1, _BLOCK)
+
+
 def _invert(weights: jax.Array, u: jax.Array) -> jax.Array:
     """Return where the running sum of weights [B V] exceeds u [B] of its end, i32[B].
 
     What is returned has a positive weight, if any has.
     """
-    padding = -weights.shape[1] % _BLOCK
-    blocks = jnp.pad(weights, ((0, 0), (0, padding))).reshape(weights.shape[0], -1, _BLOCK)
+    blocks = _blocks(weights, 0.0)
     block, rest = _step(blocks.sum(axis=-1), u)
     within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     place, _ = _step(within, rest, share=False)

@@ -133,9 +133,9 @@ def generate(
             # Some of them only the host knows about.
             rows = rows._replace(done=placed(at.reshape(-1) < 0))
             show(int(done.sum()))
-        few = ((at >= 0).sum(axis=1) <= plan.at_once).all()
-        if few and plan.at_once < at.shape[1] and not any(waiting):
-            order = np.argsort(at < 0, axis=1, kind="stable")[:, : plan.at_once]  # at work: first
+        few = ((at >= 0).sum(axis=1) <= plan.few).all()
+        if few and plan.few < at.shape[1] and not any(waiting):
+            order = np.argsort(at < 0, axis=1, kind="stable")[:, : plan.few]  # at work: first
             index = order + np.arange(A)[:, None] * at.shape[1]
             index = placed(index.reshape(-1).astype(np.int32))
             rows = move(config, rows, index, mesh=mesh, num_slots=slots)

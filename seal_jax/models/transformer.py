@@ -310,7 +310,8 @@ def _unstack(x: jax.Array) -> list[jax.Array]:
 _unstack.defvjp(lambda x: (_unstack(x), None), lambda _, grads: (jnp.stack(grads, axis=1),))
 
 
-def _split_layers(weights: Params) -> tuple[Params, ...]:
+def split_layers(weights: Params) -> tuple[Params, ...]:
+    """Return the weights of a stack of adapters [A L ...] as L trees [A ...]."""
     leaves, treedef = jax.tree.flatten(weights)
     by_layer = zip(*(_unstack(x) for x in leaves), strict=True)
     return tuple(treedef.unflatten(layer) for layer in by_layer)
@@ -357,7 +358,7 @@ def hidden_states(
     if adapters is not None:
         layers = adapters.weights
         if not isinstance(layers, tuple):
-            layers = _split_layers(layers)
+            layers = split_layers(layers)
         variables["lora"] = {f"layers_{i}": layer for i, layer in enumerate(layers)}
         lora = _Lora(adapters.scale, chunks, dropout)
     key_segments = segments if key_segments is None else key_segments

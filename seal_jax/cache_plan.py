@@ -82,7 +82,8 @@ def make_plan(
         a_quarter = -(-size // SHRINK)
         if most > size:  # the others begin a quarter at a time
             return a_quarter
-        num_prompts = max(len(set(map(tuple, group))) for group in prompts)
+        distinct = max(len(set(map(tuple, group))) for group in prompts)
+        num_prompts = min(_row_bucket(distinct), size)
         num_calls = -(-num_prompts // max(a_quarter, _READ_TOKENS // (A * S)))
         return -(-num_prompts // num_calls)
 

@@ -16,6 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
 
 from seal_jax.lora import take
 from seal_jax.models.config import ModelConfig
@@ -54,7 +55,7 @@ def lane_losses(
         key_segments=batch.segments,  # nobody sees padding, not even itself
         chunks=chunks,
         rope=rope,
-        dropout=None if dropout is None else partial(_drop, *dropout, chunks, batch.chunks),
+        dropout=None if dropout is None else Partial(_drop, *dropout, chunks, batch.chunks),
     )
     finite = jnp.isfinite(hidden).all(axis=-1)
     hidden = jnp.where(finite[..., None], hidden, 0)[:, :-1]
@@ -76,7 +77,12 @@ def lane_losses(
 
 
 def _drop(
-    rate: float, keys: jax.Array, chunks: Chunks, spans: jax.Array, x: jax.Array, name: int
+    rate: jax.Array,
+    keys: jax.Array,
+    chunks: Chunks,
+    spans: jax.Array,
+    x: jax.Array,
+    name: jax.Array,
 ) -> jax.Array:
     """Drop `rate` of x [M D], and scale up the rest.
 

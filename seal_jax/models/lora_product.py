@@ -17,8 +17,10 @@ class Chunks(NamedTuple):
     """n chunks of c tokens each, of M tokens; token and slot are each other's inverse."""
 
     lane: jax.Array  # i32[n] whose adapter a chunk takes
-    token: jax.Array  # i32[n c] the token in each slot; M where the slot is empty
-    slot: jax.Array  # i32[M] the slot of each token; n * c where nobody's adapter takes it
+    token: jax.Array  # i32[n c] the token in each slot; an empty one has its chunk's first
+    in_use: jax.Array  # bool[n c 1] whether a slot is not empty
+    slot: jax.Array  # i32[M] the slot of each token; any, where nobody's adapter takes it
+    has_slot: jax.Array  # bool[M 1] whether somebody's does
 
 
 def make_chunks(spans: jax.Array, num_tokens: int) -> Chunks:
@@ -31,17 +33,26 @@ def make_chunks(spans: jax.Array, num_tokens: int) -> Chunks:
     size = 2 * num_tokens // n
     lane, first, count = jnp.asarray(spans).T
     offset = jnp.arange(size, dtype=jnp.int32)[None]
-    token = jnp.where(offset < count[:, None], first[:, None] + offset, num_tokens).reshape(-1)
+    in_use = offset < count[:, None]
+    token = jnp.where(in_use, first[:, None] + offset, num_tokens).reshape(-1)
     slot = jnp.full(num_tokens, n * size, jnp.int32)
     slot = slot.at[token].set(jnp.arange(n * size, dtype=jnp.int32), mode="drop")
-    return Chunks(lane, token, slot)
+    chunks = Chunks(
+        lane,
+        jnp.where(in_use, token.reshape(n, size), jnp.minimum(first, num_tokens - 1)[:, None]),
+        in_use[..., None],
+        jnp.minimum(slot, n * size - 1),
+        (slot < n * size)[:, None],
+    )
+    # Behind a barrier: each of hundreds of products would compute them for itself, and XLA:CPU
+    # reads a program from its cache in a time that grows with the square of its instructions.
+    return jax.lax.optimization_barrier(chunks)
 
 
 def token_lanes(chunks: Chunks) -> jax.Array:
     """Return the lane of each token i32[M]; -1 where it has none."""
-    n, size = chunks.lane.shape[0], chunks.token.shape[0] // chunks.lane.shape[0]
-    chunk = jnp.minimum(chunks.slot // size, n - 1)
-    return jnp.where(chunks.slot < n * size, chunks.lane[chunk], -1)
+    chunk = chunks.slot // chunks.token.shape[1]
+    return jnp.where(chunks.has_slot[:, 0], chunks.lane[chunk], -1)
 
 
 @partial(jax.named_call, name="lora")
@@ -67,9 +78,9 @@ def chunked_product(
 
 @partial(jax.named_call, name="lora")
 def _forward(x, a, b, scale, chunks):
-    low = _sum("ncd,ndr->ncr", _to_slots(x, chunks), a[chunks.lane].astype(x.dtype))
+    low = _sum("ncd,ndr->ncr", _to_slots(x, chunks), _gather(a, chunks.lane).astype(x.dtype))
     low = _in_use((low * scale[chunks.lane, None, None]).astype(x.dtype), chunks)
-    out = _sum("ncr,nrf->ncf", low, b[chunks.lane].astype(x.dtype)).astype(x.dtype)
+    out = _sum("ncr,nrf->ncf", low, _gather(b, chunks.lane).astype(x.dtype)).astype(x.dtype)
     return _to_tokens(out, chunks), (x, a, b, scale, chunks, low)
 
 
@@ -77,14 +88,13 @@ def _forward(x, a, b, scale, chunks):
 def _backward(saved, grads):
     x, a, b, scale, chunks, low = saved
     grads = _to_slots(grads, chunks)
-    d_low = _sum("ncf,nrf->ncr", grads, b[chunks.lane].astype(x.dtype))
+    d_low = _sum("ncf,nrf->ncr", grads, _gather(b, chunks.lane).astype(x.dtype))
     d_low = _in_use((d_low * scale[chunks.lane, None, None]).astype(x.dtype), chunks)
     d_a = _sum("ncd,ncr->ndr", _to_slots(x, chunks), d_low)
     d_b = _sum("ncr,ncf->nrf", low, grads)
-    d_x = _sum("ncr,ndr->ncd", d_low, a[chunks.lane].astype(x.dtype)).astype(x.dtype)
+    d_x = _sum("ncr,ndr->ncd", d_low, _gather(a, chunks.lane).astype(x.dtype)).astype(x.dtype)
 
-    is_empty = chunks.token.reshape(len(chunks.lane), -1)[:, 0] == x.shape[0]
-    lane = jnp.where(is_empty, a.shape[0], chunks.lane)  # beyond the last: dropped
+    lane = jnp.where(chunks.in_use[:, 0, 0], chunks.lane, a.shape[0])  # beyond the last: dropped
 
     def by_lane(d: jax.Array, like: jax.Array) -> jax.Array:
         return jnp.zeros_like(like).at[lane].add(d.astype(like.dtype), mode="drop")
@@ -100,20 +110,20 @@ def _sum(contract: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _to_slots(x: jax.Array, chunks: Chunks) -> jax.Array:
-    """Gather tokens [M D] into their slots [n c D]; an empty one holds its chunk's first token."""
-    token = chunks.token.reshape(len(chunks.lane), -1)
-    token = jnp.where(token < x.shape[0], token, jnp.minimum(token[:, :1], x.shape[0] - 1))
-    return x[token]
+    """Gather tokens [M D] into their slots [n c D]."""
+    return _gather(x, chunks.token)
 
 
 def _in_use(low: jax.Array, chunks: Chunks) -> jax.Array:
     """Return [n c r] with zeros in empty slots: what they hold counts for nothing."""
-    used = (chunks.token < chunks.slot.shape[0]).reshape(*low.shape[:2], 1)
-    return jnp.where(used, low, 0)
+    return jnp.where(chunks.in_use, low, 0)
 
 
 def _to_tokens(slots: jax.Array, chunks: Chunks) -> jax.Array:
     """Gather slots [n c D] back to their tokens [M D]; 0 for a token without one."""
     flat = slots.reshape(-1, slots.shape[-1])
-    used = (chunks.slot < flat.shape[0])[:, None]
-    return jnp.where(used, flat[jnp.minimum(chunks.slot, flat.shape[0] - 1)], 0)
+    return jnp.where(chunks.has_slot, _gather(flat, chunks.slot), 0)
+
+
+def _gather(x: jax.Array, index: jax.Array) -> jax.Array:
+    return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)

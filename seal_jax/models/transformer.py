@@ -129,7 +129,8 @@ class Linear(nn.Module):
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             if lora.dropout is not None:
-                flat = lora.dropout(flat, zlib.crc32("/".join(self.path).encode()))
+                name = zlib.crc32("/".join(self.path).encode())
+                flat = lora.dropout(flat, jnp.uint32(name) + lora.layer)
             if lora.chunks is None:
                 delta = grouped_product(flat, a, b, lora.scale)
             else:
@@ -179,7 +180,7 @@ class Attention(nn.Module):
             out = attend_apart(c, q, k, v, *texts, finite, local=self.local)
         else:
             # A prompt that fills its cache attends as any whole text.
-            whole = cache is None or (isinstance(call.cache_index, int) and k.shape[2] == T)
+            whole = cache is None or (jnp.ndim(call.cache_index) == 0 and k.shape[2] == T)
             out = attend(c, q, k, v, *texts, call.cache_index, local=self.local, whole=whole)
             out = flat_heads(out)
         return _linear(c, c.embed_dim, "o_proj")(out, call.lora), (k, v)
@@ -234,6 +235,7 @@ class _Lora(NamedTuple):
     scale: jax.Array  # f32[A]
     chunks: Chunks | None  # or rows are grouped by adapter
     dropout: Callable | None  # see `hidden_states`
+    layer: jax.Array | None = None  # u32[] of the maps that ask for it
 
 
 class _Call(NamedTuple):
@@ -262,6 +264,16 @@ _REMAT_POLICIES = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply_layer(config: ModelConfig, local: bool, variables: Params, x, call: _Call, cache):
+    """Apply a layer: layers of the same shapes are traced once, and then are one function that is
+    called, which is half of the time in which JAX gets a program ready for its compiler."""
+    layer = Layer
+    if config.remat != "none":
+        layer = nn.remat(Layer, policy=_REMAT_POLICIES[config.remat])
+    return layer(config, local).apply(variables, x, call, cache)
+
+
 class Transformer(nn.Module):
     """Tokens to the last hidden states, normed; `unembed` makes logits of those that need them."""
 
@@ -278,13 +290,18 @@ class Transformer(nn.Module):
         x = take_rows(embed.embedding, tokens.reshape(-1))
         if c.scale_embeddings:
             x = x * jnp.asarray(c.embed_dim**0.5, x.dtype)
-        layer = Layer
-        if c.remat != "none":
-            layer = nn.remat(Layer, policy=_REMAT_POLICIES[c.remat])
         keys, values = [], []
         for i in range(c.num_layers):
             layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
-            x, (k, v) = layer(c, c.is_local(i), name=f"layers_{i}")(x, call, layer_cache)
+            name, local = f"layers_{i}", c.is_local(i)
+            if self.is_initializing():
+                layer = Layer(c, local, name=name)
+            else:
+                if call.lora is not None:
+                    call = call._replace(lora=call.lora._replace(layer=jnp.uint32(i)))
+                variables = {kind: tree[name] for kind, tree in self.variables.items()}
+                layer = functools.partial(_apply_layer, c, local, variables)
+            x, (k, v) = layer(x, call, layer_cache)
             keys.append(k)
             values.append(v)
         hidden = _norm(c, "final_norm")(x).reshape(*tokens.shape, -1)
@@ -329,7 +346,7 @@ def hidden_states(
     key_segments: jax.Array | None = None,
     chunks: Chunks | None = None,
     rope: tuple | None = None,
-    dropout: Callable[[jax.Array, int], jax.Array] | None = None,
+    dropout: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Run the decoder.
 
@@ -347,8 +364,8 @@ def hidden_states(
       rope: `rope_tables` of the positions, where they are at hand. A loop makes them beforehand:
         XLA:CPU computes what is cheap to write down, as a cosine, once more for every head and
         layer, unless it comes from outside.
-      dropout: is given what every adapter multiplies, [B*T D], with a number that names the linear
-        map, and returns it with some of it dropped.
+      dropout: a pytree that is given what every adapter multiplies, [B*T D], with a number that
+        names the linear map, u32[], and returns it with some of it dropped.
 
     Returns:
       The normed hidden states [B T D], and the keys and values attended to.

@@ -140,7 +140,7 @@ def _keep_top_k(probs: jax.Array, settings: Settings) -> jax.Array:
 
 
 def argmax(x: jax.Array) -> jax.Array:
-    """Return the first place of the largest of x [B V], i32[B]; what is not a number is largest.
+    """Return the first place of the largest of x [B V], i32[B]; any, where some are not numbers.
 
     In two levels, of which the first is a plain maximum: XLA:CPU takes an argmax on one core, a
     number at a time.
@@ -148,7 +148,8 @@ def argmax(x: jax.Array) -> jax.Array:
     blocks = _blocks(x, -jnp.inf)
     block = jnp.argmax(blocks.max(axis=-1), axis=-1)
     within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return (block * _BLOCK + jnp.argmax(within, axis=-1)).astype(jnp.int32)
+    place = block * _BLOCK + jnp.argmax(within, axis=-1)
+    return jnp.minimum(place, x.shape[1] - 1).astype(jnp.int32)
 
 
 def _blocks(x: jax.Array, filler: float) -> jax.Array:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from seal_jax.draw import Settings, draw, make_settings
+from seal_jax.draw import Settings, argmax, draw, make_settings
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -153,6 +153,16 @@ def test_temperature_zero_takes_the_likeliest():
         settings = make_settings(2, temperature=temperature, top_p=0.5)
         drawn = draw(jnp.asarray(logits), keys, settings)
         assert drawn.dtype == jnp.int32 and drawn[0] == 1 and drawn[1] in (0, 2)
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 1000])
+def test_the_likeliest_is_the_first_of_equals(size):
+    rng = np.random.default_rng(size)
+    x = rng.integers(0, 4, (50, size)).astype(np.float32)  # hardly a row without equals
+    x[0], x[1, -1] = -np.inf, 9.0
+    np.testing.assert_array_equal(argmax(jnp.asarray(x)), x.argmax(axis=1))
+    x[0], x[1, -1] = np.nan, np.nan
+    assert (argmax(jnp.asarray(x)) < size).all()
 
 
 def test_a_row_draws_by_itself():

@@ -1,5 +1,6 @@
 """Generation against one full forward pass per token, and its draws against their distribution."""
 
+import dataclasses
 import importlib.util
 
 import jax
@@ -443,6 +444,23 @@ def test_other_numbers_of_questions_are_no_other_programs(tiny):
     with count_compiles() as compiled:
         found = generate_groups(tiny, adapters, [PROMPTS[:6], PROMPTS[3:]], keys=keys)
     assert not compiled and found.mask.all()
+
+
+@pytest.mark.parametrize(
+    ("groups", "max_rows", "at_once"),
+    [
+        ([PROMPTS], 6, 6),  # all at once
+        ([PROMPTS], 4, 1),  # some wait: a fourth of the rows at a time
+        ([PROMPTS[:1] * 6], 6, 1),  # one prompt
+        ([PROMPTS[1:2] * 2, PROMPTS[:2]], 4, 2),
+        ([[[1] * n for n in range(4000, 4012)]], 12, 3),  # too many tokens for one call
+    ],
+)
+def test_prompts_for_which_nobody_waits_are_read_together(tiny, groups, max_rows, at_once):
+    config, params = tiny
+    config = dataclasses.replace(config, max_length=8192)
+    plan = cache_plan.make_plan(config, params, None, groups, one_device_mesh(), 8, max_rows)
+    assert plan.at_once == at_once and plan.few == -(-plan.size // cache_plan.SHRINK)
 
 
 @pytest.mark.parametrize(

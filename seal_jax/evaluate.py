@@ -37,6 +37,7 @@ from seal_jax.self_edit import (
     job_losses,
     make_job,
     num_text_tokens,
+    num_trained,
     pack,
     row_length,
     text_of,
@@ -224,11 +225,6 @@ def make_evaluate(
         return outcomes
 
     return evaluate
-
-
-def num_trained(job: Job) -> int:
-    """Return the tokens that a job trains on, padding that is in the loss included."""
-    return sum(map(row_length, job.rows))
 
 
 def marks_by_exam(task, run: Run, answers: Sequence[str]) -> list[list[float]]:

@@ -111,6 +111,11 @@ def num_text_tokens(job: Job) -> int:
     return sum(len(text.tokens) for row in job.rows for text in row)
 
 
+def num_trained(job: Job) -> int:
+    """Return the tokens that a job trains on, padding that is in the loss included."""
+    return sum(map(row_length, job.rows))
+
+
 def bucket_of(length: int, buckets: Sequence[int] = BUCKETS) -> int:
     """Return the smallest bucket that holds `length`.
 

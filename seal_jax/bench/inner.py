@@ -39,8 +39,8 @@ from seal_jax.self_edit import (
     PADDED,
     Job,
     make_job,
+    num_trained,
     pack,
-    row_length,
     schedule,
     text_of,
     useful_tokens,
@@ -130,7 +130,7 @@ def _jobs(edits: Sequence[Sequence[Sequence[int]]], count: int, num_epochs: int)
         make_job([text_of(tokens) for tokens in edits[i % len(edits)]], key=(0, i), **options)
         for i in range(count)
     ]
-    return sorted(jobs, key=lambda job: -sum(map(row_length, job.rows)))
+    return sorted(jobs, key=lambda job: -num_trained(job))
 
 
 def _population(
@@ -213,7 +213,7 @@ def _schedule(edits: Sequence, size: int, tokens_per_step: int) -> tuple[float, 
       Tokens computed per token of text, and the shapes of the steps.
     """
     jobs = _jobs(edits, 3 * len(edits), num_epochs=10)
-    text = sum(row_length(row) for job in jobs for row in job.rows)
+    text = sum(map(num_trained, jobs))
     shapes = collections.Counter(
         step.shape
         for i in range(0, len(jobs), size)

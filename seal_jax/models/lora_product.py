@@ -44,8 +44,7 @@ def make_chunks(spans: jax.Array, num_tokens: int) -> Chunks:
         jnp.minimum(slot, n * size - 1),
         (slot < n * size)[:, None],
     )
-    # Behind a barrier: each of hundreds of products would compute them for itself, and XLA:CPU
-    # reads a program from its cache in a time that grows with the square of its instructions.
+    # Behind a barrier, or each of hundreds of products would compute them for itself.
     return jax.lax.optimization_barrier(chunks)
 
 

@@ -165,5 +165,5 @@ def planned_bytes(
     prompts, heads = on_device(num_prompts, prompt_slots)
     heads *= config.num_heads // config.num_kv_heads
     scores = 2 * 4 * heads * prompt_slots**2
-    draws = _DRAW_BYTES * config.vocab_size * -(-num_rows // num_parts(mesh, "rows"))
+    draws = _DRAW_BYTES * config.vocab_size * -(-num_rows // num_parts(mesh, "rows", config.rules))
     return 2 * rows + prompts + max(scores, draws)

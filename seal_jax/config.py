@@ -189,14 +189,21 @@ def _task_defaults(task_name: Any) -> dict[str, Any]:
     return {name: p.default for name, p in parameters.items() if name not in GIVEN}
 
 
+# Two axes of one array: of a kernel, of logits, of a cache.
+_MEETING = (
+    *(("embed", other) for other in ("vocab", "heads", "mlp")),
+    *(("rows", other) for other in ("vocab", "heads")),
+)
+
+
 def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong between keys that are right one by one."""
     axes = [key for key in FIELDS if key.startswith("mesh.") and values[key] == -1]
     if len(axes) > 1:
         yield f"{' and '.join(axes)} = -1: only one axis can take the devices that are left"
-    for others in ("vocab", "heads", "mlp"):  # the other axis of a kernel that has 'embed'
-        one, other = "sharding.embed", f"sharding.{others}"
-        for axis in set(values[one].split()) & set(values[other].split()):
+    for one, other in _MEETING:
+        one, other = f"sharding.{one}", f"sharding.{other}"
+        for axis in sorted(set(values[one].split()) & set(values[other].split())):
             yield f"{one} and {other} = {axis!r}: one axis cannot divide both axes of an array"
     if values["inner.pad_loss"] == "exact" and values["inner.batch_size"] > 8:
         size = values["inner.batch_size"]

@@ -199,6 +199,9 @@ _TARGETS = _names(*_ATTENTION, *_MLP)
 _SCHEDULE = choice("constant", "linear", "cosine")  # the last two decay to 0
 _AXIS = _integer(1, also=(-1,))
 _DIVIDES = choice("fsdp", "tensor", "fsdp tensor", "")
+_DIVIDES_ALSO = choice(
+    "data", "fsdp", "tensor", "data fsdp", "data tensor", "fsdp tensor", "data fsdp tensor", ""
+)
 _OBJECTIVE = choice("rest_em", "random_em", "reinforce", "rloo", "grpo", "ppo")
 
 # What a backward pass keeps of a layer; 'none' keeps everything and is the fastest that fits.
@@ -308,7 +311,11 @@ FIELDS: dict[str, Field] = {
     "mesh.data": Field(-1, _AXIS, placement=True),
     "mesh.fsdp": Field(1, _AXIS, placement=True),
     "mesh.tensor": Field(1, _AXIS, placement=True),
-    # Which of these axes divide the model's own; '' is none, and both are divided over one another.
+    # Which of these axes divide the population, texts that are written or scored, and rows that
+    # train the policy; then the model's own. '' is none, several divide what the others leave.
+    "sharding.adapter": Field("data", _DIVIDES_ALSO, placement=True),
+    "sharding.rows": Field("data", _DIVIDES_ALSO, placement=True),
+    "sharding.batch": Field("data fsdp", _DIVIDES_ALSO, placement=True),
     "sharding.embed": Field("fsdp", _DIVIDES, placement=True),
     "sharding.vocab": Field("tensor", _DIVIDES, placement=True),
     "sharding.heads": Field("tensor", _DIVIDES, placement=True),

@@ -54,7 +54,7 @@ def cache_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
 
 def cache_sharding(config: ModelConfig, mesh: Mesh, num_rows: int) -> NamedSharding:
     """Return where a cache's [B K S H] lie: divided over rows and heads where they can be."""
-    rows = divided(mesh, "rows", num_rows)
+    rows = divided(mesh, "rows", num_rows, config.rules)
     heads = divided(mesh, "heads", config.num_kv_heads, config.rules)
     return NamedSharding(mesh, PartitionSpec(rows, heads))
 
@@ -63,7 +63,9 @@ def _placed(config: ModelConfig, mesh: Mesh, state: Prefilled | Rows) -> Prefill
     """Say where the state lies: the same for every program, or the next one is compiled anew."""
     num_rows, put = len(state.length), jax.lax.with_sharding_constraint
     cache = put(state.cache, cache_sharding(config, mesh, num_rows))
-    return put(state._replace(cache=()), leading(mesh, "rows", num_rows))._replace(cache=cache)
+    return put(state._replace(cache=()), leading(mesh, "rows", num_rows, config.rules))._replace(
+        cache=cache
+    )
 
 
 def _next_logits(config: ModelConfig, mesh: Mesh, params: Params, hidden: jax.Array) -> jax.Array:
@@ -72,7 +74,7 @@ def _next_logits(config: ModelConfig, mesh: Mesh, params: Params, hidden: jax.Ar
     Every device draws from whole rows. Without a word in between, it would collect the output
     head's kernel for that, and not the logits.
     """
-    rows = divided(mesh, "rows", len(hidden))
+    rows = divided(mesh, "rows", len(hidden), config.rules)
     vocab = divided(mesh, "vocab", config.vocab_size, config.rules)
     where = NamedSharding(mesh, PartitionSpec(rows, vocab))
     return jax.lax.with_sharding_constraint(unembed(config, params, hidden), where)

@@ -43,7 +43,7 @@ from seal_jax.self_edit import (
     text_of,
     useful_tokens,
 )
-from seal_jax.sharding import leading, to_device, to_host
+from seal_jax.sharding import leading, num_parts, to_device, to_host
 from seal_jax.tasks.task import Exam, Problem, SelfEdit, marks_of, prompts_of
 from seal_jax.types import Adapters, Params
 
@@ -100,7 +100,8 @@ def make_evaluate(
         steps_per_call.
       answers: max_tokens, max_rows and stop.
     """
-    num_shards = inner_shards(mesh)
+    rules = model.config.rules
+    num_shards, multiple = inner_shards(mesh, rules), num_parts(mesh, "adapter", rules)
     init_adapters = partial(
         lora.init_adapters,
         model.config,
@@ -147,8 +148,8 @@ def make_evaluate(
             pad_id=model.tokenizer.pad_id,
             num_shards=num_shards,
         )
-        fresh = to_device(init(keys.fold(paths)), leading(mesh, "adapter", num_adapters))
-        on_devices = [to_device(batch, batch_sharding(mesh)) for batch in batches]
+        fresh = to_device(init(keys.fold(paths)), leading(mesh, "adapter", num_adapters, rules))
+        on_devices = [to_device(batch, batch_sharding(mesh, rules)) for batch in batches]
         with jax.set_mesh(mesh):  # for the attention kernels
             adapters, losses = inner_update(params, fresh, on_devices, show)
         losses = job_losses(batches, to_host(losses), num_adapters)
@@ -197,7 +198,7 @@ def make_evaluate(
             return outcomes
         planned = [(run, job_of(run)) for run in runs]
         longest = max((row_length(row) for _, job in planned for row in job.rows), default=1)
-        num_adapters = -(-at_once(longest) // num_shards) * num_shards
+        num_adapters = -(-at_once(longest) // multiple) * multiple
         # The longest first, so that those of a wave end together.
         planned.sort(key=lambda pair: -num_trained(pair[1]))
         waves = [planned[i : i + num_adapters] for i in range(0, len(planned), num_adapters)]
@@ -352,7 +353,8 @@ def mean_logp(
             tokens[row, :length] = text.tokens
             segments[row, :length] = 1
             loss_mask[row, :length] = text.loss_mask
-    arrays = to_device((tokens, segments, loss_mask), leading(mesh, "rows", shape[0]))
+    where = leading(mesh, "rows", shape[0], model.config.rules)
+    arrays = to_device((tokens, segments, loss_mask), where)
     with jax.set_mesh(mesh):
         logp = to_host(_mean_logp(model.config, params, adapters, *arrays))
     logp = logp.reshape(len(texts), most)

@@ -19,11 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 from seal_jax.lora import take
-from seal_jax.models.config import ModelConfig
+from seal_jax.models.config import ModelConfig, ParamRules
 from seal_jax.models.lora_product import Chunks, make_chunks, token_lanes
 from seal_jax.models.transformer import hidden_states, rope_tables, token_logp
 from seal_jax.optim import Optimizer, accumulate, scheduled_rate
-from seal_jax.sharding import RULES, leading, to_host
+from seal_jax.sharding import PARAM_AXES, leading, mesh_axes, num_parts, to_host
 from seal_jax.types import Adapters, InnerBatch, InnerState, Params
 
 
@@ -199,7 +199,7 @@ def make_inner_update(
         """Keep the state divided as the adapters are: else it is copied whole, or not donated."""
         if mesh is None:
             return state
-        where = leading(mesh, "adapter", state.step.shape[0])
+        where = leading(mesh, "adapter", state.step.shape[0], config.rules)
         return jax.lax.with_sharding_constraint(state, where)
 
     @jax.jit
@@ -239,7 +239,7 @@ def make_inner_update(
 
     @partial(jax.jit, donate_argnums=1)
     def run_batch(params: Params, state: InnerState, batch: InnerBatch):
-        state, losses = _on_shards(run_steps, mesh)(params, state, batch)
+        state, losses = _on_shards(run_steps, mesh, config.rules)(params, state, batch)
         return place(state), losses
 
     def inner_update(
@@ -272,47 +272,50 @@ def make_inner_update(
     return inner_update
 
 
-def _on_shards(run_steps: Callable, mesh: Mesh | None) -> Callable:
+def _on_shards(run_steps: Callable, mesh: Mesh | None, rules: ParamRules) -> Callable:
     """Return `run_steps` as every part of the mesh does it, with its own adapters and lanes."""
-    axis = RULES["adapter"]
-    if mesh is None or num_shards(mesh) == 1:
+    if mesh is None or num_shards(mesh, rules) == 1:
         return run_steps
+    axes = mesh_axes("adapter", rules)
 
     def on_shard(params: Params, state: InnerState, batch: InnerBatch):
-        first = jax.lax.axis_index(axis) * state.step.shape[0]
+        first = jax.lax.axis_index(axes) * state.step.shape[0]
         lanes = jnp.where(batch.lanes >= 0, batch.lanes - first, -1)
         return run_steps(params, state, batch._replace(lanes=lanes))
 
-    by_adapter = PartitionSpec(axis)
+    by_adapter, by_batch = PartitionSpec(axes), _batch_specs(axes)
     return jax.shard_map(
         on_shard,
         mesh=mesh,
-        in_specs=(PartitionSpec(), by_adapter, _BATCH_SPEC),
-        out_specs=(by_adapter, _BATCH_SPEC.lanes),
-        axis_names={axis},
+        in_specs=(PartitionSpec(), by_adapter, by_batch),
+        out_specs=(by_adapter, by_batch.lanes),
+        axis_names=set(axes),
         check_vma=False,
     )
 
 
-_BY_LANE, _BY_ADAPTER = PartitionSpec(None, RULES["adapter"]), PartitionSpec(RULES["adapter"])
-_BATCH_SPEC = InnerBatch(*(_BY_LANE,) * 6, *(_BY_ADAPTER,) * 3)
+def _batch_specs(axes: tuple[str, ...]) -> InnerBatch:
+    """Return how the arrays of a batch are divided over axes of the mesh."""
+    by_lane, by_adapter = PartitionSpec(None, axes), PartitionSpec(axes)
+    return InnerBatch(*(by_lane,) * 6, *(by_adapter,) * 3)
 
 
-def num_shards(mesh: Mesh) -> int:
+def num_shards(mesh: Mesh, rules: ParamRules = ()) -> int:
     """Return into how many parts `make_inner_update(mesh=mesh)` divides a population.
 
     One, where the base is divided too: XLA of JAX 0.12 aborts on a loop that is manual over one
     axis of the mesh and automatic over the others, so there the compiler divides everything.
     """
-    size = mesh.shape[RULES["adapter"]]
-    return size if size == mesh.size else 1
+    parts = {name: num_parts(mesh, name, rules) for name in ("adapter", *PARAM_AXES)}
+    apart = parts["adapter"] == mesh.size and all(parts[name] == 1 for name in PARAM_AXES)
+    return mesh.size if apart else 1
 
 
-def batch_sharding(mesh: Mesh) -> InnerBatch:
+def batch_sharding(mesh: Mesh, rules: ParamRules = ()) -> InnerBatch:
     """Return where `make_inner_update(mesh=mesh)` wants the arrays of a batch."""
-    whole = num_shards(mesh) == 1
+    axes = () if num_shards(mesh, rules) == 1 else mesh_axes("adapter", rules)
     return jax.tree.map(
-        lambda spec: NamedSharding(mesh, PartitionSpec() if whole else spec),
-        _BATCH_SPEC,
+        lambda spec: NamedSharding(mesh, spec if axes else PartitionSpec()),
+        _batch_specs(axes),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )

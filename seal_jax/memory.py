@@ -167,18 +167,19 @@ def make_at_once(
       limit: bytes to plan with on each device; `device_bytes` by default.
     """
     # The population is divided over this axis where its size allows, see sharding.leading.
-    multiple, num_shards = num_parts(mesh, "adapter"), inner_shards(mesh)
+    rules = config.rules
+    multiple, num_shards = num_parts(mesh, "adapter", rules), inner_shards(mesh, rules)
     params = shaped(params, jax.tree.map(lambda x: x.sharding, params))
     seen, number = 0, most
 
     def fresh(num_adapters: int) -> Adapters:
         init = partial(lora.init_adapters, config, rank=rank, alpha=alpha, targets=targets)
         adapters = jax.eval_shape(lambda: init(jax.random.split(jax.random.key(0), num_adapters)))
-        return shaped(adapters, leading(mesh, "adapter", num_adapters))
+        return shaped(adapters, leading(mesh, "adapter", num_adapters, rules))
 
     def needed(shape: Shape, num_adapters: int) -> float:
         batch = empty_batch(shape, num_adapters, steps_per_call, num_shards)
-        batch = shaped(batch, batch_sharding(mesh))
+        batch = shaped(batch, batch_sharding(mesh, rules))
         return resident + program_bytes(inner_update, mesh, params, fresh(num_adapters), batch)
 
     def at_once(longest: int) -> int:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seal_jax.compare import titles_of
+from seal_jax.sharding import undivided
 from seal_jax.stages import Stages, longest_row, text_limit
 from seal_jax.tasks.task import Problem
 from seal_jax.types import Params
@@ -70,6 +71,7 @@ def describe(stages: Stages, training: Sequence, held_out: Sequence) -> str:
     control = " (and once more for the random control)" if config.eval.random_control else ""
     device = jax.devices()[0]
     at_once = stages.at_once(longest_row(stages, [*used, *held_out]))
+    whole = undivided(stages.mesh, stages.model.config)
     return "\n".join(
         [
             f"SEAL on {config.model.source}: {count / 1e6:.0f}M parameters, {config.model.dtype},"
@@ -81,5 +83,6 @@ def describe(stages: Stages, training: Sequence, held_out: Sequence) -> str:
             f" adapt it, {arms * tests + controls} inner runs",
             f"  about {tokens / 1e3:.0f} thousand training tokens,"
             f" about {minutes:.0f} minutes here",
+            *([f"  {whole}"] if whole else []),
         ]
     )

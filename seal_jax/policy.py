@@ -279,7 +279,7 @@ def make_policy_update(
     ) -> tuple[TrainState, list[float]]:
         """Return the state after all batches, and their losses; the last is nan if one failed."""
         everywhere = replicated(mesh)
-        by_row = leading(mesh, "batch", microbatch_size, before=1)
+        by_row = leading(mesh, "batch", microbatch_size, config.rules, before=1)
         penalties = to_device(Penalties(np.float32(kl), np.float32(entropy_coef)), everywhere)
         trained, frozen, scale, opt_state = start(state, step)
         losses = []
@@ -366,7 +366,7 @@ def _used_rows(settings: _Settings, advantages: np.ndarray) -> np.ndarray:
 def _make_score(settings: _Settings) -> Callable[..., list[np.ndarray]]:
     """Return `score(params, head, rollout)`: log p and values, f32[B T] each, on the host."""
     size = settings.microbatch_size
-    by_row = leading(settings.mesh, "batch", size)
+    by_row = leading(settings.mesh, "batch", size, settings.config.rules)
 
     @jax.jit
     def score_rows(params: Params, head: Params | None, tokens, loss_mask):

@@ -20,6 +20,7 @@ from jax._src import clusters, distributed  # JAX has no public door to these tw
 # Slices start their machines one after the other.
 TIMEOUT = 600.0  # seconds
 _PATIENCE = 10.0  # seconds for an answer that should come at once
+_MOMENT = 500  # milliseconds, for an answer that is there
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -208,6 +209,11 @@ def is_first() -> bool:
     return not distributed.global_state.process_id
 
 
+def num_processes() -> int:
+    """Return how many processes this run has."""
+    return distributed.global_state.num_processes or 1
+
+
 def exchange(topic: str, text: str, timeout: float | None = None) -> list[str]:
     """Return what every process says, in their order. All of them call it, in the same order.
 
@@ -226,7 +232,8 @@ def exchange(topic: str, text: str, timeout: float | None = None) -> list[str]:
     deadline, said, silent = time.monotonic() + timeout, [], []
     client.key_value_set(f"seal_jax/{turn}/{topic}/{state.process_id}", text)
     for index in range(state.num_processes):
-        left = max(1, int(1000 * (deadline - time.monotonic())))
+        # Those behind a silent one have long spoken, if at all: a moment to hear them.
+        left = max(_MOMENT, int(1000 * (deadline - time.monotonic())))
         try:
             said.append(client.blocking_key_value_get(f"seal_jax/{turn}/{topic}/{index}", left))
         except jax.errors.JaxRuntimeError as error:
@@ -268,15 +275,16 @@ def exchange_shares(
       make: (which of them) -> those values, of what JSON can hold; infinities and NaN, too.
 
     Raises:
-      ValueError, OSError: that `make` raised on any process, on every one.
+      ValueError: what `make` raised on any process (a ValueError, an OSError or an ImportError), on
+        every one. Alone, a process raises it as it is.
     """
-    count, me = distributed.global_state.num_processes or 1, distributed.global_state.process_id
+    count, me = num_processes(), distributed.global_state.process_id
     if count == 1:
         return make(list(range(len(owners))))
     mine: dict[str, Any] = {}
     try:
         mine["values"] = make([i for i, owner in enumerate(owners) if owner == me])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         mine["error"] = f"process {me}: {error}"
     said = [json.loads(text) for text in exchange(topic, json.dumps(mine))]
     if errors := [one["error"] for one in said if "error" in one]:
@@ -297,7 +305,7 @@ def spread(costs: Sequence[float], count: int | None = None, most: int | None = 
       count: how many there are to do it; the processes by default.
       most: how many pieces each can have.
     """
-    count = count or distributed.global_state.num_processes or 1
+    count = count or num_processes()
     owners, load, room = [0] * len(costs), [0.0] * count, [most or len(costs)] * count
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owners[i] = min((k for k in range(count) if room[k]), key=load.__getitem__)

@@ -25,7 +25,7 @@ from seal_jax.objectives import make_objective
 from seal_jax.optim import make_optimizer
 from seal_jax.policy import Penalties, TrainRows, make_policy_update, state_shapes
 from seal_jax.self_edit import LONGEST, bucket_of
-from seal_jax.sharding import leading, param_shardings, replicated
+from seal_jax.sharding import leading, num_parts, param_shardings, replicated
 from seal_jax.stages import optimizer_arguments, row_tokens
 from seal_jax.types import InnerBatch, Params
 
@@ -74,7 +74,7 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> 
 
 def num_adapters(config: ConfigDict, mesh: Mesh) -> int:
     """Return how many adapters the inner step is compiled for; those that -1 finds are counted."""
-    shards = mesh.shape["data"]
+    shards = num_parts(mesh, "adapter", tuple(config.sharding.items()))
     wanted = config.inner.max_adapters
     return shards if wanted == -1 else -(-wanted // shards) * shards
 
@@ -87,8 +87,9 @@ def _traced(function: Any, *arguments: Any, **options: Any) -> dict[str, Callabl
     }
 
 
-def _rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=leading(mesh, "rows", shape[0]))
+def _rows(model: Model, mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    where = leading(mesh, "rows", shape[0], model.config.rules)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
 
 def _writing(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> Iterator[Program]:
@@ -96,7 +97,7 @@ def _writing(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> 
     section = config.sample
     B = min(section.max_rows, config.outer.problems_per_step * section.num_edits)
     P, S = -(-B // 4), bucket_of(min(lengths.longest_passage, model.config.max_length))
-    prompts = _rows(mesh, P, S), _rows(mesh, P)
+    prompts = _rows(model, mesh, P, S), _rows(model, mesh, P)
     yield Program(
         "prefill",
         **_traced(decode.prefill, model.config, model.params, None, *prompts, mesh=mesh),
@@ -110,7 +111,9 @@ def _writing(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> 
     empty = (model.config, dtype, B, slots, section.max_tokens, 0, mesh)
     rows = jax.eval_shape(partial(decode.no_rows, *empty))
     cache = shaped(rows.cache, decode.cache_sharding(model.config, mesh, B))
-    rows = shaped(rows._replace(cache=()), leading(mesh, "rows", B))._replace(cache=cache)
+    rows = shaped(rows._replace(cache=()), leading(mesh, "rows", B, model.config.rules))._replace(
+        cache=cache
+    )
     stop_ids = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=replicated(mesh))
     num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     arguments = (model.config, model.params, None, rows, stop_ids, num_steps)
@@ -143,13 +146,14 @@ def _inner_step(
         lora.init_adapters, model.config, rank=inner.rank, alpha=inner.alpha, targets=inner.targets
     )
     adapters = jax.eval_shape(lambda: init(jax.random.split(jax.random.key(0), A)))
-    adapters = shaped(adapters, leading(mesh, "adapter", A))
+    adapters = shaped(adapters, leading(mesh, "adapter", A, model.config.rules))
     longest = row_tokens(config, lengths.longest_passage, model.config.max_length)
     shape = largest_shapes(longest, inner.tokens_per_step)[-1]
-    batch = empty_batch(shape, A, inner.steps_per_call, num_shards(mesh))
-    batch = shaped(batch, batch_sharding(mesh))
+    shards = num_shards(mesh, model.config.rules)
+    batch = empty_batch(shape, A, inner.steps_per_call, shards)
+    batch = shaped(batch, batch_sharding(mesh, model.config.rules))
     arguments = base, adapters, InnerBatch(*batch)
-    lanes = batch.lanes.shape[1] // num_shards(mesh)
+    lanes = batch.lanes.shape[1] // shards
     return Program(
         "inner step",
         jaxpr=lambda: jax.make_jaxpr(lambda p, a, b: update(p, a, [b]))(*arguments),
@@ -158,7 +162,9 @@ def _inner_step(
         steps=inner.steps_per_call,
         size=A,
         key="inner.max_adapters",
-        each=adapter_bytes(adapters, optimizer, inner.accumulation) * mesh.shape["data"] // A,
+        each=adapter_bytes(adapters, optimizer, inner.accumulation)
+        * num_parts(mesh, "adapter", model.config.rules)
+        // A,
     )
 
 
@@ -171,9 +177,13 @@ def _scoring(
         lora.init_adapters, model.config, rank=inner.rank, alpha=inner.alpha, targets=inner.targets
     )
     adapters = jax.eval_shape(lambda: init(jax.random.split(jax.random.key(0), A)))
-    adapters = shaped(adapters, leading(mesh, "adapter", A))
+    adapters = shaped(adapters, leading(mesh, "adapter", A, model.config.rules))
     shape = (A * lengths.num_questions, bucket_of(lengths.question + config.answer.max_tokens))
-    arrays = _rows(mesh, *shape), _rows(mesh, *shape), _rows(mesh, *shape, dtype=jnp.bool_)
+    arrays = (
+        _rows(model, mesh, *shape),
+        _rows(model, mesh, *shape),
+        _rows(model, mesh, *shape, dtype=jnp.bool_),
+    )
     return Program(
         "scoring",
         **_traced(evaluate._mean_logp, model.config, base, adapters, *arrays),
@@ -227,7 +237,7 @@ def _policy_update(config: ConfigDict, model: Model, mesh: Mesh, lengths: Length
         *(array(n, m, T) for _ in range(5)),
         array(n, m),
     )
-    rows = shaped(rows, leading(mesh, "batch", m, before=1))
+    rows = shaped(rows, leading(mesh, "batch", m, model.config.rules, before=1))
     count = array(dtype=jnp.int32)
     arguments = (rows, Penalties(array(), array()), count, count)
     return Program(

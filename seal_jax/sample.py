@@ -101,7 +101,9 @@ def generate(
     so_far: dict[int, list[int]] = {}  # what the rows at work have written
 
     def placed(arrays):
-        return to_device(arrays, leading(mesh, "rows", len(jax.tree.leaves(arrays)[0])))
+        return to_device(
+            arrays, leading(mesh, "rows", len(jax.tree.leaves(arrays)[0]), config.rules)
+        )
 
     with_params = config, params, adapters
     slots = grown(S + _CHUNK, plan.most_slots)
@@ -175,7 +177,8 @@ def _make_room(
     if min(needed, plan.most_slots) <= slots:
         return rows, slots
     slots = grown(needed, plan.most_slots)
-    index = to_device(np.arange(at.size, dtype=np.int32), leading(mesh, "rows", at.size))
+    where = leading(mesh, "rows", at.size, config.rules)
+    index = to_device(np.arange(at.size, dtype=np.int32), where)
     return move(config, rows, index, mesh=mesh, num_slots=slots), slots
 
 

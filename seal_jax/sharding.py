@@ -14,17 +14,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from seal_jax.models.config import ModelConfig, ParamRules
 from seal_jax.types import Params
 
-# Logical axis -> mesh axis. Models never name the mesh. Those of the parameters are defaults: the
-# config's section `sharding` has them too, and a ModelConfig has its `rules`.
+# Logical axis -> axes of the mesh, as in the config's section `sharding`, which may have others:
+# they are a ModelConfig's `rules`. Models never name the mesh.
 RULES = {
-    "adapter": "data",
-    "rows": "data",
-    "batch": ("data", "fsdp"),  # of rows that train the policy
+    "adapter": "data",  # of a population
+    "rows": "data",  # of texts that are written, or scored
+    "batch": "data fsdp",  # of rows that train the policy
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
     "mlp": "tensor",
 }
+AXES = ("data", "fsdp", "tensor")  # of a mesh
+PARAM_AXES = ("embed", "vocab", "heads", "mlp")
 # The logical axes of each kernel [in out], by the name of its linear map.
 KERNELS = {
     "q_proj": ("embed", "heads"),
@@ -60,14 +62,12 @@ def make_mesh(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {num_devices} devices"
         )
     # Auto: the compiler propagates shardings. Explicit axes, the default, refuse plain indexing.
-    axes, types = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
-    return jax.make_mesh(tuple(sizes), axes, types, devices=devices)
+    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
 def mesh_axes(logical: str, rules: ParamRules = ()) -> tuple[str, ...]:
     """Return the axes of the mesh that divide a logical one; none leaves it whole."""
-    axes = dict(rules).get(logical, RULES[logical])
-    return tuple(axes.split()) if isinstance(axes, str) else axes
+    return tuple(dict(rules).get(logical, RULES[logical]).split())
 
 
 def num_parts(mesh: Mesh, logical: str, rules: ParamRules = ()) -> int:
@@ -99,6 +99,17 @@ def check_divides(mesh: Mesh, config: ModelConfig) -> None:
             raise ValueError(f"{found} does not divide the {size} {what}")
 
 
+def undivided(mesh: Mesh, config: ModelConfig) -> str:
+    """Return what to say where the vocabulary, which `check_divides` lets pass, stays whole, or ''.
+
+    Vocabularies have odd sizes, and an embedding that every device has is no mistake.
+    """
+    parts, size = num_parts(mesh, "vocab", config.rules), config.vocab_size
+    if size % parts == 0:
+        return ""
+    return f"every device has the whole vocabulary: {parts} parts do not divide its {size:,} tokens"
+
+
 def param_shardings(mesh: Mesh, params: Params, rules: ParamRules = ()):
     """Return the sharding of every parameter, or of what an optimizer keeps for it.
 
@@ -120,13 +131,16 @@ def param_shardings(mesh: Mesh, params: Params, rules: ParamRules = ()):
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def leading(mesh: Mesh, logical: str, size: int, before: int = 0) -> NamedSharding:
+def leading(
+    mesh: Mesh, logical: str, size: int, rules: ParamRules = (), before: int = 0
+) -> NamedSharding:
     """Return the sharding of arrays [... logical ...], whole where the axis does not divide it.
 
     Args:
+      rules: of `ModelConfig.rules`.
       before: the number of axes before it.
     """
-    return NamedSharding(mesh, PartitionSpec(*[None] * before, divided(mesh, logical, size)))
+    return NamedSharding(mesh, PartitionSpec(*[None] * before, divided(mesh, logical, size, rules)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -23,7 +23,7 @@ from seal_jax.metrics import progress
 from seal_jax.models.known import config_of
 from seal_jax.plan import EFFICIENCY, matmul_rate
 from seal_jax.programs import Lengths, Program, model_shapes, programs
-from seal_jax.sharding import check_divides, make_mesh
+from seal_jax.sharding import check_divides, make_mesh, undivided
 from seal_jax.stages import resident_bytes
 
 _ADVICE = {
@@ -89,6 +89,7 @@ def plan_slice(config: ConfigDict, topology: str, lengths: Lengths) -> tuple[lis
         f"each device has {_gb(chip.memory)}, {_gb(limit)} of it to use; {_gb(resident)} are taken"
         " by what stays: the first policy, the trained one's optimizer",
         *_table(costs),
+        *([whole] if (whole := undivided(mesh, model.config)) else []),
         *([] if topology != "here" else [_reported(mesh.local_devices[0])]),
         *_run(config, costs, lengths, limit),
     ]

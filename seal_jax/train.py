@@ -57,6 +57,7 @@ from seal_jax.peft import is_peft, load_peft
 from seal_jax.plan import describe
 from seal_jax.policy import init_train_state, make_policy_update
 from seal_jax.preemption import stop_if_told
+from seal_jax.problems import split_problems, take_problems
 from seal_jax.processes import ask_first, exchange, timeout_seconds
 from seal_jax.record import (
     Clock,
@@ -103,7 +104,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     objective = configured_objective(config)
     stages = make_stages(config)
     check_rewards(stages)
-    train_problems, eval_problems = split_problems(stages)
+    train_problems, eval_problems = split_problems(config, stages.task)
     check_prompts(stages, [*train_problems, *eval_problems])
     claim_workdir(config, workdir)
     claim_model(workdir, stages.model, config.model.dtype)
@@ -156,7 +157,7 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> dict[str, 
     """
     ask_first("workdir", lambda: check_workdir(config, workdir))
     stages = make_stages(config)
-    _, held_out = split_problems(stages)
+    _, held_out = split_problems(config, stages.task)
     with jax.transfer_guard("disallow"):
         base = stages.model.params
         policies = {"base": base, "seal": load_policy(stages, base, policy)}
@@ -425,32 +426,6 @@ def claim_workdir(config: ConfigDict, workdir: str) -> None:
             f"--workdir {workdir}: process {', '.join(apart)} does not see what process 0 writes"
             " there; all need the same folder (NFS, or a mounted bucket)"
         )
-
-
-def split_problems(stages: Stages) -> tuple[list, list]:
-    """Return train and evaluation problems, as many as the config asks for.
-
-    Raises:
-      ValueError: the source has fewer.
-    """
-    config = stages.config
-    training, held_out = stages.task.load("train"), stages.task.load("eval")
-    wanted = config.outer.problems_per_step * config.outer.num_steps
-    if len(training) < wanted:
-        raise ValueError(
-            f"outer.num_steps x outer.problems_per_step asks for {wanted} training problems;"
-            f" the task has {len(training)}"
-        )
-    if len(held_out) < config.eval.num_problems:
-        raise ValueError(
-            f"eval.num_problems = {config.eval.num_problems}; the task has {len(held_out)}"
-        )
-    return training[:wanted], held_out[: config.eval.num_problems]
-
-
-def take_problems(problems: Sequence, step: int, count: int) -> Sequence:
-    """Return the problems of an outer step: fresh ones in each."""
-    return problems[step * count : (step + 1) * count]
 
 
 def save_state(

@@ -16,6 +16,7 @@ from seal_jax.cli import main
 from seal_jax.config import load_config
 from seal_jax.metrics import read_jsonl
 from seal_jax.models import load_model
+from seal_jax.problems import split_problems
 from seal_jax.stages import (
     baseline_accuracy,
     check_prompts,
@@ -28,7 +29,6 @@ from seal_jax.stages import (
 from seal_jax.tasks.arc.augmentations import GROUPS
 from seal_jax.tasks.arc.small import CHOICES, self_edit_text
 from seal_jax.tasks.task import Rejected, SelfEdit
-from seal_jax.train import split_problems
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -49,7 +49,7 @@ RANDOM = (
 def arc(one_device):
     """Return the stages of configs/arc_tiny.py with a random model, and its training problems."""
     stages = make_stages(load_config(CONFIG, RANDOM))
-    return stages, split_problems(stages)[0]
+    return stages, split_problems(stages.config, stages.task)[0]
 
 
 def settings(count):
@@ -113,7 +113,7 @@ def test_one_long_text_takes_no_more_than_its_budget(arc):
 
 def test_texts_beyond_the_model_are_refused_at_the_door(one_device):
     stages = make_stages(load_config(CONFIG, [*RANDOM, "task.max_tokens=1025"]))
-    problems, _ = split_problems(stages)
+    problems, _ = split_problems(stages.config, stages.task)
     with pytest.raises(ValueError, match="task.max_tokens = 1,025: expected at most 1,024"):
         check_prompts(stages, problems)
 
@@ -122,7 +122,7 @@ def test_constrained_self_edits_are_all_valid(one_device):
     pytest.importorskip("llguidance")
     options = [*RANDOM, "sample.constrained=True", "sample.max_tokens=320"]
     stages = make_stages(load_config(CONFIG, options))
-    batch = split_problems(stages)[0][:2]
+    batch = split_problems(stages.config, stages.task)[0][:2]
     with jax.transfer_guard("disallow"):
         _, texts = write_edits(stages, stages.model.params, batch, 0, 3, "constrained")
     edits = [edit for row in parse(stages, batch, texts) for edit in row]
@@ -150,7 +150,7 @@ def test_a_step_is_logged_without_hundreds_of_texts(one_device, tmp_path):
     assert all(row["num_training_texts"] == 0 and row["training_texts"] == [] for row in rows)
     (metrics,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert metrics["edits/rejected"] == 4
-    problems, _ = split_problems(stages)
+    problems, _ = split_problems(stages.config, stages.task)
     with jax.transfer_guard("disallow"):
         assert baseline_accuracy(stages, stages.model.params, problems[:2]) == [0.0, 0.0]
 

@@ -94,6 +94,7 @@ def test_every_key_refuses_nan_infinity_and_another_type(key):
         ("mesh.fsdp", -1, ["mesh.data and mesh.fsdp = -1"]),
         ("sharding.embed", "data", ["'fsdp tensor'"]),
         ("sharding.mlp", "fsdp tensor", ["sharding.embed and sharding.mlp = 'fsdp'"]),
+        ("sharding.rows", "data tensor", ["sharding.rows and sharding.vocab = 'tensor'"]),
         ("inner.learning_rte", 1.0, ["unknown key", "'inner.learning_rate'"]),
         ("inner.optimiser", None, ["unknown key", "'inner.optimizer'"]),
         ("outer.num_seeds", 3, ["unknown key", "'inner.num_seeds'"]),

@@ -129,7 +129,7 @@ def test_one_who_says_nothing_is_named_and_holds_nobody(port):
     silent.send_signal(signal.SIGKILL)
     silent.communicate()
     assert code != 0
-    assert "size: process 0 of 2 said nothing for 1 s" in err
+    assert "size: process 0 of 2 said nothing for 1 s" in err, err
 
 
 def test_somebody_who_looks_at_ports_is_not_a_process(port):

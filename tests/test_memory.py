@@ -25,9 +25,9 @@ from seal_jax.memory import (
 from seal_jax.metrics import read_jsonl
 from seal_jax.optim import make_optimizer
 from seal_jax.plan import describe
+from seal_jax.problems import split_problems
 from seal_jax.sharding import leading, make_mesh, param_shardings
 from seal_jax.stages import make_stages
-from seal_jax.train import split_problems
 
 pytest_plugins = ["tiny_fixtures"]
 # Every test below waits for a compiler: one layer, and often the smallest optimizer.
@@ -174,7 +174,8 @@ def test_a_run_that_counts_for_itself_gives_what_a_fixed_number_gives(
 ):
     config = load_config(TINY_CONFIG, ("inner.max_adapters=-1", "outer.num_steps=1"))
     stages = make_stages(config)
-    assert "8 inner runs, up to 8 at once" in describe(stages, *split_problems(stages))
+    problems = split_problems(config, stages.task)
+    assert "8 inner runs, up to 8 at once" in describe(stages, *problems)
     assert "inner loop: 8 adapters at once" in capsys.readouterr().out
     run_loop(config, tmp_path)
     expected = read_jsonl(finished / "edits.jsonl")[:4]  # of the first step

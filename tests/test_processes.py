@@ -115,7 +115,9 @@ SPEAK = """
 import sys
 from seal_jax.start import start_jax
 start_jax()
+from seal_jax.problems import read_problems
 from seal_jax.processes import ask_first, exchange_shares, is_first, least
+from seal_jax.tasks import make_task
 size = 8_000_000
 assert ask_first("text", lambda: "x" * size if is_first() else None) == "x" * size
 numbers = [1.5, float("inf"), None, 0.1]
@@ -124,6 +126,15 @@ for turn in range(50):
     shares = exchange_shares("shares", [1, 0, 0, 1], lambda mine: [10 * i for i in mine])
     assert shares == [0, 10, 20, 30]
 assert least("room", 3.25 if is_first() else 0.1) == 0.1
+task = make_task("knowledge")
+for split in ("train", "eval"):
+    assert read_problems(task, split) == task.load(split)
+try:
+    read_problems(make_task("facts", seed=int(is_first())), "train")
+except ValueError as error:
+    assert "processes read different 'train' problems" in str(error), error
+else:
+    sys.exit("no error")
 def fail(mine):
     raise OSError("no such thing") if mine == [1] else ValueError("nobody's")
 try:

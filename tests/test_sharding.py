@@ -12,7 +12,7 @@ from one_device import one_device_mesh
 from tiny_run import CONFIG as TINY_CONFIG
 from tiny_run import run_loop
 
-from seal_jax import keys, lora
+from seal_jax import keys, lora, sharding
 from seal_jax.bench.timing import count_compiles
 from seal_jax.config import load_config
 from seal_jax.draw import make_settings
@@ -44,6 +44,13 @@ CONFIG = ModelConfig(
     max_length=256,
 )
 NUM_ADAPTERS = 8
+# What divides the rest of a run, beside the model as it is by default ...
+MORE_ROWS = (("rows", "data fsdp"), ("adapter", "data fsdp"), ("batch", "fsdp tensor"))
+# ... and a model that every device has whole.
+WHOLE = (
+    *((name, "data fsdp tensor") for name in ("adapter", "rows", "batch")),
+    *((name, "") for name in sharding.PARAM_AXES),
+)
 RULES = (("embed", ""), ("vocab", "fsdp tensor"), ("heads", "fsdp"), ("mlp", "tensor"))
 MESHES = {
     "data=8": {"data": 8},
@@ -75,10 +82,10 @@ def inner_arguments(model, mesh):
     ]
     batches = pack(
         jobs,
-        tokens_per_step=512 // num_shards(mesh),
+        tokens_per_step=512 // num_shards(mesh, model.config.rules),
         steps_per_call=4,
         pad_id=model.tokenizer.pad_id,
-        num_shards=num_shards(mesh),
+        num_shards=num_shards(mesh, model.config.rules),
         shortest=32,
     )
     init = jax.jit(
@@ -89,8 +96,8 @@ def inner_arguments(model, mesh):
     adapters = init(keys.fold([(i,) for i in range(NUM_ADAPTERS)]))
     return (
         to_device(model.params, param_shardings(mesh, model.params, model.config.rules)),
-        to_device(adapters, leading(mesh, "adapter", NUM_ADAPTERS)),
-        [to_device(batch, batch_sharding(mesh)) for batch in batches],
+        to_device(adapters, leading(mesh, "adapter", NUM_ADAPTERS, model.config.rules)),
+        [to_device(batch, batch_sharding(mesh, model.config.rules)) for batch in batches],
     )
 
 
@@ -147,9 +154,30 @@ def test_eight_devices_give_what_one_gives(model, expected, sizes):
     assert_same(compute(model, make_mesh(**sizes)), expected)
 
 
-def test_other_rules_give_the_same_numbers(model, expected):
-    divided = model._replace(config=dataclasses.replace(CONFIG, rules=RULES))
+@pytest.mark.parametrize("rules", [RULES, MORE_ROWS, WHOLE], ids=["model", "rows", "whole"])
+def test_other_rules_give_the_same_numbers(model, expected, rules):
+    divided = model._replace(config=dataclasses.replace(CONFIG, rules=rules))
     assert_same(compute(divided, make_mesh(data=2, fsdp=2, tensor=2)), expected)
+
+
+def test_the_configs_rules_are_the_tables():
+    assert dict(load_config(TINY_CONFIG).sharding) == sharding.RULES
+
+
+@pytest.mark.parametrize(
+    ("rules", "shards"),
+    [
+        ((), 1),  # the base is divided
+        (WHOLE, 8),
+        (MORE_ROWS, 1),
+        ((*WHOLE, ("adapter", "data fsdp")), 1),  # some of the devices would do the same
+    ],
+)
+def test_a_population_falls_apart_where_every_device_has_the_whole_base(rules, shards):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    assert num_shards(mesh, rules) == shards
+    spec = batch_sharding(mesh, rules).tokens.spec
+    assert spec == (PartitionSpec() if shards == 1 else PartitionSpec(None, sharding.AXES))
 
 
 def test_the_configs_rules_place_the_model():
@@ -195,6 +223,10 @@ def test_the_parts_of_a_population_do_not_talk(model):
         # The model has 4 heads.
         pytest.param(("mesh.data=1", "mesh.tensor=8", "sharding.heads="), marks=pytest.mark.long),
         pytest.param(("mesh.tensor=2", "outer.update=full"), marks=pytest.mark.long),
+        pytest.param(
+            ("mesh.fsdp=2", "sharding.rows=data fsdp", "sharding.adapter=fsdp", "sharding.batch="),
+            marks=pytest.mark.long,
+        ),
     ],
     ids=" ".join,
 )
@@ -260,6 +292,12 @@ def test_a_size_that_its_axis_does_not_divide_stays_whole():
     assert leading(mesh, "rows", 3).spec == PartitionSpec("data")
     assert leading(make_mesh(), "adapter", 16).spec == PartitionSpec("data")
     assert leading(make_mesh(), "adapter", 12).spec == PartitionSpec(None)
+
+
+def test_a_vocabulary_that_stays_whole_is_said():
+    mesh, odd = make_mesh(tensor=4), dataclasses.replace(CONFIG, vocab_size=258)
+    assert sharding.undivided(mesh, CONFIG) == ""
+    assert "4 parts do not divide its 258 tokens" in sharding.undivided(mesh, odd)
 
 
 def test_a_models_rules_go_before_the_table(model):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from seal_jax.tasks.sources import load_passages, load_problems, make_problem
-from seal_jax.tasks.task import Exam, Problem, Question
+from seal_jax.tasks.task import Exam, Problem, Question, join_shares
 
 LAKE = {
     "title": "Lake",
@@ -76,6 +76,14 @@ def brief(problems: list[tuple[Problem, Exam]]) -> list:
     ]
 
 
+def assert_shares_are_whole(source: str, split: str) -> None:
+    """Check that what several processes read, put together, is what one reads."""
+    whole = load_problems(source, split)
+    for n in (1, 2, 3, 7):
+        shares = [load_problems(source, split, (i, n)) for i in range(n)]
+        assert join_shares(shares) == whole
+
+
 def write(path, content) -> str:
     path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
     return str(path)
@@ -113,6 +121,7 @@ def test_json_with_splits_and_a_byte_order_mark(tmp_path):
 def test_squads_own_file(tmp_path):
     path = write(tmp_path / "train-v1.1.json", SQUAD)
     assert brief(load_problems(path, "eval")) == CAFE
+    assert_shares_are_whole(path, "eval")
 
 
 def test_duplicates_are_merged_in_order(tmp_path):
@@ -126,6 +135,7 @@ def test_duplicates_are_merged_in_order(tmp_path):
         ("Hill_1", HILL["context"], [("How is it?", "high"), ("What color?", "green")]),
         ("Loch", LAKE["context"], [("How is it?", "deep")]),
     ]
+    assert_shares_are_whole(path, "train")
 
 
 def test_ids_are_stable_unique_and_plain():
@@ -251,6 +261,7 @@ def test_hf_saved_to_disk(tmp_path, datasets):
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "dict")
     assert brief(load_problems(f"hf:{tmp_path}/dict", "train")) == read_back("train")
     assert brief(load_problems(f"hf:{tmp_path}/dict", "eval")) == read_back("validation")
+    assert_shares_are_whole(f"hf:{tmp_path}/dict", "train")
 
     splits["train"].save_to_disk(tmp_path / "single")
     for split in ("train", "eval"):
@@ -346,6 +357,7 @@ def test_tfds_without_tensorflow(tmp_path, file_format):
 
     assert brief(load_problems(f"tfds:tiny_squad@{folder}", "train")) == read_back("train")
     assert brief(load_problems(f"tfds:tiny_squad@{folder}", "eval")) == read_back("validation")
+    assert_shares_are_whole(f"tfds:tiny_squad@{folder}", "train")
     grouped = load_problems(f"tfds:tiny_groups@{folder}", "train")
     assert grouped == load_problems(write(tmp_path / "a.json", [HILL, LAKE]), "train")
     with pytest.raises(ValueError, match="looked for validation, eval, test, dev; it has train"):

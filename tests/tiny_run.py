@@ -113,11 +113,12 @@ def run_loop(config, folder):
     """Run the outer loop in this process, without the final comparison; returns its stages."""
     import jax
 
+    from seal_jax.problems import split_problems
     from seal_jax.stages import make_stages
-    from seal_jax.train import configured_objective, run_outer_loop, split_problems
+    from seal_jax.train import configured_objective, run_outer_loop
 
     stages, objective = make_stages(config), configured_objective(config)
-    problems, held_out = split_problems(stages)
+    problems, held_out = split_problems(stages.config, stages.task)
     with jax.transfer_guard("disallow"):
         base = stages.model.params
         run_outer_loop(

@@ -24,6 +24,7 @@ from seal_jax.bench.timing import machine
 from seal_jax.config import default_config, validate
 from seal_jax.keys import EVAL_STEP
 from seal_jax.metrics import read_jsonl, write_json
+from seal_jax.problems import split_problems
 from seal_jax.stages import Stages, inner_base, inner_runs, make_stages
 from seal_jax.tasks.task import Exam, Problem
 from seal_jax.train import (
@@ -32,7 +33,6 @@ from seal_jax.train import (
     configured_objective,
     examine,
     run_outer_loop,
-    split_problems,
 )
 
 # What an objective changes of the config below, each chosen on seeds that are not reported.
@@ -124,7 +124,7 @@ def run(
     for seed in seeds:
         make = partial(make_config, source, seed=seed, num_steps=num_steps)
         stages = make_stages(make(algorithms[0]))
-        training, held_out = split_problems(stages)
+        training, held_out = split_problems(stages.config, stages.task)
         with jax.transfer_guard("disallow"):
             before = _start(stages, held_out, folder / f"start_{seed}.json")
             best.append(before["best_possible"])

@@ -276,8 +276,8 @@ def splash_attention(
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     auto = {name for name, kind in types if kind == AxisType.Auto}
     if auto:
-        rows, heads = divided(mesh, "rows", B), divided(mesh, "heads", k.shape[1], rules)
-        rows = rows if auto.issuperset(mesh_axes("rows")) else None
+        rows, heads = divided(mesh, "rows", B, rules), divided(mesh, "heads", k.shape[1], rules)
+        rows = rows if auto.issuperset(mesh_axes("rows", rules)) else None
         heads = heads if auto.issuperset(mesh_axes("heads", rules)) else None
         by_head, by_row = PartitionSpec(rows, heads), PartitionSpec(rows)
         kernel = jax.shard_map(

@@ -87,6 +87,10 @@ class Knowledge:
         """Return the problems of 'train' or 'eval' with their exams, in the source's order."""
         return load_problems(self.source, split)
 
+    def load_share(self, split: str, share: tuple[int, int]) -> list[tuple[Problem, Exam]]:
+        """Return what one of several processes reads of them."""
+        return load_problems(self.source, split, share)
+
     def edit_prompt(self, problem: Problem) -> str:
         """Return the prompt that asks for a self-edit in this task's style."""
         passage = f"Passage:\n{problem.title}\n{problem.passage}"

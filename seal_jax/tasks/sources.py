@@ -31,7 +31,9 @@ SPLIT_NAMES = {"train": ("train",), "eval": ("validation", "eval", "test", "dev"
 FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
-def load_problems(source: str, split: str) -> list[tuple[Problem, Exam]]:
+def load_problems(
+    source: str, split: str, share: tuple[int, int] = (0, 1)
+) -> list[tuple[Problem, Exam]]:
     """Load the problems of a split with their exams, in the order in which the source has them.
 
     Passages that occur more than once become one problem with all their questions; a question that
@@ -41,6 +43,8 @@ def load_problems(source: str, split: str) -> list[tuple[Problem, Exam]]:
         source: 'builtin', 'json:PATH' (or a path ending in .json), 'hf:NAME_OR_PATH[:CONFIG]' or
             'tfds:NAME[@DATA_DIR]'. A JSON list, or a file without splits, serves both splits.
         split: 'train' or 'eval'. For a library, 'eval' is 'validation', else 'eval', 'test', 'dev'.
+        share: (i, n), only what the i-th of n equal parts of the source's items has, which may be
+            nothing, or some of a problem's questions; see `task.join_shares`.
 
     Raises:
         ValueError: the source, the split or an item is not what is described above.
@@ -53,22 +57,22 @@ def load_problems(source: str, split: str) -> list[tuple[Problem, Exam]]:
         text = (
             importlib.resources.files("seal_jax.tasks").joinpath("passages.json").read_text("utf-8")
         )
-        items = _json_items(_parse_json(text, "builtin"), "builtin", split)
+        items = _json_items(_parse_json(text, "builtin"), "builtin", split, share)
     elif kind == "json" and colon:
-        items = _json_items(_parse_json(_read_text(rest), rest), rest, split)
+        items = _json_items(_parse_json(_read_text(rest), rest), rest, split, share)
     elif kind == "hf" and rest:
-        items = _hf_items(rest, split)
+        items = _hf_items(rest, split, share)
     elif kind == "tfds" and rest:
-        items = _tfds_items(rest, split)
+        items = _tfds_items(rest, split, share)
     elif source.endswith(".json"):
-        items = _json_items(_parse_json(_read_text(source), source), source, split)
+        items = _json_items(_parse_json(_read_text(source), source), source, split, share)
     else:
         raise ValueError(
             f"unknown source {source!r}: expected 'builtin', 'json:PATH', "
             "'hf:NAME_OR_PATH[:CONFIG]' or 'tfds:NAME[@DATA_DIR]'"
         )
     problems = _group(items)
-    if not problems:
+    if not problems and share == (0, 1):
         raise ValueError(f"{source}: the {split!r} split holds no problem with a question")
     return problems
 
@@ -243,11 +247,20 @@ def _parse_json(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON that can be read: nested too deeply") from None
 
 
-def _json_items(content: Any, where: str, split: str) -> list[tuple[str, Any]]:
+def _part(size: int, share: tuple[int, int]) -> range:
+    """Return the i-th of n equal parts of so many items."""
+    i, n = share
+    return range(size * i // n, size * (i + 1) // n)
+
+
+def _json_items(
+    content: Any, where: str, split: str, share: tuple[int, int]
+) -> list[tuple[str, Any]]:
     """Return (where, item) pairs of a JSON file of any of the three accepted forms."""
     name = ""
     if isinstance(content, Mapping) and "data" in content:
-        return _squad_items(content["data"], where)
+        items = _squad_items(content["data"], where)
+        return [items[index] for index in _part(len(items), share)]
     if isinstance(content, Mapping) and SPLIT_NAMES.keys() & content.keys():
         if split not in content:
             raise ValueError(f"{where}: no split {split!r}; found {_describe(content)}")
@@ -257,7 +270,7 @@ def _json_items(content: Any, where: str, split: str) -> list[tuple[str, Any]]:
             f"{where}: expected a list of {{title, context, questions}}, an object with 'train' "
             f"and 'eval' lists of them, or SQuAD's {{data: [...]}}; found {_describe(content)}"
         )
-    return [(f"{where}: {name}[{index}]", item) for index, item in enumerate(content)]
+    return [(f"{where}: {name}[{index}]", content[index]) for index in _part(len(content), share)]
 
 
 def _squad_items(data: Any, where: str) -> list[tuple[str, Any]]:
@@ -309,7 +322,7 @@ def _pick_split(available: Iterable[str], split: str, source: str) -> str:
     )
 
 
-def _hf_items(reference: str, split: str) -> Iterable[tuple[str, Any]]:
+def _hf_items(reference: str, split: str, share: tuple[int, int]) -> Iterable[tuple[str, Any]]:
     source = f"hf:{reference}"
     datasets = _library("datasets", source)
     name, _, config = reference.rpartition(":")
@@ -335,10 +348,12 @@ def _hf_items(reference: str, split: str) -> Iterable[tuple[str, Any]]:
     if isinstance(loaded, dict):  # a DatasetDict; a Dataset has no splits and serves both
         split = _pick_split(loaded, split, source)
         loaded = loaded[split]
-    return ((f"{source}: {split}[{index}]", row) for index, row in enumerate(loaded))
+    part = _part(len(loaded), share)
+    rows = zip(part, loaded.select(part), strict=True)
+    return ((f"{source}: {split}[{index}]", row) for index, row in rows)
 
 
-def _tfds_items(reference: str, split: str) -> Iterable[tuple[str, Any]]:
+def _tfds_items(reference: str, split: str, share: tuple[int, int]) -> Iterable[tuple[str, Any]]:
     """Read through a data source, which needs no TensorFlow, unlike `tfds.load`.
 
     It reads what is stored as array_record or parquet, not as tfrecord. A dataset that is not yet
@@ -362,4 +377,5 @@ def _tfds_items(reference: str, split: str) -> Iterable[tuple[str, Any]]:
         raise FileNotFoundError(f"{source}: could not be read or downloaded: {error}") from error
     except NotImplementedError as error:
         raise ValueError(f"{source}: {error}") from error
-    return ((f"{source}: {name}[{index}]", rows[index]) for index in range(len(rows)))
+    part = _part(len(rows), share)
+    return ((f"{source}: {name}[{index}]", rows[index]) for index in part)

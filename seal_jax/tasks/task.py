@@ -6,7 +6,8 @@ only the grader sees. They are two types so that a question cannot reach the pol
 Nothing below `tasks/` imports jax.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -78,6 +79,8 @@ class Task(Protocol):
     """What the loop asks of a task. No base class: any object with these methods is one.
 
     A task may have more:
+      load_share(split, (i, n)) -> what the i-th of n processes reads of `load(split)`
+        for sources that are read piece by piece; `join_shares` of all n is what `load` returns.
       question_prompt(problem) -> str, parse_questions(problem, text) -> questions
         for the reward `self_questions`: they ask the policy for questions on what it sees, and read
         what it wrote, untrusted too: a tuple, empty where there is none.
@@ -113,6 +116,21 @@ class Task(Protocol):
     def grade(self, question: Question, prediction: str) -> bool:
         """Return whether `prediction` answers `question` correctly."""
         ...
+
+
+def join_shares(shares: Iterable[Iterable[tuple[Problem, Exam]]]) -> list[tuple[Problem, Exam]]:
+    """Return the problems of all shares in their order, each once and with all its questions.
+
+    A question that is repeated keeps its first answer.
+    """
+    problems: dict[str, Problem] = {}
+    asked: dict[str, dict[str, Question]] = {}
+    for problem, exam in itertools.chain.from_iterable(shares):
+        problems.setdefault(problem.id, problem)
+        questions = asked.setdefault(problem.id, {})
+        for question in exam.questions:
+            questions.setdefault(question.question, question)
+    return [(problem, Exam(key, tuple(asked[key].values()))) for key, problem in problems.items()]
 
 
 def prompts_of(task: Task, problem: Problem, exam: Exam) -> list[str]:

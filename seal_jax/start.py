@@ -10,6 +10,9 @@ from seal_jax import processes
 # What a platform's devices are called once it runs.
 _BACKENDS = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu", "rocm": "gpu", "gpu": "gpu"}
 
+# Set where several processes share a host's chips.
+_SHARED_HOST = ("TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES", "TPU_PROCESS_BOUNDS")
+
 
 def start_jax() -> None:
     """Turn on the persistent compilation cache, connect the processes of this run, if there are
@@ -48,5 +51,11 @@ def lost_devices() -> str:
         return (
             f"this host has {chips} TPU chips, and JAX runs on the CPU: install jax[tpu], or set"
             " JAX_PLATFORMS=cpu to run on the CPU on purpose"
+        )
+    shared = any(os.environ.get(name) for name in _SHARED_HOST)
+    if backend == "tpu" and not shared and jax.local_device_count() < chips:
+        return (
+            f"this host has {chips} TPU chips, and JAX finds {jax.local_device_count()}: another"
+            f" process may hold the others; to run on a part of them, set {_SHARED_HOST[0]}"
         )
     return ""

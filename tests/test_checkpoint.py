@@ -21,6 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from seal_jax import checkpoint
 from seal_jax.checkpoint import CheckpointError, make_manager, restore, save, tree_hash, wait
 
+pytest_plugins = ["tiny_fixtures"]
+
 
 class DelayedState(NamedTuple):
     """The state of `delayed`: all that Orbax finds hard."""
@@ -302,6 +304,28 @@ def test_a_wrong_hash_names_the_leaf_and_the_step_can_be_saved_again(tmp_path):
     save(manager, 2, {"policy": _params()}, {"step": 2})
     wait(manager)
     assert restore(manager, {"policy": _params()})[0] == 2
+
+
+@pytest.mark.parametrize("small_disk", [3], indirect=True)
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_a_disk_that_fills_up_keeps_the_last_good_step(small_disk, monkeypatch, foreseen):
+    """Foreseen, nothing is begun; else somebody else took the room meanwhile."""
+    if not foreseen:
+        monkeypatch.setattr(checkpoint, "_check_room", lambda *arguments: None)
+    good, tree = 0, {"x": jnp.arange(100_000.0)}
+    manager = make_manager(small_disk / "run", keep=20)
+    with pytest.raises((OSError, ValueError), match="No space left") as error:
+        for step in range(1, 20):
+            save(manager, step, {"policy": jax.tree.map(lambda x, s=step: x + s, tree)}, {})
+            wait(manager)
+            good = step
+    if foreseen:
+        assert "No space left for a checkpoint: needs 1 MB, has 1" in str(error.value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step, trees, _ = restore(small_disk / "run", {"policy": tree})
+    assert step == good >= 2
+    np.testing.assert_array_equal(trees["policy"]["x"], tree["x"] + step)
 
 
 def test_no_good_step_is_an_error(tmp_path):

@@ -192,6 +192,22 @@ def test_a_tpu_host_that_runs_on_the_cpu_is_refused(monkeypatch, tmp_path):
         doctor.check(config, str(tmp_path / "run"), lambda config, folder: None, 1)
 
 
+def test_chips_that_jax_does_not_find_are_counted(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(start.jax, "default_backend", lambda: "tpu")
+    found = {"chips": jax.local_device_count()}
+    monkeypatch.setattr(
+        start.hardware_utils,
+        "num_available_tpu_chips_and_device_id",
+        lambda: (found["chips"], "0x0063"),
+    )
+    assert start.lost_devices() == ""
+    found["chips"] *= 2
+    assert "has 16 TPU chips, and JAX finds 8" in start.lost_devices()
+    monkeypatch.setenv("TPU_VISIBLE_CHIPS", "0,1,2,3,4,5,6,7")
+    assert start.lost_devices() == ""
+
+
 @pytest.mark.parametrize("platforms", ["cuda,cpu", "tpu,cpu"])
 def test_a_platform_that_was_asked_for_and_passed_over_is_refused(monkeypatch, platforms):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)

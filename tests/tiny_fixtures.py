@@ -41,11 +41,12 @@ def one_device(compiled, monkeypatch):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """Return a folder on a disk of 80 MB."""
+def small_disk(tmp_path, request):
+    """Return a folder on a disk of 80 MB, or as many as the test's parameter says."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)]
+    size = f"size={getattr(request, 'param', 80)}m"
+    command = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("cannot mount a disk of its own")
     yield folder

@@ -303,12 +303,12 @@ def _batch_specs(axes: tuple[str, ...]) -> InnerBatch:
 def num_shards(mesh: Mesh, rules: ParamRules = ()) -> int:
     """Return into how many parts `make_inner_update(mesh=mesh)` divides a population.
 
-    One, where the base is divided too: XLA of JAX 0.12 aborts on a loop that is manual over one
-    axis of the mesh and automatic over the others, so there the compiler divides everything.
+    One, where the axes that divide it divide the base too. Over other axes the parts stay apart:
+    the chips that share a base talk with each other, and with nobody else.
     """
-    parts = {name: num_parts(mesh, name, rules) for name in ("adapter", *PARAM_AXES)}
-    apart = parts["adapter"] == mesh.size and all(parts[name] == 1 for name in PARAM_AXES)
-    return mesh.size if apart else 1
+    axes = {axis for name in PARAM_AXES for axis in mesh_axes(name, rules) if mesh.shape[axis] > 1}
+    apart = axes.isdisjoint(mesh_axes("adapter", rules))
+    return num_parts(mesh, "adapter", rules) if apart else 1
 
 
 def batch_sharding(mesh: Mesh, rules: ParamRules = ()) -> InnerBatch:

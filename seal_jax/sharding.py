@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from seal_jax.models.config import ModelConfig, ParamRules
 from seal_jax.types import Params
@@ -81,6 +81,12 @@ def divided(mesh: Mesh, logical: str, size: int, rules: ParamRules = ()) -> str 
     if not axes or size % num_parts(mesh, logical, rules):
         return None
     return axes[0] if len(axes) == 1 else axes
+
+
+def auto_axes(mesh: AbstractMesh) -> set[str]:
+    """Return the axes over which the compiler divides: all, but within a `shard_map`."""
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in types if kind == AxisType.Auto}
 
 
 def check_divides(mesh: Mesh, config: ModelConfig) -> None:

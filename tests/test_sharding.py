@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import numpy as np
@@ -167,17 +169,58 @@ def test_the_configs_rules_are_the_tables():
 @pytest.mark.parametrize(
     ("rules", "shards"),
     [
-        ((), 1),  # the base is divided
+        ((), 2),  # the base is divided over the other two
         (WHOLE, 8),
-        (MORE_ROWS, 1),
-        ((*WHOLE, ("adapter", "data fsdp")), 1),  # some of the devices would do the same
+        (MORE_ROWS, 1),  # over data, too
+        ((*WHOLE, ("adapter", "data fsdp")), 4),
     ],
 )
-def test_a_population_falls_apart_where_every_device_has_the_whole_base(rules, shards):
+def test_a_population_falls_apart_over_axes_that_do_not_divide_the_base(rules, shards):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     assert num_shards(mesh, rules) == shards
-    spec = batch_sharding(mesh, rules).tokens.spec
-    assert spec == (PartitionSpec() if shards == 1 else PartitionSpec(None, sharding.AXES))
+    lanes = batch_sharding(mesh, rules).lanes
+    assert 16 // lanes.shard_shape((1, 16))[1] == shards
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 4}, {"fsdp": 2, "tensor": 2}, {"fsdp": 4}], ids=str)
+def test_who_shares_a_base_does_the_same_work_on_fewer_devices(model, sizes):
+    """Twice the devices along `data` halve each one's work, and nothing crosses between the two."""
+    flops = {}
+    for data in (1, 2):
+        mesh = make_mesh(data=data, **sizes, devices=jax.devices()[: 4 * data])
+        update = jax.jit(make_inner_update(CONFIG, make_optimizer(), mesh=mesh))
+        params, adapters, batches = inner_arguments(model, mesh)
+        compiled = update.lower(params, adapters, batches[:1]).compile()
+        flops[data] = compiled.cost_analysis()["flops"] * batches[0].lanes.shape[0]
+        groups = replica_groups(compiled.as_text())
+        assert groups and all(len({i // 4 for i in group}) == 1 for group in groups)
+    assert flops[2] < 0.55 * flops[1]
+
+
+def replica_groups(text):
+    """Return the devices that talk with each other, in any of the three ways XLA writes them."""
+    groups = [
+        [int(i) for i in group.split(",")]
+        for found in re.findall(r"replica_groups=\{(\{[\d,{}]+\})\}", text)
+        for group in re.findall(r"[\d,]+", found.replace("},{", " "))
+    ]
+    for rows, size, dims, order in re.findall(
+        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+    ):
+        dims = [int(n) for n in dims.split(",")]
+        devices = np.arange(np.prod(dims)).reshape(dims)
+        if order:
+            devices = devices.transpose([int(n) for n in order.split(",")])
+        groups += devices.reshape(int(rows), int(size)).tolist()
+    for sizes, axes in re.findall(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
+        sizes = [int(size) for size in re.findall(r"=(\d+)", sizes)]
+        names = re.findall(r"'(\w+)'", axes)
+        places = [i for i, name in enumerate(sharding.AXES) if name in names]
+        devices = np.moveaxis(
+            np.arange(np.prod(sizes)).reshape(sizes), places, range(-len(places), 0)
+        )
+        groups += devices.reshape(-1, math.prod(sizes[i] for i in places)).tolist()
+    return groups
 
 
 def test_the_configs_rules_place_the_model():

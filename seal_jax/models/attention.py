@@ -11,10 +11,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from seal_jax.models.config import ModelConfig, ParamRules
-from seal_jax.sharding import divided, mesh_axes
+from seal_jax.sharding import auto_axes, divided, mesh_axes
 
 # Splash attention's smallest tile, and the length from which it is worth its overhead: at 512
 # tokens attention is about 1 % of a 7B model's operations.
@@ -273,9 +273,7 @@ def splash_attention(
     kernel = partial(_splash, window=window, softcap=softcap)
     mesh = jax.sharding.get_abstract_mesh()
     # Within the inner loop the population is divided already: only the other axes are left.
-    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    auto = {name for name, kind in types if kind == AxisType.Auto}
-    if auto:
+    if auto := auto_axes(mesh):
         rows, heads = divided(mesh, "rows", B, rules), divided(mesh, "heads", k.shape[1], rules)
         rows = rows if auto.issuperset(mesh_axes("rows", rules)) else None
         heads = heads if auto.issuperset(mesh_axes("heads", rules)) else None

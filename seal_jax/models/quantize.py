@@ -19,7 +19,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
+from seal_jax.models.config import ParamRules
+from seal_jax.sharding import auto_axes, divided, num_parts
 from seal_jax.types import Params
 
 QUANTIZATIONS = ("none", "int8", "nf4")
@@ -122,12 +125,46 @@ def dequantize(kernel: Any, dtype: Any) -> jax.Array:
     return tiles.reshape(codes.shape)
 
 
-def take_rows(table: Any, index: jax.Array) -> jax.Array:
-    """Return table[index]: the embeddings [... D] of tokens i32[...]."""
+def take_rows(table: Any, index: jax.Array, rules: ParamRules = ()) -> jax.Array:
+    """Return table[index]: the embeddings [M D] of tokens i32[M].
+
+    Args:
+      rules: how the table is divided, see sharding.py.
+    """
     if not _is_qarray(table):
+        return _take(table, index, rules)
+    scale = _take(table.scale, index, rules)
+    return _take(table.qvalue, index, rules).astype(scale.dtype) * scale
+
+
+def _take(table: jax.Array, index: jax.Array, rules: ParamRules) -> jax.Array:
+    """Return table[index]; within a shard_map over some axes of the mesh, by hand over the others.
+
+    XLA of JAX 0.12 aborts on that lookup where both of the table's axes are divided.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Manual not in mesh.axis_types:
         return table[index]
-    scale = table.scale[index]
-    return table.qvalue[index].astype(scale.dtype) * scale
+    vocab, embed = (divided(mesh, *one, rules) for one in zip(_TABLE, table.shape, strict=True))
+    if 1 in (num_parts(mesh, name, rules) for name in _TABLE) or None in (vocab, embed):
+        return table[index]
+
+    def take_here(part: jax.Array, index: jax.Array) -> jax.Array:
+        index = index - jax.lax.axis_index(vocab) * len(part)
+        here = (index >= 0) & (index < len(part))
+        rows = part[jnp.where(here, index, 0)]
+        return jax.lax.psum(jnp.where(here[:, None], rows, 0), vocab)
+
+    return jax.shard_map(
+        take_here,
+        in_specs=(PartitionSpec(vocab, embed), PartitionSpec()),
+        out_specs=PartitionSpec(None, embed),
+        axis_names=auto_axes(mesh),
+        check_vma=False,
+    )(table, index)
+
+
+_TABLE = ("vocab", "embed")  # its logical axes
 
 
 def product(contract: str, x: jax.Array, kernel: Any, dtype: Any) -> jax.Array:

@@ -290,7 +290,7 @@ class Transformer(nn.Module):
         )
         # Flat from here on, but for attention: on TPUs norms and activations are then computed as
         # part of the products beside them.
-        x = take_rows(embed.embedding, tokens.reshape(-1))
+        x = take_rows(embed.embedding, tokens.reshape(-1), c.rules)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.embed_dim**0.5, x.dtype)
         keys, values = [], []

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from seal_jax.chips import Chip, find_slice
 from seal_jax.count import collective_bytes, moved_bytes, product_flops
+from seal_jax.inner import num_shards
 from seal_jax.memory import SHARE, device_bytes
 from seal_jax.metrics import progress
 from seal_jax.models.known import config_of
@@ -91,7 +92,7 @@ def plan_slice(config: ConfigDict, topology: str, lengths: Lengths) -> tuple[lis
         *_table(costs),
         *([whole] if (whole := undivided(mesh, model.config)) else []),
         *([] if topology != "here" else [_reported(mesh.local_devices[0])]),
-        *_run(config, costs, lengths, limit),
+        *_run(config, costs, lengths, limit, num_shards(mesh, model.config.rules)),
     ]
     return lines, complaints
 
@@ -181,9 +182,11 @@ def _table(costs: Sequence[Cost]) -> list[str]:
     return lines
 
 
-def _run(config: ConfigDict, costs: Sequence[Cost], lengths: Lengths, limit: float) -> list[str]:
+def _run(
+    config: ConfigDict, costs: Sequence[Cost], lengths: Lengths, limit: float, shards: int
+) -> list[str]:
     """Return the lines about the whole run."""
-    counts = step_counts(config, lengths)
+    counts = step_counts(config, lengths, shards)
     size = {cost.program.name: cost.program.size for cost in costs}
     size["inner step"] = 1  # its steps are counted as they are, whoever shares them
 
@@ -205,8 +208,12 @@ def _run(config: ConfigDict, costs: Sequence[Cost], lengths: Lengths, limit: flo
     ]
 
 
-def step_counts(config: ConfigDict, lengths: Lengths) -> dict[str, float]:
-    """Return how often a run takes a step of each program, for one row or adapter each time."""
+def step_counts(config: ConfigDict, lengths: Lengths, shards: int) -> dict[str, float]:
+    """Return how often a run takes a step of each program, for one row or adapter each time.
+
+    Args:
+      shards: over how many parts of the mesh the population is divided.
+    """
     outer, inner, held_out = config.outer, config.inner, config.eval
     arms = 2 if held_out.random_control else 1
     problems = outer.num_steps * outer.problems_per_step
@@ -219,7 +226,7 @@ def step_counts(config: ConfigDict, lengths: Lengths) -> dict[str, float]:
         "prefill": problems * arms + tests * (arms + 1) + runs * lengths.num_questions,
         "decode": written * config.sample.max_tokens
         + runs * lengths.num_questions * config.answer.max_tokens,
-        "inner step": tokens / inner.tokens_per_step,
+        "inner step": tokens / (inner.tokens_per_step * shards),
         "scoring": runs,
         "policy update": arms
         * outer.num_steps

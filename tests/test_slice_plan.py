@@ -213,8 +213,8 @@ def test_every_program_of_a_run_is_counted(costs):
 
 def test_a_run_takes_what_its_steps_take(costs):
     config = load_config(CONFIG, SMALL)
-    (_, total, hours) = slice_plan._run(config, list(costs.values()), SHORT, 1e9)
-    counts = slice_plan.step_counts(config, SHORT)
+    (_, total, hours) = slice_plan._run(config, list(costs.values()), SHORT, 1e9, 4)
+    counts = slice_plan.step_counts(config, SHORT, 4)
     flops = sum(
         cost.flops * counts[name] / (1 if name == "inner step" else cost.program.size)
         for name, cost in costs.items()
@@ -259,10 +259,10 @@ def test_a_row_more_needs_a_cache_more(one_device):
 
 def test_a_run_takes_the_steps_that_its_config_says():
     config = load_config(CONFIG, ("inner.tokens_per_step=64",))
-    counts = slice_plan.step_counts(config, SHORT)
+    counts = slice_plan.step_counts(config, SHORT, 3)
     # 2 x 2 problems x 2 self-edits x 2 seeds, and 2 held-out ones in 4 ways; 2 epochs.
     runs = 16 + 2 * 4
-    assert counts["inner step"] == runs * 2 * 2 * 32 / 64
+    assert counts["inner step"] == runs * 2 * 2 * 32 / 64 / 3
     assert counts["decode"] == (4 * 2 * 2 + 2 * 3) * 24 + runs * 2 * 4
 
 

@@ -68,7 +68,7 @@ def save_adapter(
       parents: the ids below which it was trained; None if no adapters make up that policy.
     """
     pairs = {target: ab for block in adapters.weights.values() for target, ab in block.items()}
-    (rank,) = {ab["a"].shape[-1] for ab in pairs.values()}
+    (rank,) = {ab["a"].shape[-2] for ab in pairs.values()}
     position = {"rank": rank, "targets": sorted(pairs), "parents": parents}
     path = os.path.join(folder, "adapters", adapter_id)
     os.makedirs(os.path.dirname(path), exist_ok=True)

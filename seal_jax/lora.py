@@ -1,9 +1,11 @@
 """LoRA adapters as pytrees: init, stack, take, concatenate, merge, count.
 
 An adapter is a value beside the base parameters, never a change of them:
-y = x @ W + (alpha / rank) * (x @ A) @ B, with W frozen, A random and B zero at the start, so that
-a new adapter is exactly the base model. A and B are float32 over any base dtype.
+y = x @ W + (alpha / rank) * (x @ a.T) @ b, with W frozen, a random and b zero at the start, so that
+a new adapter is exactly the base model. a and b are float32 over any base dtype.
 (Hu et al., arXiv 2106.09685)
+
+Both are [r ...]: the rank, which is small, would as the last axis fill a quarter of a TPU's lanes.
 """
 
 from collections.abc import Sequence
@@ -50,6 +52,7 @@ def init_adapter(
         bound = fan_in**-0.5
         key = jax.random.fold_in(rng, i)
         a = jax.random.uniform(key, (1, L, fan_in, rank), jnp.float32, -bound, bound)
+        a = a.swapaxes(2, 3)
         b = jnp.zeros((1, L, rank, fan_out), jnp.float32)
         weights.setdefault(TARGETS[target], {})[target] = {"a": a, "b": b}
     return Adapters(weights, jnp.full((1,), alpha / rank, jnp.float32))
@@ -79,8 +82,8 @@ def take(adapters: Adapters, index) -> Adapters:
 def concatenate(adapters: Sequence[Adapters]) -> Adapters:
     """Return one stack whose adapter i does what the adapters i of several stacks do together.
 
-    x @ a1 @ b1 + x @ a2 @ b2 = x @ [a1 a2] @ [b1; b2]: ranks add up, scales move into b, and a
-    target is adapted if any of the stacks adapts it, so that ranks may differ between targets.
+    x @ a1.T @ b1 + x @ a2.T @ b2 = x @ [a1; a2].T @ [b1; b2]: ranks add up, scales move into b,
+    and a target is adapted if any of the stacks adapts it, so that ranks may differ between them.
     """
     weights: Params = {}
     for target, block in TARGETS.items():
@@ -90,7 +93,7 @@ def concatenate(adapters: Sequence[Adapters]) -> Adapters:
             if target in x.weights.get(block, {})
         ]
         if found:
-            a = jnp.concatenate([ab["a"] for ab, _ in found], axis=-1)
+            a = jnp.concatenate([ab["a"] for ab, _ in found], axis=-2)
             b = jnp.concatenate([ab["b"] * scale for ab, scale in found], axis=-2)
             weights.setdefault(block, {})[target] = {"a": a, "b": b}
     return Adapters(weights, jnp.ones_like(adapters[0].scale))
@@ -117,7 +120,7 @@ def merge(params: Params, adapters: Adapters, index: int = 0) -> Params:
             layer[block] = dict(layer[block])
             for target, ab in targets.items():
                 kernel = layer[block][target]["kernel"]
-                delta = adapters.scale[index] * (ab["a"][index, i] @ ab["b"][index, i])
+                delta = adapters.scale[index] * (ab["a"][index, i].T @ ab["b"][index, i])
                 total = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
                 layer[block][target] = layer[block][target] | {"kernel": total}
         merged[f"layers_{i}"] = layer

@@ -30,17 +30,22 @@ def find_factory(optax_name: str) -> Callable[..., optax.GradientTransformation]
 
 
 def muon_dimensions(params: Any) -> Any:
-    """Say which axes of each array are a matrix: the last two, as [L in r] stacks layers.
+    """Say which axes of each array are a matrix: the last two, as [L in out] stacks layers.
+
+    An adapter's `a` is [L r in], the others have what they multiply first.
 
     Without it Muon would silently be Adam for our adapters: it takes only plain matrices.
     """
 
-    def one(x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+    def one(path: tuple, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         if x.ndim < 2:
             return None
-        return optax.contrib.MuonDimensionNumbers(reduction_axis=x.ndim - 2, output_axis=x.ndim - 1)
+        axes = x.ndim - 2, x.ndim - 1
+        if getattr(path[-1], "key", None) == "a":
+            axes = axes[::-1]
+        return optax.contrib.MuonDimensionNumbers(*axes)
 
-    return jax.tree.map(one, params)
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def make_optimizer(

@@ -1,7 +1,7 @@
 """PEFT adapters in and out: a folder with adapter_config.json and adapter_model.safetensors.
 
   PEFT   y = x @ W.T + scaling * (x @ lora_A.T) @ lora_B.T      lora_A [r in], lora_B [out r]
-  ours   y = x @ W   + scale   * (x @ a) @ b                    a [in r],      b [r out]
+  ours   y = x @ W   + scale   * (x @ a.T) @ b                  a [r in],      b [r out]
 
 PEFT knows many things beside plain LoRA on linear maps. What ours cannot be is refused by name:
 an adapter that is read in part is another adapter.
@@ -90,7 +90,7 @@ def load_peft(folder: str | os.PathLike, config: ModelConfig) -> Adapters:
         _check_shapes(shapes, expected, config)
         values = {
             slot: tensor_file.read_slice(
-                tensor, [slice(0, size) for size in tensor.shape[::-1]], np.float32, transposed=True
+                tensor, [slice(0, size) for size in tensor.shape], np.float32
             )
             for slot, tensor in tensors.items()
         }
@@ -126,12 +126,12 @@ def save_peft(
     tensors, ranks = {}, {}
     for block, targets in adapters.weights.items():
         for target, ab in targets.items():
-            ranks[target] = ab["a"].shape[-1]
+            ranks[target] = ab["a"].shape[-2]
             b = ab["b"] * adapters.scale[:, None, None, None]
-            for part, matrix in (("A", ab["a"]), ("B", b)):
+            for part, matrix in (("A", ab["a"]), ("B", b.swapaxes(2, 3))):
                 for i in range(config.num_layers):
                     name = f"base_model.model.model.layers.{i}.{_BLOCKS[block]}.{target}"
-                    tensors[f"{name}.lora_{part}.weight"] = matrix[0, i].T
+                    tensors[f"{name}.lora_{part}.weight"] = matrix[0, i]
     if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
         raise ValueError("the adapter is not finite: it cannot be exported")
     if not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name):
@@ -279,21 +279,21 @@ def _ranges(layers: Sequence[int]) -> str:
 def _assemble(
     values: Mapping[_Slot, np.ndarray], scales: Mapping[_Slot, float], config: ModelConfig
 ) -> Adapters:
-    """Stack the layers, ours as [in r] and [r out]; see `load_peft` for what is padded."""
+    """Stack the layers, ours as [r in] and [r out]; see `load_peft` for what is padded."""
     uniform = len(set(scales.values())) == 1
     weights: Params = {}
     for target, (fan_in, fan_out) in target_shapes(config, tuple(TARGETS)).items():
         slots = [slot for slot in scales if slot.target == target]
         if not slots:
             continue
-        rank = max(values[slot].shape[0] for slot in slots)
-        a = np.zeros((1, config.num_layers, fan_in, rank), np.float32)
+        rank = max(values[slot].shape[1] for slot in slots)
+        a = np.zeros((1, config.num_layers, rank, fan_in), np.float32)
         b = np.zeros((1, config.num_layers, rank, fan_out), np.float32)
         for slot in slots:
-            value = values[slot] if uniform else values[slot] * np.float32(scales[slot])
+            value = values[slot].T if uniform else values[slot].T * np.float32(scales[slot])
             b[0, slot.layer, : len(value)] = value
             value = values[slot._replace(part="A")]
-            a[0, slot.layer, :, : value.shape[1]] = value
+            a[0, slot.layer, : len(value)] = value
         weights.setdefault(TARGETS[target], {})[target] = {"a": a, "b": b}
     scale = next(iter(scales.values())) if uniform else 1.0
     return Adapters(weights, np.full((1,), scale, np.float32))

@@ -17,9 +17,9 @@ Params = dict[str, Any]  # the base model or the policy: nested dict of arrays
 class Adapters(NamedTuple):
     """A stack of LoRA adapters: values, never state.
 
-    weights['attn']['q_proj'] is {'a': f32[A L in r], 'b': f32[A L r out]} and adds scale * (x @ a)
-    @ b to that linear map; likewise the other targets. The layers share an array because a loop
-    that carries every matrix of every layer by itself takes XLA minutes to compile.
+    weights['attn']['q_proj'] is {'a': f32[A L r in], 'b': f32[A L r out]} and adds
+    scale * (x @ a.T) @ b to that linear map; likewise the other targets. The layers share an
+    array because a loop that carries every matrix of every layer takes XLA minutes to compile.
     """
 
     weights: Params

@@ -19,7 +19,7 @@ def random_adapters(config, num_adapters, seed=0, targets=TARGETS):
     rng = np.random.default_rng(seed)
     weights = {}
     for target, (fan_in, fan_out) in lora.target_shapes(config, targets).items():
-        a = rng.normal(0.0, 0.2, (num_adapters, config.num_layers, fan_in, 4))
+        a = rng.normal(0.0, 0.2, (num_adapters, config.num_layers, 4, fan_in))
         b = rng.normal(0.0, 0.2, (num_adapters, config.num_layers, 4, fan_out))
         block = weights.setdefault(lora.TARGETS[target], {})
         block[target] = {"a": a.astype(np.float32), "b": b.astype(np.float32)}
@@ -124,8 +124,8 @@ def test_shapes_and_dtypes(tiny):
     shapes = jax.tree.map(lambda x: x.shape, adapters)
     D, F, KH, L = 32, 48, 16, 2
     assert shapes.weights == {
-        "attn": {"v_proj": {"a": (3, L, D, 4), "b": (3, L, 4, KH)}},
-        "mlp": {"up_proj": {"a": (3, L, D, 4), "b": (3, L, 4, F)}},
+        "attn": {"v_proj": {"a": (3, L, 4, D), "b": (3, L, 4, KH)}},
+        "mlp": {"up_proj": {"a": (3, L, 4, D), "b": (3, L, 4, F)}},
     }
     assert shapes.scale == (3,)
     assert {x.dtype for x in jax.tree.leaves(adapters)} == {jnp.dtype(jnp.float32)}

@@ -60,7 +60,7 @@ def random_adapter(config, targets=("q_proj", "down_proj"), rank=3, scale=0.5, s
     rng = np.random.default_rng(seed)
     weights = {}
     for target, (fan_in, fan_out) in lora.target_shapes(config, targets).items():
-        a = rng.normal(0, 0.2, (1, config.num_layers, fan_in, rank)).astype(np.float32)
+        a = rng.normal(0, 0.2, (1, config.num_layers, rank, fan_in)).astype(np.float32)
         b = rng.normal(0, 0.2, (1, config.num_layers, rank, fan_out)).astype(np.float32)
         weights.setdefault(lora.TARGETS[target], {})[target] = {"a": a, "b": b}
     return lora.Adapters(weights, np.full((1,), scale, np.float32))
@@ -152,7 +152,7 @@ def test_the_sum_of_adapters_has_the_effect_of_merging_one_after_the_other(tiny,
     for part in parts:
         merged = lora.merge(merged, part)
     together = lora.concatenate(parts)
-    ranks = {t: ab["a"].shape[-1] for block in together.weights.values() for t, ab in block.items()}
+    ranks = {t: ab["a"].shape[-2] for block in together.weights.values() for t, ab in block.items()}
     assert ranks == {"q_proj": 3, "v_proj": 5, "up_proj": 3}
     tokens = np.random.default_rng(1).integers(config.vocab_size, size=(2, 24), dtype=np.int32)
     expected = logits(config, merged, tokens)

@@ -82,7 +82,7 @@ def slow_update(tiny, rollout, advantages, kind, steps):
             for target, ab in targets.items():
                 for layer in range(config.num_layers):
                     kernel = params[f"layers_{layer}"][block][target]
-                    delta = scale * ab["a"][layer] @ ab["b"][layer]
+                    delta = scale * ab["a"][layer].T @ ab["b"][layer]
                     kernel["kernel"] = kernel["kernel"] + delta
         return params
 

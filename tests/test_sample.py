@@ -113,7 +113,7 @@ def random_adapters(config, num_adapters):
     for target, shape in lora.target_shapes(config, ("q_proj", "v_proj", "down_proj")).items():
         a, b = (
             rng.normal(0.0, 0.3, (num_adapters, config.num_layers, *matrix)).astype(np.float32)
-            for matrix in ((shape[0], 4), (4, shape[1]))
+            for matrix in ((4, shape[0]), (4, shape[1]))
         )
         weights.setdefault(lora.TARGETS[target], {})[target] = {"a": a, "b": b}
     return lora.Adapters(weights, np.ones((num_adapters,), np.float32))

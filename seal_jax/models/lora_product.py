@@ -1,4 +1,4 @@
-"""The two thin LoRA products of a linear map: scale * (x @ a) @ b, for many adapters at once.
+"""The two thin LoRA products of a linear map: scale * (x @ a.T) @ b, for many adapters at once.
 
 Either the rows of x are grouped by adapter, or, where the tokens of several adapters lie behind one
 another, `Chunks` says whose they are. Then tokens are gathered into equal chunks, each with one
@@ -56,9 +56,9 @@ def token_lanes(chunks: Chunks) -> jax.Array:
 
 @partial(jax.named_call, name="lora")
 def grouped_product(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    """Return scale * (x @ a) @ b, [M F] for x [M D] grouped by adapter, a [A D r] and b [A r F]."""
+    """Return scale * (x @ a.T) @ b, [M F] for x [M D] grouped by adapter, a [A r D], b [A r F]."""
     grouped = x.reshape(a.shape[0], -1, x.shape[-1]).astype(a.dtype)
-    low = jnp.einsum("atd,adr->atr", grouped, a) * scale[:, None, None].astype(a.dtype)
+    low = jnp.einsum("atd,ard->atr", grouped, a) * scale[:, None, None].astype(a.dtype)
     return jnp.einsum("atr,arf->atf", low, b).reshape(x.shape[0], -1)
 
 
@@ -66,7 +66,7 @@ def grouped_product(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) 
 def chunked_product(
     x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, chunks: Chunks
 ) -> jax.Array:
-    """Return scale * (x @ a) @ b, [M F] for x [M D], a [U D r] and b [U r F]; 0 for nobody's token.
+    """Return scale * (x @ a.T) @ b, [M F] for x [M D], a [U r D], b [U r F]; 0 for nobody's token.
 
     Products are taken of numbers in x's dtype and summed in float32, and gradients of a and b are
     float32, as these are. What is not finite in one lane stays there. The backward pass gathers
@@ -77,7 +77,7 @@ def chunked_product(
 
 @partial(jax.named_call, name="lora")
 def _forward(x, a, b, scale, chunks):
-    low = _sum("ncd,ndr->ncr", _to_slots(x, chunks), _gather(a, chunks.lane).astype(x.dtype))
+    low = _sum("ncd,nrd->ncr", _to_slots(x, chunks), _gather(a, chunks.lane).astype(x.dtype))
     low = _in_use((low * scale[chunks.lane, None, None]).astype(x.dtype), chunks)
     out = _sum("ncr,nrf->ncf", low, _gather(b, chunks.lane).astype(x.dtype)).astype(x.dtype)
     return _to_tokens(out, chunks), (x, a, b, scale, chunks, low)
@@ -89,9 +89,9 @@ def _backward(saved, grads):
     grads = _to_slots(grads, chunks)
     d_low = _sum("ncf,nrf->ncr", grads, _gather(b, chunks.lane).astype(x.dtype))
     d_low = _in_use((d_low * scale[chunks.lane, None, None]).astype(x.dtype), chunks)
-    d_a = _sum("ncd,ncr->ndr", _to_slots(x, chunks), d_low)
+    d_a = _sum("ncr,ncd->nrd", d_low, _to_slots(x, chunks))
     d_b = _sum("ncr,ncf->nrf", low, grads)
-    d_x = _sum("ncr,ndr->ncd", d_low, _gather(a, chunks.lane).astype(x.dtype)).astype(x.dtype)
+    d_x = _sum("ncr,nrd->ncd", d_low, _gather(a, chunks.lane).astype(x.dtype)).astype(x.dtype)
 
     lane = jnp.where(chunks.in_use[:, 0, 0], chunks.lane, a.shape[0])  # beyond the last: dropped
 

@@ -115,7 +115,7 @@ _PRODUCT = "product"  # how policies of remat call the product of a linear map
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias, plus scale * (x @ a) @ b where the 'lora' collection has an adapter."""
+    """x @ kernel + bias, plus scale * (x @ a.T) @ b where the 'lora' collection has an adapter."""
 
     features: int
     use_bias: bool = False

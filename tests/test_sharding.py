@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import math
-import re
 
 import jax
 import numpy as np
 import optax
 import pytest
+from collectives import replica_groups
 from jax.sharding import PartitionSpec
 from one_device import one_device_mesh
 from tiny_run import CONFIG as TINY_CONFIG
@@ -195,32 +194,6 @@ def test_who_shares_a_base_does_the_same_work_on_fewer_devices(model, sizes):
         groups = replica_groups(compiled.as_text())
         assert groups and all(len({i // 4 for i in group}) == 1 for group in groups)
     assert flops[2] < 0.55 * flops[1]
-
-
-def replica_groups(text):
-    """Return the devices that talk with each other, in any of the three ways XLA writes them."""
-    groups = [
-        [int(i) for i in group.split(",")]
-        for found in re.findall(r"replica_groups=\{(\{[\d,{}]+\})\}", text)
-        for group in re.findall(r"[\d,]+", found.replace("},{", " "))
-    ]
-    for rows, size, dims, order in re.findall(
-        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
-    ):
-        dims = [int(n) for n in dims.split(",")]
-        devices = np.arange(np.prod(dims)).reshape(dims)
-        if order:
-            devices = devices.transpose([int(n) for n in order.split(",")])
-        groups += devices.reshape(int(rows), int(size)).tolist()
-    for sizes, axes in re.findall(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
-        sizes = [int(size) for size in re.findall(r"=(\d+)", sizes)]
-        names = re.findall(r"'(\w+)'", axes)
-        places = [i for i, name in enumerate(sharding.AXES) if name in names]
-        devices = np.moveaxis(
-            np.arange(np.prod(sizes)).reshape(sizes), places, range(-len(places), 0)
-        )
-        groups += devices.reshape(-1, math.prod(sizes[i] for i in places)).tolist()
-    return groups
 
 
 def test_the_configs_rules_place_the_model():

@@ -201,8 +201,8 @@ def test_reading_and_writing_leave_the_cache_divided(name, tensor):
 
 
 # Milliseconds a step by the compiler's model, and bytes on a chip of arguments and temporaries: the
-# larger of what libtpu 0.0.42.1 and 0.0.52 say, those of JAX 0.10 and 0.12, which is nearly the same.
-# Whoever makes it better lowers these.
+# larger of what libtpu 0.0.42.1 (JAX 0.10) and 0.0.52 (0.12) say, and they differ little. Whoever
+# makes it better lowers these.
 BUDGETS = {
     "v6e": (57.8, 17_169_238_528, 6_380_961_792),
     "v5e": (203.4, 9_560_734_208, 5_724_524_544),

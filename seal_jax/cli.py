@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from seal_jax.config import load_config
@@ -188,10 +189,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("SEAL_JAX_TRACEBACK"):
             raise
         print(f"seal-jax {arguments.command}: {error}", file=sys.stderr)
+        _end_others(str(error), 2)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command resumes the run", file=sys.stderr)
         return 130
+    except Exception as error:
+        traceback.print_exc()
+        _end_others(f"{type(error).__name__}: {error}", 1)
+        return 1
+
+
+def _end_others(message: str, code: int) -> None:
+    if "seal_jax.processes" in sys.modules:  # else nobody has been looked for
+        from seal_jax.processes import end_others
+
+        end_others(message, code)
 
 
 def run_train(arguments: argparse.Namespace) -> int:

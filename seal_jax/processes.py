@@ -5,11 +5,14 @@ where another one does not come. So they meet at the coordinator's port first: p
 roll, and all learn who is missing. Later they speak through JAX's key-value store.
 """
 
+import atexit
 import contextlib
 import itertools
 import json
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +24,9 @@ from jax._src import clusters, distributed  # JAX has no public door to these tw
 TIMEOUT = 600.0  # seconds
 _PATIENCE = 10.0  # seconds for an answer that should come at once
 _MOMENT = 500  # milliseconds, for an answer that is there
+_GRACE = 3.0  # seconds, for a process to end by itself where another has failed
+_ENDS = threading.Event()  # this process does, by itself
+_FAILED, _FIRST_FAILED = "seal_jax/failed", "seal_jax/first_failed"
 _NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -108,6 +114,14 @@ def join(group: Group, timeout: float) -> None:
         # One that is not heard of for so long, as it hangs or its machine is gone, ends the others.
         heartbeat_timeout_seconds=max(10, min(100, int(timeout))),
     )
+    watch = threading.Thread(target=_end_where_another_fails, daemon=True)
+    watch.start()
+
+    def stop_watching() -> None:  # before Python ends it within a call of JAX's, which aborts
+        _ENDS.set()
+        watch.join()
+
+    atexit.register(stop_watching)
 
 
 def roll_call(group: Group, timeout: float) -> None:
@@ -202,6 +216,46 @@ def _report(group: Group, me: dict, deadline: float) -> str:
         f"process {group.index} of {group.count} on {me['host']}: nobody answers at {group.address}"
         f" ({error}). Is process 0 running there, and is port {port} open between the hosts?"
     )
+
+
+def end_others(message: str, code: int) -> None:
+    """Tell the others that this process has failed; they end with the same message.
+
+    They may wait for it in a computation, which no exception reaches. Returns where all have
+    failed, each for itself; else this process ends here, after them, as they may need its service.
+
+    Args:
+      code: what this process ends with.
+    """
+    state = distributed.global_state
+    if state.client is None:
+        return
+    _ENDS.set()
+    said = f"process {state.process_id} on {socket.gethostname()}: {message}"
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or is gone
+        state.client.key_value_set(f"{_FAILED}/{state.process_id}", said)
+        state.client.key_value_set(_FIRST_FAILED, said)
+    deadline = time.monotonic() + 2 * _GRACE
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        while time.monotonic() < deadline:
+            if len(state.client.key_value_dir_get(_FAILED)) == state.num_processes:
+                return
+            time.sleep(0.1)
+    sys.stderr.flush()
+    os._exit(code)  # the others are gone: nobody comes to JAX's barrier at the end
+
+
+def _end_where_another_fails() -> None:
+    """End this process a moment after another has failed, if it does not end by itself."""
+    client, message = distributed.global_state.client, ""
+    while not message:
+        if _ENDS.wait(1.0):
+            return
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has failed
+            message = client.key_value_try_get(_FIRST_FAILED)
+    if not _ENDS.wait(_GRACE):
+        print(f"ended, as another process failed: {message}", file=sys.stderr, flush=True)
+        os._exit(2)
 
 
 def is_first() -> bool:

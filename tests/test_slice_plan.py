@@ -225,6 +225,29 @@ def test_a_run_takes_what_its_steps_take(costs):
     assert "inner steps" in hours
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "sizes", [("mesh.tensor=4",), ("mesh.fsdp=2", "mesh.tensor=2")], ids=" ".join
+)
+def test_every_program_does_half_on_twice_the_devices(sizes):
+    """Beside a divided model, too; an inner step has then room for twice the tokens."""
+    wide = ("sample.num_edits=8", "outer.problems_per_step=4", "sample.max_rows=32")
+    wide += ("outer.batch_size=8", "outer.microbatch_size=8", "inner.max_adapters=8")
+    flops = []
+    for data in (1, 2):
+        config = load_config(CONFIG, (*SMALL, *wide, *sizes, f"mesh.data={data}"))
+        mesh = make_mesh(**config.mesh, devices=jax.devices()[: 4 * data])
+        model = model_shapes(config, config_of(config.model.source), mesh)
+        flops.append({})
+        for program in programs(config, model, mesh, SHORT):
+            with jax.set_mesh(mesh):
+                flops[-1][program.name] = program.lower().compile().cost_analysis()["flops"]
+    one, two = flops
+    one["inner step"] *= 2
+    for name in one:
+        assert two[name] < 0.55 * one[name], (name, flops)
+
+
 @pytest.mark.parametrize("axis", [None, "data"])
 def test_what_every_device_repeats_counts_for_each(axis):
     mesh, size, trips = make_mesh(), 64, 5

@@ -80,7 +80,7 @@ def executed(hlo_text: str, unknown_trip_count: int = 1) -> list[tuple[str, int]
         # TPU programs do not say it, but a counted loop compares its counter with a constant.
         text = "\n".join(bodies[condition])
         limit = _LIMIT.search(text)
-        value = limit and re.search(rf"{re.escape(limit[1])} = s32\S+ constant\((\d+)\)", text)
+        value = limit and re.search(rf"{re.escape(limit[1])} = [su]32\S+ constant\((\d+)\)", text)
         return int(value[1]) if value else unknown_trip_count
 
     def cost(instructions: Iterable[tuple[str, int]]) -> tuple[int, int]:

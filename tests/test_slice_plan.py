@@ -121,8 +121,10 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
 """
 
 
-def test_instructions_count_as_often_as_their_loop_runs():
-    counts = {line.split(" = ")[0].strip(): count for line, count in executed(PROGRAM)}
+@pytest.mark.parametrize("counter", ["s32", "u32"])  # the loops of collective products have u32
+def test_instructions_count_as_often_as_their_loop_runs(counter):
+    program = PROGRAM.replace("s32[]", f"{counter}[]")
+    counts = {line.split(" = ")[0].strip(): count for line, count in executed(program)}
     assert counts["%row"] == counts["ROOT %new"] == 3
     assert counts["%cs"] == counts["ROOT %while.1"] == 1
 

@@ -257,7 +257,7 @@ FIELDS: dict[str, Field] = {
     "inner.remat": Field("none", _REMAT, placement=True),
     # Side by side; -1 is as many as the devices' memory holds, see memory.py.
     "inner.max_adapters": Field(8, _integer(1, also=(-1,)), placement=True),
-    "inner.tokens_per_step": Field(512, _COUNT, placement=True),  # over all lanes of a step
+    "inner.tokens_per_step": Field(512, _COUNT, placement=True),  # in each part of a population
     "inner.steps_per_call": Field(8, _COUNT, placement=True),  # steps in one device call
     # Grades to rewards.
     "reward.weights": Field({"accuracy": 1.0}, _weights(*REWARDS)),  # of a sum; costs are negative

@@ -118,7 +118,12 @@ sys.exit(cli.main(sys.argv[1:]))
     ("error", "code", "words"),
     [
         ("OSError(28, 'No space left on device')", 2, "No space left on device"),
-        ("KeyError('a mistake of ours')", 1, "KeyError: 'a mistake of ours'"),
+        pytest.param(
+            "KeyError('a mistake of ours')",
+            1,
+            "KeyError: 'a mistake of ours'",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_one_that_fails_alone_ends_the_others_with_its_message(

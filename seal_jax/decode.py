@@ -63,9 +63,8 @@ def _placed(config: ModelConfig, mesh: Mesh, state: Prefilled | Rows) -> Prefill
     """Say where the state lies: the same for every program, or the next one is compiled anew."""
     num_rows, put = len(state.length), jax.lax.with_sharding_constraint
     cache = put(state.cache, cache_sharding(config, mesh, num_rows))
-    return put(state._replace(cache=()), leading(mesh, "rows", num_rows, config.rules))._replace(
-        cache=cache
-    )
+    where = leading(mesh, "rows", num_rows, config.rules)
+    return put(state._replace(cache=()), where)._replace(cache=cache)
 
 
 def _next_logits(config: ModelConfig, mesh: Mesh, params: Params, hidden: jax.Array) -> jax.Array:

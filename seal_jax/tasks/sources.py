@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from seal_jax.tasks.task import Exam, Problem, Question
+from seal_jax.tasks.task import Exam, Problem, Question, join_shares
 
 # The first of these that a library's dataset has is the one that is read.
 SPLIT_NAMES = {"train": ("train",), "eval": ("validation", "eval", "test", "dev")}
@@ -114,19 +114,12 @@ def make_problem(title: str, passage: str) -> Problem:
 
 def _group(items: Iterable[tuple[str, Any]]) -> list[tuple[Problem, Exam]]:
     """Merge (where, item) pairs into problems, in the order in which they first appear."""
-    problems: dict[str, Problem] = {}
-    answers: dict[str, dict[str, str]] = {}
+    found = []
     for where, item in items:
-        problem = _problem(item, where)
-        asked = answers.setdefault(problem.id, {})
-        for question, answer in _questions(item, where):
-            asked.setdefault(question, answer)
-        if asked:
-            problems.setdefault(problem.id, problem)
-    return [
-        (problem, Exam(key, tuple(Question(*pair) for pair in answers[key].items())))
-        for key, problem in problems.items()
-    ]
+        problem, questions = _problem(item, where), _questions(item, where)
+        if questions:
+            found.append((problem, Exam(problem.id, tuple(Question(*pair) for pair in questions))))
+    return join_shares([found])
 
 
 def _problem(item: Any, where: str) -> Problem:

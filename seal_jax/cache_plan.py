@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from seal_jax.decode import cache_dtype, cache_sharding
 from seal_jax.memory import device_bytes, tree_bytes
 from seal_jax.models.config import ModelConfig
+from seal_jax.models.turned import kernels, turns
 from seal_jax.processes import least
 from seal_jax.self_edit import BUCKETS, bucket_of
 from seal_jax.sharding import num_parts
@@ -37,6 +38,7 @@ class Plan(NamedTuple):
     at_once: int  # prompts of each adapter that one call reads
     prompt_slots: int
     most_slots: int  # of the cache, when it has grown to its end
+    turned: bool  # whether decoding takes turned kernels, see models/turned.py
 
 
 def check_lengths(config: ModelConfig, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
@@ -106,7 +108,9 @@ def make_plan(
             " max_tokens may be lower",
             stacklevel=3,
         )
-    return Plan(size, -(-size // SHRINK), at_once_of(size), S, S + max_tokens)
+    turned = turns(mesh.devices.flat[0].platform, A * size)
+    turned = turned and bytes_of(size) + tree_bytes(kernels(params)) <= room
+    return Plan(size, -(-size // SHRINK), at_once_of(size), S, S + max_tokens, turned)
 
 
 def _resident_bytes(trees: Any, mesh: Mesh) -> int:

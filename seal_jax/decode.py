@@ -6,7 +6,7 @@ as any rows are, and the cache over the heads too.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from seal_jax.draw import Settings, draw
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import KVCache, hidden_states, init_cache, split_layers, unembed
+from seal_jax.models.turned import turn_kernels
 from seal_jax.sharding import divided, leading
 from seal_jax.types import Adapters, Params
 
@@ -129,6 +130,12 @@ def no_rows(
         finished=jnp.zeros(B, bool),
     )
     return _placed(config, mesh, rows)
+
+
+@partial(jax.jit, static_argnums=(0, *range(2, 8)))
+def start(config: ModelConfig, params: Params | None, *shapes: Any) -> tuple[Params | None, Rows]:
+    """Return params with turned kernels, and `no_rows(config, *shapes)`: in one program."""
+    return params and turn_kernels(params), no_rows(config, *shapes)
 
 
 @partial(jax.jit, donate_argnames="rows", static_argnames=("config", "mesh", "pad_id"))

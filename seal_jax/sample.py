@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from seal_jax.cache_plan import Plan, check_lengths, grown, make_plan, prompt_bucket
-from seal_jax.decode import Rows, admit, decode, move, no_rows, prefill
+from seal_jax.decode import Rows, admit, decode, move, prefill, start
 from seal_jax.draw import Settings, make_settings
 from seal_jax.keys import fold
 from seal_jax.models.config import ModelConfig
@@ -105,10 +105,11 @@ def generate(
             arrays, leading(mesh, "rows", len(jax.tree.leaves(arrays)[0]), config.rules)
         )
 
-    with_params = config, params, adapters
     slots = grown(S + _CHUNK, plan.most_slots)
     dtype = params["embed"]["embedding"].dtype
-    rows = no_rows(config, dtype, at.size, slots, max_tokens, pad_id, mesh)
+    turned = params if plan.turned else None
+    turned, rows = start(config, turned, dtype, at.size, slots, max_tokens, pad_id, mesh)
+    to_decode = config, turned or params, adapters
     key_data = to_host(jax.random.key_data(keys))
     stop_ids = to_device(np.asarray(stop_ids, np.int32), replicated(mesh))
     chunk = 1 if constrain else _STOP_CHUNK if stop else _CHUNK
@@ -117,7 +118,7 @@ def generate(
         while _is_time_to_admit(at, waiting):
             chosen, source, *read = _choose_prompts(at, waiting, flat, plan.at_once, S, pad_id)
             with jax.set_mesh(mesh):  # for the attention kernels
-                new = prefill(*with_params, *placed(tuple(read)), mesh=mesh)
+                new = prefill(config, params, adapters, *placed(tuple(read)), mesh=mesh)
             index = np.maximum(chosen.reshape(-1), 0)
             begun = placed((source, key_data[index], Settings(*(x[index] for x in settings))))
             rows = admit(config, rows, new, *begun, mesh=mesh, pad_id=pad_id)
@@ -126,7 +127,7 @@ def generate(
         allowed = None
         if constrain:
             allowed = placed(_allowed(constrain, at.reshape(-1), so_far, config.vocab_size))
-        rows = decode(*with_params, rows, stop_ids, num_steps, allowed, mesh=mesh)
+        rows = decode(*to_decode, rows, stop_ids, num_steps, allowed, mesh=mesh)
         done = _collect(rows, at.reshape(-1), so_far, stop, written)
         if done.any():
             for i in at[done.reshape(at.shape)]:

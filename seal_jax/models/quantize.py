@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from seal_jax.models.config import ParamRules
+from seal_jax.models.turned import Turned, turned_product
 from seal_jax.sharding import auto_axes, divided, num_parts
 from seal_jax.types import Params
 
@@ -170,8 +171,11 @@ _TABLE = ("vocab", "embed")  # its logical axes
 def product(contract: str, x: jax.Array, kernel: Any, dtype: Any) -> jax.Array:
     """Return einsum(contract, x, kernel) in `dtype`.
 
-    Where the kernel is a QArray, it is frozen, and the result's last axis is its channels.
+    Where the kernel is a QArray, it is frozen, and the result's last axis is its channels. A turned
+    one is only for what has no gradient.
     """
+    if isinstance(kernel, Turned):
+        return turned_product(x, kernel).astype(dtype)
     if not _is_qarray(kernel):
         kernel = kernel.astype(x.dtype)
         if x.dtype == jnp.float32:

@@ -122,7 +122,9 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, lora: "_Lora | None") -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        if self.is_initializing():
+            self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        kernel = self.get_variable("params", "kernel")  # whatever `product` takes
         flat = x.reshape(-1, x.shape[-1])
         y = checkpoint_name(product("td,df->tf", flat, kernel, x.dtype), _PRODUCT)
         if self.use_bias:
@@ -329,10 +331,15 @@ class Transformer(nn.Module):
 
 def init_params(config: ModelConfig, rng: jax.Array, dtype=jnp.float32) -> Params:
     """Return random parameters for `config`."""
-    one = jnp.zeros((1, 1), jnp.int32)
-    init = jax.jit(Transformer(config).init)
-    params = init(rng, one, _Call(rope_tables(config, one), one, one, None, 0))["params"]
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    @jax.jit  # with the cast: a large model is never there in float32
+    def init(rng: jax.Array) -> Params:
+        one = jnp.zeros((1, 1), jnp.int32)
+        call = _Call(rope_tables(config, one), one, one, None, 0)
+        params = Transformer(config).init(rng, one, call)["params"]
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    return init(rng)
 
 
 @jax.custom_vjp

@@ -1,0 +1,54 @@
+"""Kernels as a CPU wants them where tokens are few: [out in], on the left of the product.
+
+XLA:CPU rearranges the right side of a product before it multiplies. With some dozens of tokens that
+takes as long as the product, and here only the tokens are rearranged.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from seal_jax.types import Params
+
+# Rows of one token from which, and up to which, it is worth it (Zen 3 and 4).
+_FEW, _MANY = 2, 96
+
+
+class Turned(NamedTuple):
+    """A kernel that `product` takes as it takes one [in out]."""
+
+    transposed: jax.Array  # [out in]
+
+
+def turns(platform: str, num_rows: int) -> bool:
+    """Whether decoding so many rows is faster with turned kernels."""
+    return platform == "cpu" and _FEW <= num_rows <= _MANY
+
+
+def turn_kernels(params: Params) -> Params:
+    """Return params whose kernels are turned, but for quantized ones."""
+
+    def one(path: tuple, leaf: jax.Array) -> Any:
+        return Turned(leaf.T) if _is_kernel(path) else leaf
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def kernels(params: Params) -> list[jax.Array]:
+    """Return what `turn_kernels` makes a copy of."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return [leaf for path, leaf in leaves if _is_kernel(path)]
+
+
+def _is_kernel(path: tuple) -> bool:
+    # A quantized kernel is no leaf: its parts are.
+    return getattr(path[-1], "key", None) == "kernel"
+
+
+def turned_product(x: jax.Array, kernel: Turned) -> jax.Array:
+    """Return x @ kernel, f32[T F] of x [T D]."""
+    transposed = kernel.transposed.astype(x.dtype)
+    y = jnp.einsum("fd,td->ft", transposed, x, preferred_element_type=jnp.float32)
+    # Behind a barrier, or XLA turns the product itself.
+    return jax.lax.optimization_barrier(y).T

@@ -9,7 +9,10 @@
 #   bash launch/install.sh cuda13           once, on the login node
 #   srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 bash launch/gpu.sh --config ... --workdir ...
 #
-# Not tried: the resolution of the requirements is, the run on a GPU is not.
+# XLA multiplies with cuBLAS: its search for Triton's tiles takes minutes for each program of the inner
+# loop. What you set in XLA_FLAGS comes after, and counts.
+#
+# Not tried on a GPU: the resolution of the requirements is, and the benchmarks with this flag were run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/code.sh
@@ -26,5 +29,6 @@ if [ "${SLURM_NTASKS:-1}" -gt 1 ]; then
 else
   run bash launch/install.sh "cuda${CUDA:-13}"
 fi
+export XLA_FLAGS="--xla_gpu_enable_triton_gemm=false ${XLA_FLAGS:-}"
 export JAX_PLATFORMS=cuda,cpu PATH="$PWD/.venv/bin:$PATH"  # named, a missing GPU is an error
 run exec seal-jax train "$@"

@@ -390,6 +390,8 @@ def run_view(arguments: argparse.Namespace) -> int:
 def run_benchmark(arguments: argparse.Namespace) -> int:
     from seal_jax.start import start_jax
 
+    # JAX would take three quarters of a GPU's memory at once, and the peers want some.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     start_jax()
     from seal_jax.bench import run_bench
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from seal_jax.models import TINY, load_model, placing, weights
 from seal_jax.models.config import ModelConfig
+from seal_jax.models.known import KNOWN, config_of
 from seal_jax.models.names import param_table
 from seal_jax.models.tensor_file import (
     BLOCK_BYTES,
@@ -276,6 +277,7 @@ MEMORY = """
 import json, sys
 import jax, numpy as np, safetensors
 from seal_jax.models.config import ModelConfig
+from seal_jax.models.known import KNOWN, config_of
 from seal_jax.models.weights import load_safetensors
 
 def kilobytes(field):
@@ -402,3 +404,9 @@ def test_each_process_reads_its_own_bytes(tmp_path):
         assert int(output.splitlines()[-1]) == expected  # Gloo prints too
     written, read = ((tmp_path / f / "model.safetensors").read_bytes() for f in ("out", "in"))
     assert written == read
+
+
+def test_random_weights_come_in_the_sizes_of_known_models():
+    assert config_of("random:qwen2.5-7b") == KNOWN["qwen2.5-7b"]
+    with pytest.raises(FileNotFoundError, match="no random model 'qwen'.*byte-tiny.*smollm2-135m"):
+        load_model("random:qwen")

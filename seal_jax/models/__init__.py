@@ -17,7 +17,8 @@ SOURCES = """valid sources are
   ORG/NAME        a model on the Hugging Face hub, for example HuggingFaceTB/SmolLM2-135M-Instruct
   ORG/NAME@REVISION                        the same at a branch, a tag or a commit
   RUN             the folder of a run of ours, or its checkpoints: the policy that it trained
-  random:NAME     random parameters for tests: random:byte-tiny
+  random:NAME     random parameters over bytes, for tests: random:byte-tiny; for timings, the sizes
+                  of a known model: random:qwen2.5-7b
   tiny:arc        trained on the spot, for configs/arc_tiny.py; kept in ~/.cache/seal_jax"""
 
 # 0.4 M parameters over bytes. V is ByteTokenizer's 261 rounded up, so that 8 devices can share it.
@@ -119,14 +120,16 @@ def _load_gguf(path: Path, dtype: Any, mesh: Any, rules: ParamRules) -> Model:
 
 
 def _random_model(name: str, dtype: Any, mesh: Any, rules: ParamRules) -> Model:
-    if name not in RANDOM_MODELS:
-        raise FileNotFoundError(f"no random model {name!r}; found {', '.join(RANDOM_MODELS)}.")
     import jax
 
+    from seal_jax.models.known import KNOWN  # which needs this module
     from seal_jax.models.transformer import init_params
     from seal_jax.sharding import to_device, to_host
 
-    config = dataclasses.replace(RANDOM_MODELS[name], rules=rules)
+    sizes = RANDOM_MODELS | KNOWN
+    if name not in sizes:
+        raise FileNotFoundError(f"no random model {name!r}; found {', '.join(sizes)}.")
+    config = dataclasses.replace(sizes[name], rules=rules)
     with jax.transfer_guard("allow"):  # JAX's own random numbers cross the border implicitly
         params = init_params(config, jax.random.key(0), dtype)
     if mesh is not None:

@@ -73,8 +73,8 @@ def config_of(source: str) -> ModelConfig:
       FileNotFoundError: a package or folder has no config.
     """
     kind, _, name = source.partition(":")
-    if kind == "random" and name in RANDOM_MODELS:
-        return RANDOM_MODELS[name]
+    if kind == "random" and name in RANDOM_MODELS | KNOWN:
+        return (RANDOM_MODELS | KNOWN)[name]
     if source == "tiny:arc":
         return TINY
     path = Path(source).expanduser()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from seal_jax.bench import inner, sample
-from seal_jax.bench.timing import matmul_params
+from seal_jax.bench.timing import TooLarge, interleave, matmul_params
 from seal_jax.cli import main
 from seal_jax.models import load_model
 from seal_jax.self_edit import row_length
@@ -60,6 +60,18 @@ def test_a_population_is_timed_on_its_own_texts(model):
     call, num_tokens = inner._population(model, edits, 5, num_tokens=200)
     _, losses = call()
     assert num_tokens >= 200 and np.isfinite(losses[0]).all()
+
+
+def test_a_contestant_without_memory_is_left_out(capsys):
+    calls = []
+
+    def too_large():
+        raise TooLarge("CUDA out of memory")
+
+    contestants = {"a": lambda: calls.append("a"), "b": too_large, "c": lambda: calls.append("c")}
+    assert interleave(contestants, rounds=2).keys() == {"a", "c"}
+    assert calls == ["a", "c"] * 3
+    assert "b is left out: CUDA out of memory" in capsys.readouterr().out
 
 
 def test_an_unknown_benchmark_is_refused(capsys):

@@ -92,7 +92,7 @@ def run(
     if profile:
         profiled(profile, calls[f"population_{sizes[-1]}_{dtypes[0]}"])
     peaks = {dtype: flops / seconds[f"matmul_{dtype}"] for dtype, flops in product_flops.items()}
-    per_token = {name: seconds[name] / count for name, count in text_tokens.items()}
+    per_token = {name: seconds[name] / text_tokens[name] for name in text_tokens if name in seconds}
     figures = _figures(loaded, per_token, peaks, sizes)
     jobs = _jobs(edits, len(edits), num_epochs=10)
     an_edit = float(np.mean([num_trained(job) for job in jobs])) * figures.pop("seconds_per_token")
@@ -236,7 +236,7 @@ def _print(figures: dict[str, Any]) -> None:
         print(f"  {name:24} {rate:12.1f} tokens of text per second")
     best = f"population of {figures['num_adapters']} over {figures['dtype']}"
     for name, ratio in figures["ratios"].items():
-        shown = "not installed" if ratio is None else f"{ratio:.2f} x"
+        shown = "not measured" if ratio is None else f"{ratio:.2f} x"
         print(f"  {best} against {name}: {shown}")
     for dtype, share in figures["shares_of_peak"].items():
         peak = figures["peak_gflops"][dtype]

@@ -3,14 +3,16 @@
 On the processor, or on the GPU where JAX is on it.
 """
 
+import contextlib
 import copy
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
+from seal_jax.bench.timing import TooLarge
 from seal_jax.models import Model
 from seal_jax.models.config import FAMILIES, config_to_hf
 from seal_jax.models.names import param_table
@@ -51,6 +53,7 @@ def make_peft_steps(
     rate = torch.optim.lr_scheduler.LambdaLR(tx, lambda step: max(0.0, 1.0 - step / num_steps))
     pad = model.tokenizer.pad_id
 
+    @_to_its_end()
     def steps(texts: Sequence[Sequence[int]], padded_length: int) -> None:
         for tokens in texts:
             padding = max(0, padded_length - len(tokens))
@@ -62,16 +65,21 @@ def make_peft_steps(
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             tx.step()
             rate.step()
-        _wait()
 
     return steps
 
 
-def _wait() -> None:
-    if _device() == "cuda":
-        import torch
+@contextlib.contextmanager
+def _to_its_end() -> Iterator[None]:
+    """Wait for the GPU; say of memory that it ran out in the bench's words."""
+    import torch
 
-        torch.cuda.synchronize()
+    try:
+        yield
+        if _device() == "cuda":
+            torch.cuda.synchronize()
+    except torch.cuda.OutOfMemoryError as error:
+        raise TooLarge(str(error).partition(".")[0]) from error
 
 
 def make_peft_generate(
@@ -92,6 +100,7 @@ def make_peft_generate(
     adapted.eval()
     pad = model.tokenizer.pad_id
 
+    @_to_its_end()
     def write(groups: Sequence[Sequence[Sequence[int]]], num_tokens: int) -> None:
         for i, prompts in enumerate(groups):
             if len(groups) > 1:
@@ -110,7 +119,6 @@ def make_peft_generate(
                     max_new_tokens=num_tokens,
                     pad_token_id=pad,
                 )
-        _wait()
 
     return write
 

@@ -257,13 +257,13 @@ def _print(figures: dict[str, Any]) -> None:
     print(f"{figures['model']} on {info['device']}, {info['num_cores']} cores, {info['date']}")
     for name, rate in figures["tokens_per_second"].items():
         theirs = figures["torch_tokens_per_second"].get(name)
-        other = "not installed" if theirs is None else f"{theirs:.1f}"
+        other = "not measured" if theirs is None else f"{theirs:.1f}"
         print(
             f"  {name:24} {rate:9.1f} tokens per second, torch {other};"
             f" decode at {figures['shares_of_limit'][name]:.0%} of the limit,"
             f" {figures['prompt_tokens_per_second'][name]:.0f} prompt tokens per second"
         )
     for name, ratio in figures["ratios"].items():
-        print(f"  {name}: {'not installed' if ratio is None else f'{ratio:.2f} x torch'}")
+        print(f"  {name}: {'not measured' if ratio is None else f'{ratio:.2f} x torch'}")
     if figures["compiles"] is not None:
         print(f"  programs for 200 prompts of mixed length: {figures['compiles']}")

@@ -18,17 +18,28 @@ from seal_jax.models.config import ModelConfig
 _LONG = 10.0  # seconds of a first call that are worth a line
 
 
+class TooLarge(Exception):
+    """What a contestant raises that finds no memory beside the others."""
+
+
 def interleave(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Return the median seconds of each contestant's call, after one call each to warm up.
 
-    They take turns, so that what else the machine does hits all alike.
+    They take turns, so that what else the machine does hits all alike. One that is too large is
+    left out, and the others' figures are not lost with it.
     """
+    contestants = dict(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     bar = progress((rounds + 1) * len(contestants), "bench", "call")
     for turn in range(rounds + 1):
-        for name, call in contestants.items():
+        for name, call in list(contestants.items()):
             start = time.perf_counter()
-            jax.block_until_ready(call())
+            try:
+                jax.block_until_ready(call())
+            except TooLarge as error:
+                say(f"bench: {name} is left out: {error}")
+                del contestants[name], seconds[name]
+                continue
             taken = time.perf_counter() - start
             if turn:
                 seconds[name].append(taken)

@@ -277,7 +277,6 @@ MEMORY = """
 import json, sys
 import jax, numpy as np, safetensors
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.known import KNOWN, config_of
 from seal_jax.models.weights import load_safetensors
 
 def kilobytes(field):

@@ -49,7 +49,7 @@ from seal_jax.types import Adapters
 
 LORA = {"rank": 32, "alpha": 64.0, "targets": ("q_proj", "v_proj")}
 _TIMED_ADAPTERS = 2  # of torch and PEFT's
-_FIRST = 8  # tokens of the calls that are cut short
+_FIRST = 8  # tokens of the calls that are cut short: one device call of generate's, with `stop`
 
 
 class Work(NamedTuple):

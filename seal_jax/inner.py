@@ -155,10 +155,12 @@ def inner_step(
         for x in jax.tree.leaves(new):
             finite &= jnp.isfinite(x).all()
 
-        def put(stack: jax.Array, x: jax.Array, old: jax.Array) -> jax.Array:
-            return stack.at[a].set(jnp.where(finite, x.astype(old.dtype), old))
+        def put(stacks: tuple, ones: tuple) -> tuple:
+            return jax.tree.map(partial(_put_at, a), stacks, ones)
 
-        stacks = jax.tree.map(put, (population, opt_states), (new, new_state), (weights, opt_state))
+        # A branch: a choice between new and old would read and write both.
+        stacks = (population, opt_states)
+        stacks = jax.lax.cond(finite, put, lambda stacks, _: stacks, stacks, (new, new_state))
         losses = losses.at[u].set(jnp.where(finite, losses[u], jnp.nan))
         return stacks, steps.at[a].add(1), losses
 
@@ -168,6 +170,10 @@ def inner_step(
     with jax.named_scope("optimizer"):
         (weights, opt_state), steps, losses = jax.lax.fori_loop(0, used.sum(), update_lane, carry)
     return InnerState(state.adapters._replace(weights=weights), opt_state, steps), losses
+
+
+def _put_at(index: jax.Array, stack: jax.Array, one: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, one.astype(stack.dtype), index, 0)
 
 
 def make_inner_update(

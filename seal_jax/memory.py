@@ -101,7 +101,7 @@ def program_bytes(
 
 def fit_adapters(
     needed: Callable[[int], float],
-    adapter_bytes: float,
+    estimate: Callable[[int], float],
     *,
     room: float,
     most: int,
@@ -114,16 +114,20 @@ def fit_adapters(
     Args:
       needed: how many bytes that number of adapters needs, which may take a compiler's time: it is
         asked once where `most` fit, and about once more where they don't.
-      adapter_bytes: how much less one adapter less needs; rather too much than too little.
+      estimate: the part of it that grows with them; rather too steep than too flat.
       room: the bytes there are.
       most: no more than so many are wanted; rounded up.
 
     Raises:
       ValueError: not even the least number fits.
     """
+
+    def largest(limit: int, fits: Callable[[int], bool]) -> int:
+        return next(filter(fits, range(limit, multiple, -multiple)), multiple)
+
     number = max(1, -(-most // multiple)) * multiple
     # Not even adapters alone may fit: a compiler, too, runs out of memory.
-    number = min(number, max(1, int(room / adapter_bytes) // multiple) * multiple)
+    number = largest(number, lambda n: estimate(n) <= room)
     while (found := needed(number)) > room:
         if number == multiple:
             count = "one adapter needs" if number == 1 else f"{number} adapters need"
@@ -133,8 +137,11 @@ def fit_adapters(
                 " Lower inner.tokens_per_step, set inner.remat=full or inner.quantize=int8 or nf4,"
                 " or divide the base over more devices (mesh.fsdp, mesh.tensor)"
             )
-        excess = number / 2 if found == math.inf else (found - room) / adapter_bytes
-        number = max(multiple, number - math.ceil(excess / multiple) * multiple)
+        if found == math.inf:
+            number = largest(number - multiple, lambda n, half=number / 2: n <= half)
+        else:
+            most_bytes = estimate(number) - (found - room)
+            number = largest(number - multiple, lambda n, most=most_bytes: estimate(n) <= most)
     return number, found
 
 
@@ -187,10 +194,17 @@ def make_at_once(
         if longest <= seen:
             return number
         total = least("memory", device_bytes(mesh) if limit is None else limit)
-        each = adapter_bytes(fresh(multiple), optimizer, accumulation) / multiple
+        least_adapters = fresh(multiple)
+        each = adapter_bytes(least_adapters, optimizer, accumulation) / multiple
+        # Of an adapter that takes part in a step: itself, its gradient, and that stacked.
+        lane = 3 * tree_bytes(least_adapters)
         for shape in largest_shapes(longest, tokens_per_step):
+
+            def estimate(n: int, most_lanes: int = shape.num_chunks) -> float:
+                return n * each + min(-(-n // num_shards), most_lanes) * lane
+
             number, used = fit_adapters(
-                partial(needed, shape), each, room=total, most=number, multiple=multiple
+                partial(needed, shape), estimate, room=total, most=number, multiple=multiple
             )
         # Rows up to T take the same steps.
         seen = max(longest, shape.length)
@@ -226,8 +240,9 @@ def empty_batch(
 ) -> InnerBatch:
     """Return a batch (numpy) of steps of that shape, in which nobody trains."""
     one_step = Job(((text_of((0, 0)),),), 0.0)
-    batch = pack([one_step, *[Job((), 0.0)] * (num_adapters - 1)], num_shards=num_shards)[0]
-    arrays = to_arrays((), [Step(shape, ((),) * num_shards)], steps_per_call, 0)
+    nobody = [Job((), 0.0)] * num_adapters
+    batch = pack([one_step, *nobody[1:]], num_shards=num_shards)[0]
+    arrays = to_arrays(nobody, [Step(shape, ((),) * num_shards)], steps_per_call, 0)
     # What pack gives for each adapter stays; what it gives for each step has another shape.
     return InnerBatch(*arrays, *batch[len(arrays) :])
 

@@ -23,7 +23,7 @@ BUCKETS = (
 )
 # Tokens that attend to one another lie in one array row of T; attention's cost grows with T, so it
 # is no longer than the texts ask for: a power of two, because each is a program.
-SHORTEST, LONGEST = 256, 16384
+SHORTEST, LONGEST = 128, 16384
 # Where LoRA is computed, a row takes whole chunks of this many tokens, or of a part of a long array
 # row; there are twice as many slots in chunks as tokens. The smaller a chunk, the fewer slots are
 # empty, and the more often an adapter is copied.
@@ -32,8 +32,8 @@ _CHUNK, _CHUNK_PART = 64, 8
 # rough figures, which only decide between steps of about the same worth.
 STEP_COST = 64
 _ATTENTION_COST = 1 / 2048
-# Small steps, for what the last adapters of a population have left.
-_PARTS = (8, 2)
+# A small step, for what the last adapters of a population have left: this part of the budget.
+_PART = 4
 
 
 # The authors' code pads every text to PADDED tokens and counts the prediction of padding too. Where
@@ -142,7 +142,7 @@ class Shape(NamedTuple):
 
     num_rows: int  # W
     length: int  # T
-    num_chunks: int  # n; and as many lanes
+    num_chunks: int  # n; and no more lanes
 
     @property
     def num_tokens(self) -> int:
@@ -206,7 +206,7 @@ def step_shapes(longest: int, tokens_per_step: int, shortest: int) -> list[Shape
     if longest > LONGEST:
         raise ValueError(f"a row of {longest} tokens: at most {LONGEST} fit into one step")
     budget, T = max(shortest, tokens_per_step), shortest
-    sizes = [(1, budget // part) for part in _PARTS]
+    sizes = [(1, budget // _PART)]
     while True:
         sizes.append((max(1, tokens_per_step // T), T))
         if T >= longest:
@@ -277,7 +277,8 @@ def to_arrays(
 ) -> tuple[np.ndarray, ...]:
     shape, num_shards = run[0].shape, len(run[0].shards)
     W, T, n = shape
-    lanes = np.full((steps_per_call, num_shards * n), -1, np.int32)
+    num_lanes = min(n, -(-len(jobs) // num_shards))
+    lanes = np.full((steps_per_call, num_shards * num_lanes), -1, np.int32)
     chunks = np.zeros((steps_per_call, num_shards * n, 3), np.int32)
     tokens = np.full((steps_per_call, num_shards * W, T), pad_id, np.int32)
     segments = np.zeros(tokens.shape, np.int32)
@@ -287,7 +288,7 @@ def to_arrays(
         for s, places in enumerate(step.shards):
             num_texts, chunk = [0] * W, s * n
             for lane, (job, row, w, t) in enumerate(places):
-                lanes[i, s * n + lane] = job
+                lanes[i, s * num_lanes + lane] = job
                 end = t + row_length(jobs[job].rows[row])
                 for start in range(t, end, shape.chunk_size):
                     count = min(shape.chunk_size, end - start)

@@ -7,7 +7,7 @@ its own segment, from its own slot back to the edge of the window. The two kerne
 [T, S] scores to memory; they serve whole texts, and generation with a cache is left to XLA.
 """
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,12 @@ _TILE = 128
 _SPLASH_FROM = 1024
 # cuDNN is worth it earlier: XLA:GPU writes the scores to memory.
 _CUDNN_FROM = 256
+
+# What is added to the score of a key that is not seen: far below any score, half of it still is.
+_UNSEEN = -1e38
+# Where texts of several adapters share a row, a query, key or value that is larger counts as
+# infinite: no product of smaller ones comes near _UNSEEN.
+_LARGEST = 1e15
 
 
 @partial(jax.named_call, name="attention")
@@ -84,7 +90,7 @@ def attend_apart(
     token's own query as NaN.
 
     Args:
-      finite: bool[B T], whether a token's query, key and value are.
+      finite: bool[B T], whether a token's query, key and value are; see `is_finite`.
 
     Returns:
       [B*T N*H]
@@ -95,6 +101,11 @@ def attend_apart(
     out = attend(config, q, k, v, segments, key_segments, 0, local=local, whole=True)
     out = flat_heads(out)
     return _stop_nonfinite_grads(jnp.where(finite.reshape(-1, 1), out, jnp.nan), lost)
+
+
+def is_finite(*xs: jax.Array) -> jax.Array:
+    """Return which tokens are finite in all of xs [M D], bool[M]; what is huge counts as infinite."""
+    return reduce(jnp.logical_and, [(jnp.abs(x) < _LARGEST).all(axis=-1) for x in xs])
 
 
 def flat_heads(x: jax.Array) -> jax.Array:
@@ -199,8 +210,13 @@ def _xla_forward(scale, softcap, q, k, v, visible):
         scores = softcap * capped
     scores = scores.reshape(B, K, -1, T, S)
     seen = visible[:, None, None]
-    highest = jnp.where(seen, scores, -1e30).max(axis=-1, keepdims=True)
-    weights = jnp.where(seen, jnp.exp(scores - highest), 0)
+    if _platform() == "cpu":
+        # XLA for CPUs makes one pass of a sum and what follows, and of a choice several.
+        scores += jnp.where(seen, 0.0, _UNSEEN)
+        weights = jnp.exp(scores - jnp.maximum(scores.max(axis=-1, keepdims=True), _UNSEEN / 2))
+    else:
+        highest = jnp.where(seen, scores, _UNSEEN).max(axis=-1, keepdims=True)
+        weights = jnp.where(seen, jnp.exp(scores - highest), 0)
     # One over the softmax's sum, which is 0 for who sees nothing.
     share = 1 / jnp.maximum(weights.sum(axis=-1), 1e-30).reshape(B, K, -1, 1)
     weights = weights.reshape(B, K, -1, S).astype(v.dtype)

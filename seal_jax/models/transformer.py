@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
-from seal_jax.models.attention import attend, attend_apart, flat_heads
+from seal_jax.models.attention import attend, attend_apart, flat_heads, is_finite
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.lora_product import Chunks, chunked_product, grouped_product
 from seal_jax.models.quantize import product, take_rows
@@ -179,8 +179,7 @@ class Attention(nn.Module):
             )
         texts = call.segments, call.key_segments
         if call.lora is not None and call.lora.chunks is not None:
-            finite = [jnp.isfinite(y).all(axis=-1) for y in flat]
-            finite = (finite[0] & finite[1] & finite[2]).reshape(B, T)
+            finite = is_finite(*flat).reshape(B, T)
             out = attend_apart(c, q, k, v, *texts, finite, local=self.local)
         else:
             # A prompt that fills its cache attends as any whole text.

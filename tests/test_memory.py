@@ -78,8 +78,8 @@ def count(small, mesh, num_adapters, longest=256, optax_name="adamw", **options)
     ids=[*MESHES, "accumulation"],
 )
 def test_64_adapters_add_only_adapters_to_the_memory_of_the_fewest(small, sizes, options, copies):
-    """As many copies of its numbers: the first, the trained, two moments, summed gradients. And while
-    there are fewer adapters than a step has places, a copy and a gradient for each place more.
+    """As many copies of its numbers: the first, the trained, two moments, summed gradients. And
+    while there are fewer adapters than a step has places, a copy and a gradient for each place.
     """
     mesh = mesh_of(sizes)
     few = mesh.shape["data"]

@@ -104,7 +104,7 @@ def attend_apart(
 
 
 def is_finite(*xs: jax.Array) -> jax.Array:
-    """Return which tokens are finite in all of xs [M D], bool[M]; what is huge counts as infinite."""
+    """Return which tokens are finite in all of xs [M D], bool[M]; the huge count as infinite."""
     return reduce(jnp.logical_and, [(jnp.abs(x) < _LARGEST).all(axis=-1) for x in xs])
 
 

@@ -67,6 +67,7 @@ def _rope_table(positions: jax.Array, frequency: jax.Array) -> tuple[jax.Array, 
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
+@jax.custom_vjp
 def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate x [B N T H] by its table's angles; halves are paired as in Hugging Face."""
     cos, sin = table
@@ -77,6 +78,13 @@ def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
         "...h,hi->...i", x, swap, precision="highest", preferred_element_type=jnp.float32
     )
     return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
+
+
+# The gradient is turned back: a product of x's dtype too, where JAX would make one of float32.
+apply_rope.defvjp(
+    lambda x, table: (apply_rope(x, table), table),
+    lambda table, grads: (apply_rope(grads, (table[0], -table[1])), None),
+)
 
 
 def rope_tables(config: ModelConfig, positions: jax.Array) -> tuple:

@@ -45,10 +45,9 @@ class InnerBatch(NamedTuple):
     lanes: jax.Array  # i32[I U] which adapter takes the lane
     chunks: jax.Array  # i32[I n 3] a chunk's lane, first token (of W * T) and number of tokens
     tokens: jax.Array  # i32[I W T]
-    segments: (
-        jax.Array
-    )  # i32[I W T] 0 is nothing, 1.. are the texts of the array row, -s is padding
-    # that is in the loss: it sees text s, and nobody sees it
+    # 0 is nothing, 1.. are the texts of the array row, -s is padding that is in the loss: it sees
+    # text s, and nobody sees it.
+    segments: jax.Array  # i32[I W T]
     positions: jax.Array  # i32[I W T] restart with each text
     loss_weight: jax.Array  # f32[I W T] how much predicting this token counts
     learning_rate: jax.Array  # f32[A] at the first step

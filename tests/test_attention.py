@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from seal_jax import lora
 from seal_jax.inner import lane_losses, make_inner_update
-from seal_jax.models.attention import _choose, attend, attend_apart
+from seal_jax.models.attention import _choose, attend, attend_apart, flat_heads, is_finite
 from seal_jax.models.config import REMATS, ModelConfig
 from seal_jax.models.transformer import forward, init_params
 from seal_jax.optim import make_optimizer
@@ -332,6 +332,26 @@ def test_a_gradient_that_overflows_stays_with_its_own_text():
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_array_equal(x[:, :, others], y[:, :, others])
     assert np.isnan(found[0][:, :, 12]).all()  # and its adapter learns of it
+
+
+@pytest.mark.parametrize("size", [1e14, 1e38, np.inf])
+def test_a_huge_text_stays_with_itself(size):
+    """Its key times another's query may overflow: what is not seen counts for nothing."""
+    config = config_of("xla")
+    rng = np.random.default_rng(0)
+    num_heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    qkv = [rng.normal(size=(1, n, 24, 64)).astype(np.float32) for n in num_heads]
+    huge = [np.where(np.arange(24)[:, None] // 8 == 1, np.float32(size), x) for x in qkv]
+    segments = jnp.repeat(jnp.arange(1, 4), 8)[None]
+
+    def out(qkv):
+        finite = is_finite(*(flat_heads(jnp.asarray(x)) for x in qkv))[None]
+        return attend_apart(config, *qkv, segments, segments, finite, local=False)
+
+    expected, found = out(qkv), out(huge)
+    others = np.r_[0:8, 16:24]
+    np.testing.assert_array_equal(found[others], expected[others])
+    assert np.isnan(found[8:16]).all() == (size > 1e15)  # and then its adapter learns of it
 
 
 def test_a_product_that_overflows_stays_with_its_own_text():

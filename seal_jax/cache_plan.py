@@ -1,12 +1,14 @@
 """The shapes of a generation call, and whether they fit: known before anything runs.
 
-Each shape is a program, so there are few. Rows of an adapter are rounded up, and a cache begins
-short and doubles until its rows have room to the end.
+Each shape is a program, so there are few. Rows of an adapter are rounded up, and the cache of what
+they write begins short and doubles until it has room to the end. Where nobody waits, the rows that
+continue one prompt share its cache; rows that come and go one by one have a copy each.
 """
 
 import math
 import warnings
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +27,7 @@ from seal_jax.types import Adapters, Params
 SHRINK = 4  # by how much a batch shrinks in which nobody waits
 # Where nobody ever waits, so many prompt slots are read at once.
 _READ_TOKENS = 4096
-_SHORTEST_CACHE = 256  # slots; from there it doubles
+_SHORTEST_CACHE = 128  # slots; from there it doubles
 # What drawing takes for each row and token of the vocabulary: some float32 arrays of [B V].
 _DRAW_BYTES = 24
 
@@ -34,10 +36,10 @@ class Plan(NamedTuple):
     """The shapes of a call, known before anything runs."""
 
     size: int  # rows of each of A adapters
+    copies: int  # rows that share a prompt
     few: int  # rows of each that the batch shrinks to
     at_once: int  # prompts of each adapter that one call reads
     prompt_slots: int
-    most_slots: int  # of the cache, when it has grown to its end
     turned: bool  # whether decoding takes turned kernels, see models/turned.py
 
 
@@ -62,21 +64,21 @@ def make_plan(
     max_rows: int,
 ) -> Plan:
     """Return the shapes of a call: few different ones, as each is a set of programs."""
-    A, most = len(prompts), max(map(len, prompts))
+    A, most = len(prompts), max(sum(map(bool, group)) for group in prompts)
     S = prompt_bucket(max(len(prompt) for group in prompts for prompt in group))
-    wanted = max(1, min(_row_bucket(most), max_rows // A))
     dtype = params["embed"]["embedding"].dtype
     room = device_bytes(mesh) - _resident_bytes((params, adapters), mesh)
     room = least("room for generation", room)
 
-    def bytes_of(size: int) -> int:
+    def bytes_of(size: int, copies: int) -> int:
         return planned_bytes(
             config,
             mesh,
             dtype,
             num_rows=A * size,
-            num_slots=S + max_tokens,
-            num_prompts=A * at_once_of(size),
+            num_slots=max_tokens,
+            num_prompts=A * size // copies,
+            num_read=A * at_once_of(size),
             prompt_slots=S,
         )
 
@@ -89,8 +91,13 @@ def make_plan(
         num_calls = -(-num_prompts // max(a_quarter, _READ_TOKENS // (A * S)))
         return -(-num_prompts // num_calls)
 
-    size = wanted
-    while (needed := bytes_of(size)) > room:
+    wanted = max(1, min(_row_bucket(most), max_rows // A))
+    copies = _copies(prompts)
+    shared = copies * _row_bucket(-(-most // copies))
+    if shared > max_rows // A or A * shared // copies % num_parts(mesh, "rows", config.rules):
+        shared, copies = wanted, 1
+    size = shared
+    while (needed := bytes_of(size, copies)) > room:
         if size == 1:
             rows = "a row" if A == 1 else f"{A} rows, one of each adapter,"
             raise ValueError(
@@ -100,8 +107,8 @@ def make_plan(
                 " (inner.max_adapters), or divide the model over more devices (mesh.tensor,"
                 " mesh.fsdp)"
             )
-        size = max(n for n in map(_row_bucket, range(1, size)) if n < size)
-    if size < wanted:
+        size, copies = max(n for n in map(_row_bucket, range(1, size)) if n < size), 1
+    if size < min(shared, wanted):
         warnings.warn(
             f"generation: {A * size} rows at once, as {A * wanted} of up to {S + max_tokens} tokens"
             f" do not fit into the {room / 1e9:.3g} GB that are left on a device; max_rows or"
@@ -109,8 +116,16 @@ def make_plan(
             stacklevel=3,
         )
     turned = turns(mesh.devices.flat[0].platform, A * size)
-    turned = turned and bytes_of(size) + tree_bytes(kernels(params)) <= room
-    return Plan(size, -(-size // SHRINK), at_once_of(size), S, S + max_tokens, turned)
+    turned = turned and bytes_of(size, copies) + tree_bytes(kernels(params)) <= room
+    return Plan(size, copies, -(-size // SHRINK), at_once_of(size), S, turned)
+
+
+def _copies(prompts: Sequence[Sequence[Sequence[int]]]) -> int:
+    """Return how many rows can share a prompt everywhere: what divides the length of each run."""
+    runs = [
+        len(list(run)) for group in prompts for prompt, run in groupby(tuple(p) for p in group if p)
+    ]
+    return math.gcd(*runs) or 1
 
 
 def _resident_bytes(trees: Any, mesh: Mesh) -> int:
@@ -126,8 +141,9 @@ def prompt_bucket(length: int) -> int:
 
 
 def _row_bucket(number: int) -> int:
-    """Return `number` or a little more, with two significant bits: 1, 2, 3, 4, 6, 8, 12, 16..."""
-    step = 1 << max(0, number.bit_length() - 2)
+    """Return `number` or a little more: 1 to 6, and from there 8, 12, 16, 24, 32..."""
+    # Five is how many questions there are of a passage, and how many self-edits.
+    step = 1 if number <= 6 else 1 << (number.bit_length() - 2)
     return -(-number // step) * step
 
 
@@ -147,27 +163,35 @@ def planned_bytes(
     num_rows: int,
     num_slots: int,
     num_prompts: int,
+    num_read: int,
     prompt_slots: int,
 ) -> int:
     """Return about what generation takes on each device beside the model, at most.
 
-    The rows with their cache, twice, as they are copied where the cache grows; the prompts that are
-    read at once, with the scores of one layer's attention; and what a draw makes of the logits.
+    The rows and their prompts with their caches, twice, as they are copied where the cache grows;
+    the prompts that are read at once, with the scores of one layer's attention; and what a draw
+    makes of the logits.
 
     Args:
-      num_slots: of the cache, when it has grown to its end.
-      prompt_slots: of each of `num_prompts` prompts.
+      num_slots: of each row's own cache, when it has grown to its end.
+      prompt_slots: of each of the `num_prompts` that rows continue, and of the `num_read`.
     """
 
-    def on_device(count: int, slots: int) -> tuple[int, int]:
+    def cache_shape(count: int, slots: int) -> tuple[int, ...]:
         shape = count, config.num_kv_heads, slots, config.head_dim
-        shard = cache_sharding(config, mesh, count).shard_shape(shape)
-        cache = 2 * config.num_layers * math.prod(shard) * cache_dtype(dtype, mesh).itemsize
-        return cache + 5 * shard[0] * config.vocab_size, shard[0] * shard[1]
+        return cache_sharding(config, mesh, count).shard_shape(shape)
 
-    rows, _ = on_device(num_rows, num_slots)
-    prompts, heads = on_device(num_prompts, prompt_slots)
-    heads *= config.num_heads // config.num_kv_heads
+    def cache_bytes(count: int, slots: int) -> int:
+        numbers = 2 * config.num_layers * math.prod(cache_shape(count, slots))
+        return numbers * cache_dtype(dtype, mesh).itemsize
+
+    def logits_bytes(count: int) -> int:  # and which tokens were seen
+        return 5 * config.vocab_size * cache_shape(count, 1)[0]
+
+    rows = cache_bytes(num_rows, num_slots) + logits_bytes(num_rows)
+    rows += cache_bytes(num_prompts, prompt_slots)
+    read = cache_bytes(num_read, prompt_slots) + logits_bytes(num_read)
+    heads = math.prod(cache_shape(num_read, 1)[:2]) * config.num_heads // config.num_kv_heads
     scores = 2 * 4 * heads * prompt_slots**2
     draws = _DRAW_BYTES * config.vocab_size * -(-num_rows // num_parts(mesh, "rows", config.rules))
-    return 2 * rows + prompts + max(scores, draws)
+    return 2 * rows + read + max(scores, draws)

@@ -1,8 +1,9 @@
 """The device's part of generation: read prompts, begin rows, let them write, move them.
 
-All state is `Rows`: which the host makes once, and every call gives back. A row writes its keys and
-values behind its own prompt, so rows of any age stand side by side. Rows are divided over the mesh
-as any rows are, and the cache over the heads too.
+All state is `Rows`: which the host makes once, and every call gives back. Rows that continue one
+prompt are neighbours, and share its keys and values; each writes its own into slots of its own, so
+rows of any age stand side by side. Rows are divided over the mesh as any rows are, and the caches
+over the heads too.
 """
 
 from functools import partial
@@ -14,7 +15,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from seal_jax.draw import Settings, draw
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.transformer import KVCache, hidden_states, init_cache, split_layers, unembed
+from seal_jax.models.transformer import (
+    KVCache,
+    RowCaches,
+    hidden_states,
+    init_cache,
+    split_layers,
+    unembed,
+)
 from seal_jax.models.turned import turn_kernels
 from seal_jax.sharding import divided, leading
 from seal_jax.types import Adapters, Params
@@ -26,7 +34,7 @@ class Prefilled(NamedTuple):
     logits: jax.Array  # f32[P V] for the next token
     seen: jax.Array  # bool[P V] the tokens of the prompt
     length: jax.Array  # i32[P]
-    cache: KVCache  # of the prompts' S slots
+    cache: KVCache  # S slots each
 
 
 class Rows(NamedTuple):
@@ -34,8 +42,9 @@ class Rows(NamedTuple):
 
     logits: jax.Array  # f32[B V] for the next token
     seen: jax.Array  # bool[B V] the tokens of the prompt and of what was written
-    length: jax.Array  # i32[B] of the prompt and of what was written: the next slot
-    cache: KVCache
+    length: jax.Array  # i32[B] of the prompt
+    prompts: KVCache  # of P prompts, which B/P neighbours share: S slots each
+    cache: KVCache  # of what each row wrote
     keys: jax.Array  # typed PRNG keys [B]
     settings: Settings
     written: jax.Array  # i32[B]
@@ -54,18 +63,26 @@ def cache_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
 
 
 def cache_sharding(config: ModelConfig, mesh: Mesh, num_rows: int) -> NamedSharding:
-    """Return where a cache's [B K S H] lie: divided over rows and heads where they can be."""
+    """Return where a cache's [B K ...] lie: divided over rows and heads where they can be."""
     rows = divided(mesh, "rows", num_rows, config.rules)
     heads = divided(mesh, "heads", config.num_kv_heads, config.rules)
     return NamedSharding(mesh, PartitionSpec(rows, heads))
 
 
+def _where(config: ModelConfig, mesh: Mesh, state: Prefilled | Rows) -> Prefilled | Rows:
+    """Return the shardings of the state, a prefix of it."""
+
+    def one(x: Any) -> NamedSharding:
+        if isinstance(x, KVCache):
+            return cache_sharding(config, mesh, len(x.keys[0]))
+        return leading(mesh, "rows", len(state.length), config.rules)
+
+    return type(state)(*map(one, state))
+
+
 def _placed(config: ModelConfig, mesh: Mesh, state: Prefilled | Rows) -> Prefilled | Rows:
     """Say where the state lies: the same for every program, or the next one is compiled anew."""
-    num_rows, put = len(state.length), jax.lax.with_sharding_constraint
-    cache = put(state.cache, cache_sharding(config, mesh, num_rows))
-    where = leading(mesh, "rows", num_rows, config.rules)
-    return put(state._replace(cache=()), where)._replace(cache=cache)
+    return jax.lax.with_sharding_constraint(state, _where(config, mesh, state))
 
 
 def _next_logits(config: ModelConfig, mesh: Mesh, params: Params, hidden: jax.Array) -> jax.Array:
@@ -94,8 +111,9 @@ def prefill(
     P, S = prompts.shape
     slots = jnp.broadcast_to(jnp.arange(S), (P, S))
     ones = jnp.ones((P, S), jnp.int32)  # causal: nobody looks at what is behind a prompt
-    cache = init_cache(config, P, S, cache_dtype(params["embed"]["embedding"].dtype, mesh))
-    hidden, cache = hidden_states(config, params, prompts, slots, ones, adapters, cache, 0)
+    hidden, cache = hidden_states(config, params, prompts, slots, ones, adapters)
+    dtype = cache_dtype(params["embed"]["embedding"].dtype, mesh)
+    cache = jax.tree.map(lambda x: x.astype(dtype), cache)
     last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
     seen = jnp.zeros((P, config.vocab_size), bool)
     seen = seen.at[jnp.arange(P)[:, None], prompts].max(slots < length[:, None])
@@ -103,24 +121,32 @@ def prefill(
     return _placed(config, mesh, Prefilled(logits, seen, length, cache))
 
 
-@partial(jax.jit, static_argnums=range(7))
+@partial(jax.jit, static_argnums=range(9))
 def no_rows(
     config: ModelConfig,
     dtype: jnp.dtype,
     num_rows: int,
+    num_prompts: int,
+    prompt_slots: int,
     num_slots: int,
     max_tokens: int,
     pad_id: int,
     mesh: Mesh,
 ) -> Rows:
-    """Return `num_rows` empty rows, whose cache has room for `num_slots` tokens each."""
-    B, shape = num_rows, (num_rows, max_tokens)
+    """Return `num_rows` empty rows for `num_prompts` prompts of up to `prompt_slots` tokens.
+
+    Args:
+      num_slots: how many tokens of each row its cache has room for.
+      max_tokens: how many tokens each row may write.
+    """
+    B, shape, dtype = num_rows, (num_rows, max_tokens), cache_dtype(dtype, mesh)
     count, some = jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.float32)
     rows = Rows(
         logits=jnp.zeros((B, config.vocab_size), jnp.float32),
         seen=jnp.zeros((B, config.vocab_size), bool),
         length=count,
-        cache=init_cache(config, B, num_slots, cache_dtype(dtype, mesh)),
+        prompts=init_cache(config, num_prompts, prompt_slots, dtype),
+        cache=init_cache(config, B, num_slots, dtype),
         keys=jax.random.split(jax.random.key(0), B),
         settings=Settings(some, count, some, some, some),
         written=count,
@@ -132,7 +158,17 @@ def no_rows(
     return _placed(config, mesh, rows)
 
 
-@partial(jax.jit, static_argnums=(0, *range(2, 8)))
+def rows_shapes(config: ModelConfig, *shapes: Any) -> Rows:
+    """Return `no_rows(config, *shapes)` as ShapeDtypeStructs with their shardings."""
+    rows, mesh = jax.eval_shape(lambda: no_rows(config, *shapes)), shapes[-1]
+
+    def put(where: NamedSharding, part: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), part)
+
+    return jax.tree.map(put, _where(config, mesh, rows), rows)
+
+
+@partial(jax.jit, static_argnums=(0, *range(2, 10)))
 def start(config: ModelConfig, params: Params | None, *shapes: Any) -> tuple[Params | None, Rows]:
     """Return params with turned kernels, and `no_rows(config, *shapes)`: in one program."""
     return params and turn_kernels(params), no_rows(config, *shapes)
@@ -150,20 +186,24 @@ def admit(
     mesh: Mesh,
     pad_id: int,
 ) -> Rows:
-    """Begin rows anew with prompt source[b], i32[B]; those with -1 go on."""
+    """Begin rows anew with prompt source[b], i32[B]; those with -1 go on.
+
+    Rows that share a prompt begin together: those of them that are -1 stay empty.
+    """
     fresh = source >= 0
+    num_prompts = len(rows.prompts.keys[0])
+    prompt = source.reshape(num_prompts, -1).max(axis=1)
 
     def put(old: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), x, old)
 
-    def put_cache(old: jax.Array, prompts: jax.Array) -> jax.Array:
-        part = put(old[:, :, : prompts.shape[2]], prompts[source])
-        return jax.lax.dynamic_update_slice(old, part, (0, 0, 0, 0))
+    def put_prompt(old: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.where((prompt >= 0).reshape(-1, 1, 1, 1), x[prompt], old)
 
     begun = ("logits", "seen", "length")
     rows = rows._replace(
         **{name: put(getattr(rows, name), getattr(new, name)[source]) for name in begun},
-        cache=jax.tree.map(put_cache, rows.cache, new.cache),
+        prompts=jax.tree.map(put_prompt, rows.prompts, new.cache),
         keys=jnp.where(fresh, jax.random.wrap_key_data(key_data), rows.keys),
         settings=jax.tree.map(put, rows.settings, settings),
         written=put(rows.written, 0),
@@ -176,12 +216,26 @@ def admit(
 
 
 @partial(jax.jit, static_argnames=("config", "mesh", "num_slots"))
-def move(config: ModelConfig, rows: Rows, index: jax.Array, *, mesh: Mesh, num_slots: int) -> Rows:
-    """Return the rows at index [B'], with room for `num_slots` tokens: as many as now, or more."""
-    grown = (0, 0), (0, 0), (0, num_slots - rows.cache.keys[0].shape[2]), (0, 0)
-    cache = jax.tree.map(lambda x: jnp.pad(x[index], grown), rows.cache)
-    rest = jax.tree.map(lambda x: x[index], rows._replace(cache=()))
-    return _placed(config, mesh, rest._replace(cache=cache))
+def move(
+    config: ModelConfig,
+    rows: Rows,
+    index: jax.Array,
+    prompt: jax.Array,
+    *,
+    mesh: Mesh,
+    num_slots: int,
+) -> Rows:
+    """Return the rows at index [B'] with the prompts at prompt [P'], which B'/P' of them share.
+
+    Args:
+      num_slots: how many tokens of each row its cache has room for then: as now, or more.
+    """
+
+    longer = (0, 0), (0, 0), (0, num_slots - rows.cache.keys[0].shape[2]), (0, 0)
+    cache = jax.tree.map(lambda x: jnp.pad(x[index], longer), rows.cache)
+    prompts = jax.tree.map(lambda x: x[prompt], rows.prompts)
+    rest = jax.tree.map(lambda x: x[index], rows._replace(cache=(), prompts=()))
+    return _placed(config, mesh, rest._replace(cache=cache, prompts=prompts))
 
 
 @partial(jax.jit, donate_argnames="rows", static_argnames=("config", "mesh"))
@@ -203,8 +257,8 @@ def decode(
       allowed: bool[B V], the tokens that may be drawn: for one step.
     """
     B, max_tokens = rows.tokens.shape
-    each, S = jnp.arange(B), rows.cache.keys[0].shape[2]
-    ones = jnp.ones((B, 1), jnp.int32)
+    each, last = jnp.arange(B), rows.cache.keys[0].shape[2] - 1
+    ones, prompts = jnp.ones((B, 1), jnp.int32), rows.prompts
     if adapters is not None:  # here, or every step would cut the stacks anew
         adapters = adapters._replace(weights=split_layers(adapters.weights))
 
@@ -220,24 +274,15 @@ def decode(
         place = jnp.where(r.done, max_tokens, r.written)  # beyond the end: written nowhere
         written = r.written + (~r.done).astype(jnp.int32)
         finished = r.finished | (~r.done & (token[:, None] == stop_ids[None]).any(axis=1))
-        hidden, cache = hidden_states(
-            config,
-            params,
-            token[:, None],
-            r.length[:, None],
-            ones,
-            adapters,
-            r.cache,
-            jnp.minimum(r.length, S - 1),
-            jnp.ones((B, S), jnp.int32),
-        )
+        caches = RowCaches(prompts, r.cache, r.length, jnp.minimum(r.written, last))
+        at = (r.length + r.written)[:, None]
+        hidden, cache = hidden_states(config, params, token[:, None], at, ones, adapters, caches)
         return number + 1, _placed(
             config,
             mesh,
             r._replace(
                 logits=_next_logits(config, mesh, params, hidden[:, 0]),
                 seen=r.seen.at[each, token].set(True),
-                length=r.length + (~r.done).astype(jnp.int32),
                 cache=cache,
                 written=written,
                 tokens=r.tokens.at[each, place].set(token, mode="drop"),
@@ -247,4 +292,6 @@ def decode(
             ),
         )
 
-    return jax.lax.while_loop(running, step, (jnp.int32(0), rows))[1]
+    rows = rows._replace(prompts=())  # they stay as they are
+    rows = jax.lax.while_loop(running, step, (jnp.int32(0), rows))[1]
+    return rows._replace(prompts=prompts)

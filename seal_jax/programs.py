@@ -107,13 +107,9 @@ def _writing(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> 
         key="sample.max_rows",
     )
     dtype = model.params["embed"]["embedding"].dtype
-    slots = S + section.max_tokens
-    empty = (model.config, dtype, B, slots, section.max_tokens, 0, mesh)
-    rows = jax.eval_shape(partial(decode.no_rows, *empty))
-    cache = shaped(rows.cache, decode.cache_sharding(model.config, mesh, B))
-    rows = shaped(rows._replace(cache=()), leading(mesh, "rows", B, model.config.rules))._replace(
-        cache=cache
-    )
+    # Each row with a prompt of its own: as rows are that come and go.
+    shapes = (B, B, S, section.max_tokens, section.max_tokens)
+    rows = decode.rows_shapes(model.config, dtype, *shapes, 0, mesh)
     stop_ids = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=replicated(mesh))
     num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     arguments = (model.config, model.params, None, rows, stop_ids, num_steps)

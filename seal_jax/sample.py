@@ -5,8 +5,9 @@
     some steps, on the device:           token ~ p(logits);  logits = decode(token)
     finished rows leave
 
-A prompt that is continued several times is read once. The cache grows as its rows do. When nobody
-waits any more, the rows that are left move into a smaller batch. A row's text depends on its
+A prompt that is continued several times is read once, and where nobody has to wait its rows share
+one cache of it. The cache grows as its rows do. When nobody waits any more, the rows that are left
+move into a smaller batch. A row's text depends on its
 prompt, key and settings alone: it draws with its key folded with the number of its token.
 """
 
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from seal_jax.cache_plan import Plan, check_lengths, grown, make_plan, prompt_bucket
+from seal_jax.cache_plan import check_lengths, grown, make_plan, prompt_bucket
 from seal_jax.decode import Rows, admit, decode, move, prefill, start
 from seal_jax.draw import Settings, make_settings
 from seal_jax.keys import fold
@@ -105,10 +106,11 @@ def generate(
             arrays, leading(mesh, "rows", len(jax.tree.leaves(arrays)[0]), config.rules)
         )
 
-    slots = grown(S + _CHUNK, plan.most_slots)
+    slots = grown(_CHUNK, max_tokens)
     dtype = params["embed"]["embedding"].dtype
     turned = params if plan.turned else None
-    turned, rows = start(config, turned, dtype, at.size, slots, max_tokens, pad_id, mesh)
+    shape = at.size, at.size // plan.copies, S, slots, max_tokens
+    turned, rows = start(config, turned, dtype, *shape, pad_id, mesh)
     to_decode = config, turned or params, adapters
     key_data = to_host(jax.random.key_data(keys))
     stop_ids = to_device(np.asarray(stop_ids, np.int32), replicated(mesh))
@@ -123,7 +125,12 @@ def generate(
             begun = placed((source, key_data[index], Settings(*(x[index] for x in settings))))
             rows = admit(config, rows, new, *begun, mesh=mesh, pad_id=pad_id)
             so_far |= {int(i): [] for i in chosen[chosen >= 0]}
-        rows, slots = _make_room(config, rows, slots, at, flat, so_far, chunk, plan, mesh)
+        needed = min(max(map(len, so_far.values())) + chunk, max_tokens)
+        if needed > slots:
+            slots = grown(needed, max_tokens)
+            same = np.arange(at.size, dtype=np.int32)
+            places = placed(same), placed(same[: len(rows.prompts.keys[0])])
+            rows = move(config, rows, *places, mesh=mesh, num_slots=slots)
         allowed = None
         if constrain:
             allowed = placed(_allowed(constrain, at.reshape(-1), so_far, config.vocab_size))
@@ -139,9 +146,10 @@ def generate(
         few = ((at >= 0).sum(axis=1) <= plan.few).all()
         if few and plan.few < at.shape[1] and not any(waiting):
             order = np.argsort(at < 0, axis=1, kind="stable")[:, : plan.few]  # at work: first
-            index = order + np.arange(A)[:, None] * at.shape[1]
-            index = placed(index.reshape(-1).astype(np.int32))
-            rows = move(config, rows, index, mesh=mesh, num_slots=slots)
+            index = (order + np.arange(A)[:, None] * at.shape[1]).reshape(-1).astype(np.int32)
+            prompt = index // (at.size // len(rows.prompts.keys[0]))  # a copy for each
+            places = placed(index), placed(prompt)
+            rows = move(config, rows, *places, mesh=mesh, num_slots=slots)
             at = np.take_along_axis(at, order, axis=1)
     return written
 
@@ -160,27 +168,6 @@ def _check(
     if lengths != {len(prompts)}:
         raise ValueError(f"{len(prompts)} prompts, but keys or settings of {sorted(lengths)} rows")
     check_lengths(config, prompts, max_tokens)
-
-
-def _make_room(
-    config: ModelConfig,
-    rows: Rows,
-    slots: int,
-    at: np.ndarray,
-    prompts: Sequence[Sequence[int]],
-    so_far: dict[int, list[int]],
-    num_steps: int,
-    plan: Plan,
-    mesh: Mesh,
-) -> tuple[Rows, int]:
-    """Return the rows, with a longer cache if the next steps may need it, and its slots."""
-    needed = max(len(prompts[i]) + len(tokens) for i, tokens in so_far.items()) + num_steps
-    if min(needed, plan.most_slots) <= slots:
-        return rows, slots
-    slots = grown(needed, plan.most_slots)
-    where = leading(mesh, "rows", at.size, config.rules)
-    index = to_device(np.arange(at.size, dtype=np.int32), where)
-    return move(config, rows, index, mesh=mesh, num_slots=slots), slots
 
 
 def _is_time_to_admit(at: np.ndarray, waiting: Sequence[deque]) -> bool:
@@ -251,6 +238,8 @@ def _choose_prompts(
     pad_id: int,
 ) -> tuple[np.ndarray, ...]:
     """Take the next prompts that wait to the free rows, up to `at_once` different ones of a group.
+
+    They come in order: where rows share prompts all begin at the start, and stand as planned.
 
     Returns:
       chosen [A size]: which prompt begins in a row, or -1; `at` is changed accordingly.

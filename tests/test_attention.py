@@ -13,7 +13,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from seal_jax import lora
 from seal_jax.inner import lane_losses, make_inner_update
-from seal_jax.models.attention import _choose, attend, attend_apart, flat_heads, is_finite
+from seal_jax.models.attention import (
+    _choose,
+    attend,
+    attend_apart,
+    attend_cached,
+    flat_heads,
+    is_finite,
+)
 from seal_jax.models.config import REMATS, ModelConfig
 from seal_jax.models.transformer import forward, init_params
 from seal_jax.optim import make_optimizer
@@ -80,7 +87,7 @@ def attend_and_grads(config, q, k, v, w, segments):
     @jax.jit
     def both(q, k, v):
         def weighed(q, k, v):
-            out = attend(config, q, k, v, segments, segments, 0, local=local, whole=True)
+            out = attend(config, q, k, v, segments, segments, local=local)
             return (out * w).sum(), out
 
         grads, out = jax.grad(weighed, (0, 1, 2), has_aux=True)(q, k, v)
@@ -103,19 +110,34 @@ CASES = {
 def test_xla_is_the_slow_reference(case):
     config = config_of("xla", **{"H": 8, **case})
     q, k, v, _, segments = arrays(config, 2, 40)
-    out = attend(config, q, k, v, segments, segments, 0, local=bool(case.get("window")), whole=True)
+    out = attend(config, q, k, v, segments, segments, local=bool(case.get("window")))
     expected = slow_attention(config, q, k, v, segments, case.get("window"))
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
 
 
-def test_xla_with_a_cache_sees_the_slots_before(rows=2, length=12, first=7):
-    config = config_of("xla", H=8, window=5)
-    q, k, v, _, segments = arrays(config, rows, length)
-    whole = attend(config, q, k, v, segments, segments, 0, local=True, whole=True)
-    part = attend(
-        config, q[:, :, first:], k, v, segments[:, first:], segments, first, local=True, whole=False
-    )
-    np.testing.assert_allclose(part, whole[:, :, first:], rtol=0, atol=1e-6)
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_row_with_a_cache_sees_its_prompt_and_what_it_wrote(case, copies):
+    """As if each row's text stood in one piece: prompts of 5, 40 and 1 tokens, rows of any age."""
+    config = config_of("xla", **{"H": 8, **case})
+    lengths, slots = np.repeat([5, 40, 1], copies), np.arange(3 * copies) * 5 % 13
+    rng = np.random.default_rng(0)
+    N, K, H, B = config.num_heads, config.num_kv_heads, config.head_dim, len(lengths)
+    q = rng.normal(size=(B, N, 1, H)).astype(np.float32)
+    prompts = rng.normal(size=(2, 3, K, 40, H)).astype(np.float32)
+    own = rng.normal(size=(2, B, K, 16, H)).astype(np.float32)
+    local = bool(case.get("window"))
+    found = attend_cached(config, q, tuple(prompts), tuple(own), lengths, slots, local=local)
+    for row, (length, slot) in enumerate(zip(lengths, slots, strict=True)):
+        k, v = (
+            np.concatenate([p[row // copies, :, :length], x[row, :, : slot + 1]], axis=1)[None]
+            for p, x in zip(prompts, own, strict=True)
+        )
+        queries = np.zeros((1, N, k.shape[2], H), np.float32)
+        queries[:, :, -1] = q[row, :, 0]
+        segments = np.ones((1, k.shape[2]), np.int32)
+        expected = slow_attention(config, queries, k, v, segments, case.get("window"))
+        np.testing.assert_allclose(found[row, :, 0], expected[0, :, -1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [128, 150])
@@ -179,7 +201,7 @@ def test_cudnn_compiles_for_a_gpu_that_is_not_here():
     segments = shaped((2, 512), jnp.int32)
 
     def total(q, k, v, segments):
-        out = attend(config, q, k, v, segments, segments, 0, local=False, whole=True)
+        out = attend(config, q, k, v, segments, segments, local=False)
         return out.astype(jnp.float32).sum()
 
     text = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, k, segments).compile().as_text()
@@ -199,7 +221,7 @@ def test_what_cudnn_cannot_do_is_refused(settings, dtype, message):
     *given, segments = arrays(config, 1, 16)
     q, k, v, _ = (jnp.asarray(x, dtype) for x in given)
     with pytest.raises(ValueError, match=message):
-        attend(config, q, k, v, segments, segments, 0, local=False, whole=True)
+        attend(config, q, k, v, segments, segments, local=False)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +386,7 @@ def test_a_product_that_overflows_stays_with_its_own_text():
     segments = jnp.repeat(jnp.arange(1, 4), 8)[None]
 
     def attention(q, k, v):
-        return attend(config, q, k, v, segments, segments, 0, local=False, whole=True)
+        return attend(config, q, k, v, segments, segments, local=False)
 
     _, pull = jax.vjp(attention, q, k, v)
     grads = jnp.ones_like(q)

@@ -236,7 +236,7 @@ def test_few_programs_for_many_prompts(tiny):
 def test_the_cache_is_donated(tiny):
     config, params = tiny
     mesh = one_device_mesh()
-    rows = no_rows(config, jnp.dtype("float32"), 8, 64, 8, PAD, mesh)
+    rows = no_rows(config, jnp.dtype("float32"), 8, 8, 64, 64, 64, PAD, mesh)
     stop_ids = jnp.array([NOBODY], jnp.int32)
     compiled = decode.lower(config, params, None, rows, stop_ids, jnp.int32(4), mesh=mesh).compile()
     cache = sum(x.nbytes for x in jax.tree.leaves(rows.cache))
@@ -403,14 +403,14 @@ def test_a_cache_grows_with_its_rows(tiny, monkeypatch):
     sample_move = sample.move
     monkeypatch.setattr(sample, "move", noted)
     grown = write(tiny, prompts, max_tokens=40, **options)
-    assert lengths[0] == 72 and lengths == sorted(lengths)  # from 64: 32 of prompts and 40
+    assert lengths == [8, 16, 40, 40]  # and once more, as the last ones move together
     np.testing.assert_array_equal(grown.tokens, expected.tokens)
     np.testing.assert_allclose(grown.logp, expected.logp, rtol=1e-5, atol=1e-5)
 
 
 def test_a_cache_begins_short_and_doubles():
     lengths = [cache_plan.grown(n, 8000) for n in (1, 256, 257, 1024, 2049, 5000, 8000)]
-    assert lengths == [256, 256, 512, 1024, 4096, 8000, 8000]
+    assert lengths == [128, 256, 512, 1024, 4096, 8000, 8000]
     assert cache_plan.grown(40, 40) == 40 and cache_plan.grown(300, 600) == 600
 
 
@@ -419,7 +419,7 @@ def test_fewer_rows_where_memory_is_short(tiny, greedy, monkeypatch):
 
     def needed(rows):
         prompts = -(-rows // cache_plan.SHRINK)
-        sizes = {"num_slots": 40, "prompt_slots": 32, "num_prompts": prompts}
+        sizes = {"num_slots": 8, "prompt_slots": 32, "num_prompts": rows, "num_read": prompts}
         mesh = one_device_mesh()
         return cache_plan.planned_bytes(config, mesh, "float32", num_rows=rows, **sizes)
 
@@ -438,11 +438,14 @@ def test_fewer_rows_where_memory_is_short(tiny, greedy, monkeypatch):
 def test_other_numbers_of_questions_are_no_other_programs(tiny):
     config, _ = tiny
     adapters = random_adapters(config, 2)
-    generate_groups(tiny, adapters, [PROMPTS[:5], PROMPTS[:2]])
-    keys = keys_of(9)
+    seven = [*PROMPTS, PROMPTS[0][::-1]]
+    generate_groups(tiny, adapters, [seven, PROMPTS[:2]])
+    keys = keys_of(11)
     jax.block_until_ready(jax.random.key_data(keys))
     with count_compiles() as compiled:
-        found = generate_groups(tiny, adapters, [PROMPTS[:6], PROMPTS[3:]], keys=keys)
+        found = generate_groups(
+            tiny, adapters, [[*seven, PROMPTS[3][::-1]], PROMPTS[3:]], keys=keys
+        )
     assert not compiled and found.mask.all()
 
 
@@ -461,6 +464,38 @@ def test_prompts_for_which_nobody_waits_are_read_together(tiny, groups, max_rows
     config = dataclasses.replace(config, max_length=8192)
     plan = cache_plan.make_plan(config, params, None, groups, one_device_mesh(), 8, max_rows)
     assert plan.at_once == at_once and plan.few == -(-plan.size // cache_plan.SHRINK)
+
+
+@pytest.mark.parametrize(
+    ("groups", "max_rows", "size", "copies"),
+    [
+        ([[PROMPTS[0]] * 5 + [PROMPTS[1]] * 5], 10, 10, 5),
+        ([[PROMPTS[0]] * 5 + [PROMPTS[1]] * 5], 9, 9, 1),  # some wait
+        ([[PROMPTS[0]] * 6 + [PROMPTS[1]] * 4], 16, 10, 2),
+        ([[PROMPTS[0]] * 4 + [[]] + [PROMPTS[1]] * 4], 16, 8, 4),
+        ([[PROMPTS[0]] * 3 + [PROMPTS[1]]], 16, 4, 1),
+        ([[PROMPTS[0]] * 4, [PROMPTS[0]] * 6], 16, 6, 2),
+    ],
+)
+def test_rows_share_prompts_where_nobody_waits(tiny, groups, max_rows, size, copies):
+    config, params = tiny
+    plan = cache_plan.make_plan(config, params, None, groups, one_device_mesh(), 8, max_rows)
+    assert (plan.size, plan.copies) == (size, copies)
+
+
+def test_rows_that_share_a_prompt_are_as_those_that_do_not(tiny, monkeypatch):
+    """With adapters, an empty prompt, and rows that leave until the last ones move together."""
+    monkeypatch.setattr(sample, "_CHUNK", 3)
+    adapters = random_adapters(tiny[0], 2)
+    groups = [[PROMPTS[0]] * 4 + [[]] + [PROMPTS[4]] * 4, [PROMPTS[2]] * 8]
+    options = {"temperature": 1.0, "stop": tuple(range(1, 9))}
+    options |= {"keys": jax.random.split(jax.random.key(3), 17), "max_tokens": 20}
+    shared = generate_groups(tiny, adapters, groups, **options)
+    apart = generate_groups(tiny, adapters, groups, max_rows=8, **options)
+    assert 3 <= len(set(shared.mask.sum(axis=1)))
+    for name in ("tokens", "mask", "finished"):
+        np.testing.assert_array_equal(getattr(shared, name), getattr(apart, name))
+    np.testing.assert_allclose(shared.logp, apart.logp, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from jax.sharding import AxisType, Mesh
 from seal_jax import lora
 from seal_jax.bench.timing import matmul_params
 from seal_jax.count import cycles_of, executed
-from seal_jax.decode import cache_sharding, decode, no_rows, prefill
+from seal_jax.decode import decode, prefill, rows_shapes
 from seal_jax.inner import batch_sharding, make_inner_update
 from seal_jax.memory import shaped
 from seal_jax.models.config import LINEARS, ModelConfig
@@ -167,21 +167,19 @@ def _in_draw(op: str) -> bool:
 def compile_decode(
     config: ModelConfig, mesh: Mesh, num_rows: int, num_slots: int
 ) -> jax.stages.Compiled:
-    """Return the device call that lets rows write, compiled for a model in bfloat16."""
-    whole = replicated(mesh)
+    """Return the device call that lets rows write, compiled for a model in bfloat16.
 
-    def init() -> tuple:
-        rows = no_rows(config, jnp.bfloat16, num_rows, num_slots, num_slots, 0, mesh)
-        return init_params(config, jax.random.key(0), jnp.bfloat16), rows
-
+    Args:
+      num_slots: of a row, half of them its prompt's.
+    """
+    whole, half = replicated(mesh), num_slots // 2
+    shapes = num_rows, num_rows, half, half, half
     with jax.set_mesh(mesh):
-        params, rows = jax.eval_shape(init)
-        cache = shaped(rows.cache, cache_sharding(config, mesh, num_rows))
-        rows = shaped(rows._replace(cache=()), leading(mesh, "rows", num_rows))
+        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), jnp.bfloat16))
         params = shaped(params, param_shardings(mesh, params))
+        rows = rows_shapes(config, jnp.bfloat16, *shapes, 0, mesh)
         stop_ids = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=whole)
         num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-        rows = rows._replace(cache=cache)
         return decode.lower(config, params, None, rows, stop_ids, num_steps, mesh=mesh).compile()
 
 

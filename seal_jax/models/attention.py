@@ -4,7 +4,8 @@
 
 Who sees whom follows from segments, so that kernels need no [T, S] mask: a query sees the keys of
 its own segment, from its own slot back to the edge of the window. The two kernels never write the
-[T, S] scores to memory; they serve whole texts, and generation with a cache is left to XLA.
+[T, S] scores to memory; they serve whole texts, and generation with a cache is left to XLA: see
+`attend_cached`.
 """
 
 from functools import partial, reduce
@@ -23,6 +24,9 @@ _SPLASH_FROM = 1024
 # cuDNN is worth it earlier: XLA:GPU writes the scores to memory.
 _CUDNN_FROM = 256
 
+# So few rows are worth being the right side of a product on CPUs (measured with 3 and 15 of them).
+_FEW = 8
+
 # What is added to the score of a key that is not seen: far below any score, half of it still is.
 _UNSEEN = -1e38
 # Where texts of several adapters share a row, a query, key or value that is larger counts as
@@ -38,37 +42,83 @@ def attend(
     v: jax.Array,
     segments: jax.Array,
     key_segments: jax.Array,
-    first_slot: jax.Array | int,
     *,
     local: bool,
-    whole: bool,
 ) -> jax.Array:
-    """Return what each query gathers, [B N T H].
+    """Return what each query of whole texts gathers, [B N T H].
 
     Args:
       config: whose `attention` names the way: 'auto' chooses by backend, dtype and length.
       q: [B N T H].
-      k, v: [B K S H]; K divides N.
+      k, v: [B K T H]; K divides N.
       segments: i32[B T] of the queries. Padding may be a segment of its own (0): a token always
         sees itself, so no softmax is empty.
-      key_segments: i32[B S]. A query whose own key is of another segment does not see itself.
-      first_slot: the slot of the first query, of all rows or i32[B]; key s is at slot s.
+      key_segments: i32[B T]. A query whose own key is of another segment does not see itself.
       local: whether only the last `config.sliding_window` slots are seen.
-      whole: whether these are whole texts: S is T, and first_slot 0.
 
     Raises:
       ValueError: the config names a kernel that cannot compute this.
     """
-    scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-    window = config.sliding_window if local else None
-    way = _choose(config, q) if whole else "xla"
+    scale, window = _scale(config), config.sliding_window if local else None
+    way = _choose(config, q)
     if way == "splash":
         softcap, rules = config.attn_softcap, config.rules
         return splash_attention(q, k, v, segments, key_segments, scale, window, softcap, rules)
-    visible = visible_slots(segments, key_segments, first_slot, window)
+    visible = visible_slots(segments, key_segments, window)
     if way == "cudnn":
         return cudnn_attention(q, k, v, visible, scale, config.attn_softcap)
     return xla_attention(q, k, v, visible, scale, config.attn_softcap)
+
+
+@partial(jax.named_call, name="attention")
+def attend_cached(
+    config: ModelConfig,
+    q: jax.Array,
+    prompts: tuple[jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
+    prompt_length: jax.Array,
+    slot: jax.Array,
+    *,
+    local: bool,
+) -> jax.Array:
+    """Return what one token of each row gathers from its prompt and from its own slots, [B N 1 H].
+
+    Rows that continue one prompt are neighbours: the prompt's keys and values are read once for
+    all of them.
+
+    Args:
+      q: [B N 1 H].
+      prompts: keys and values [P K S H]; B is a multiple of P.
+      own: keys and values [B K T H] behind the prompt, the token's own among them.
+      prompt_length: i32[B], so many slots of the prompt are seen.
+      slot: i32[B], the token's own; those behind it are not seen.
+      local: whether only the last `config.sliding_window` tokens are seen.
+    """
+    (prompt_k, prompt_v), (own_k, own_v) = prompts, own
+    (B, N, _, H), (P, K, S, _) = q.shape, prompt_k.shape
+    dtype = jnp.promote_types(q.dtype, own_v.dtype)  # a cache may be finer than what is computed
+    q = q.reshape(B, K, -1, H)
+
+    def together(x: jax.Array) -> jax.Array:  # [B K G n] -> [P K C*G n]
+        return x.reshape(P, -1, *x.shape[1:]).swapaxes(1, 2).reshape(P, K, -1, x.shape[-1])
+
+    def apart(x: jax.Array) -> jax.Array:
+        return (
+            x.reshape(P, K, B // P, -1, x.shape[-1]).swapaxes(1, 2).reshape(B, K, -1, x.shape[-1])
+        )
+
+    gather = partial(jnp.einsum, "bkgs,bksh->bkgh", preferred_element_type=jnp.float32)
+    scores = [apart(_scores(together(q), prompt_k)), _scores(q, own_k)]
+    scores = _capped(jnp.concatenate(scores, axis=-1) * _scale(config), config.attn_softcap)
+    slots, place = jnp.arange(S)[None], jnp.arange(own_k.shape[2])[None]
+    ages = slot[:, None] - place, prompt_length[:, None] + slot[:, None] - slots
+    seen = jnp.concatenate([slots < prompt_length[:, None], ages[0] >= 0], axis=-1)
+    if local and config.sliding_window is not None:
+        seen &= jnp.concatenate(ages[::-1], axis=-1) < config.sliding_window
+    weights, share = _weigh(scores, seen[:, None, None])
+    weights = weights.astype(dtype)
+    out = apart(gather(together(weights[..., :S]), prompt_v)) + gather(weights[..., S:], own_v)
+    return (out * share).astype(q.dtype).reshape(B, N, 1, H)
 
 
 def attend_apart(
@@ -98,7 +148,7 @@ def attend_apart(
     own = finite[:, None, :, None]
     q, k, v = (jnp.where(own, x, 0) for x in (q, k, v))
     q, lost = _with_lost(q)
-    out = attend(config, q, k, v, segments, key_segments, 0, local=local, whole=True)
+    out = attend(config, q, k, v, segments, key_segments, local=local)
     out = flat_heads(out)
     return _stop_nonfinite_grads(jnp.where(finite.reshape(-1, 1), out, jnp.nan), lost)
 
@@ -152,6 +202,10 @@ def _choose(config: ModelConfig, q: jax.Array) -> str:
     return "xla"
 
 
+def _scale(config: ModelConfig) -> float:
+    return config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+
+
 def _platform() -> str:
     """Return 'cpu', 'gpu' or 'tpu': the mesh's, which may be compiled for without being here."""
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -161,15 +215,11 @@ def _platform() -> str:
 
 
 def visible_slots(
-    segments: jax.Array,
-    key_segments: jax.Array,
-    first_slot: jax.Array | int,
-    window: int | None = None,
+    segments: jax.Array, key_segments: jax.Array, window: int | None = None
 ) -> jax.Array:
-    """Return bool[B T S], True where query t may look at key s; see `attend`."""
-    T, S = segments.shape[1], key_segments.shape[1]
-    slots = jnp.arange(T)[None] + jnp.reshape(first_slot, (-1, 1))  # [1 or B, T]
-    distance = slots[:, :, None] - jnp.arange(S)[None, None]
+    """Return bool[B T T], True where query t may look at key s; see `attend`."""
+    slots = jnp.arange(segments.shape[1])
+    distance = slots[None, :, None] - slots[None, None]
     near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     return (segments[:, :, None] == key_segments[:, None, :]) & near
 
@@ -196,20 +246,34 @@ def _xla_forward(scale, softcap, q, k, v, visible):
     B, N, T, H = q.shape
     K, S = k.shape[1:3]
     rows = q.reshape(B, K, -1, H)  # [B K G*T H]
-    if T == 1 and _platform() == "cpu":
-        # XLA for CPUs packs the right side of a product, and that takes longer than the product.
-        scores = jnp.einsum("bksh,bkth->bkst", k, rows, preferred_element_type=jnp.float32)
-        scores = jax.lax.optimization_barrier(scores).swapaxes(-1, -2)
-    else:
-        scores = jnp.einsum("bkth,bksh->bkts", rows, k, preferred_element_type=jnp.float32)
-    scores *= scale
+    scores = _scores(rows, k) * scale
     slope = None
     if softcap is not None:
-        capped = jnp.tanh(scores / softcap)
-        slope = (1 - capped * capped).astype(q.dtype)
-        scores = softcap * capped
-    scores = scores.reshape(B, K, -1, T, S)
-    seen = visible[:, None, None]
+        scores = _capped(scores, softcap)
+        slope = (1 - jnp.square(scores / softcap)).astype(q.dtype)
+    weights, share = _weigh(scores.reshape(B, K, -1, T, S), visible[:, None, None])
+    share = share.reshape(B, K, -1, 1)
+    weights = weights.reshape(B, K, -1, S).astype(v.dtype)
+    out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=jnp.float32)
+    out = (out * share).astype(q.dtype).reshape(B, N, T, H)
+    return out, (q, k, v, weights, share, slope, out)
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Return f32[B K T S], the products of q [B K T H] with k [B K S H]."""
+    if q.shape[2] < _FEW and _platform() == "cpu":
+        # XLA for CPUs packs the right side of a product: of these, that takes longer than the rest.
+        scores = jnp.einsum("bksh,bkth->bkst", k, q, preferred_element_type=jnp.float32)
+        return jax.lax.optimization_barrier(scores).swapaxes(-1, -2)
+    return jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
+
+
+def _capped(scores: jax.Array, softcap: float | None) -> jax.Array:
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _weigh(scores: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the softmax of scores [... S] before its division, and one over its sum [... 1]."""
     if _platform() == "cpu":
         # XLA for CPUs makes one pass of a sum and what follows, and of a choice several.
         scores += jnp.where(seen, 0.0, _UNSEEN)
@@ -217,12 +281,8 @@ def _xla_forward(scale, softcap, q, k, v, visible):
     else:
         highest = jnp.where(seen, scores, _UNSEEN).max(axis=-1, keepdims=True)
         weights = jnp.where(seen, jnp.exp(scores - highest), 0)
-    # One over the softmax's sum, which is 0 for who sees nothing.
-    share = 1 / jnp.maximum(weights.sum(axis=-1), 1e-30).reshape(B, K, -1, 1)
-    weights = weights.reshape(B, K, -1, S).astype(v.dtype)
-    out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=jnp.float32)
-    out = (out * share).astype(q.dtype).reshape(B, N, T, H)
-    return out, (q, k, v, weights, share, slope, out)
+    # Who sees nothing has a sum of 0.
+    return weights, 1 / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)
 
 
 def _xla_backward(scale, softcap, saved, grads):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
-from seal_jax.models.attention import attend, attend_apart, flat_heads, is_finite
+from seal_jax.models.attention import attend, attend_apart, attend_cached, flat_heads, is_finite
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.lora_product import Chunks, chunked_product, grouped_product
 from seal_jax.models.quantize import product, take_rows
@@ -32,10 +32,19 @@ from seal_jax.types import Adapters, Params
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, written from slot 0 on."""
+    """Keys and values of every layer."""
 
     keys: tuple[jax.Array, ...]  # L x [B K S H]
     values: tuple[jax.Array, ...]  # L x [B K S H]
+
+
+class RowCaches(NamedTuple):
+    """What one token of each of B rows attends to; see `attend_cached`."""
+
+    prompts: KVCache  # of P prompts, which B/P neighbours share
+    own: KVCache  # of what each row wrote
+    prompt_length: jax.Array  # i32[B]
+    slot: jax.Array  # i32[B] of the token, in `own`
 
 
 def init_cache(config: ModelConfig, num_rows: int, length: int, dtype) -> KVCache:
@@ -159,12 +168,9 @@ def _norm(config: ModelConfig, name: str) -> RMSNorm:
     return RMSNorm(config.norm_eps, config.unit_offset, name=name)
 
 
-def _write_cache(cache: jax.Array, new: jax.Array, slot: jax.Array | int) -> jax.Array:
-    """Write new [B K T H] from `slot` on, or, of one token, each row at its own slot [B]."""
-    new = new.astype(cache.dtype)
-    if jnp.ndim(slot) == 0:
-        return jax.lax.dynamic_update_slice(cache, new, (0, 0, slot, 0))
-    return cache.at[jnp.arange(len(cache)), :, slot].set(new[:, :, 0])
+def _write_cache(cache: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+    """Write new [B K 1 H] into each row's own slot [B]."""
+    return cache.at[jnp.arange(len(cache)), :, slot].set(new[:, :, 0].astype(cache.dtype))
 
 
 class Attention(nn.Module):
@@ -181,19 +187,17 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = _norm(c, "q_norm")(q), _norm(c, "k_norm")(k)
         q, k = apply_rope(q, call.rope[self.local]), apply_rope(k, call.rope[self.local])
-        if cache is not None:
-            k, v = (
-                _write_cache(x, new, call.cache_index) for x, new in zip(cache, (k, v), strict=True)
-            )
         texts = call.segments, call.key_segments
-        if call.lora is not None and call.lora.chunks is not None:
+        if cache is not None:
+            prompts, own = cache
+            k, v = (_write_cache(*x, call.slot) for x in zip(own, (k, v), strict=True))
+            slots = call.prompt_length, call.slot
+            out = flat_heads(attend_cached(c, q, prompts, (k, v), *slots, local=self.local))
+        elif call.lora is not None and call.lora.chunks is not None:
             finite = is_finite(*flat).reshape(B, T)
             out = attend_apart(c, q, k, v, *texts, finite, local=self.local)
         else:
-            # A prompt that fills its cache attends as any whole text.
-            whole = cache is None or (jnp.ndim(call.cache_index) == 0 and k.shape[2] == T)
-            out = attend(c, q, k, v, *texts, call.cache_index, local=self.local, whole=whole)
-            out = flat_heads(out)
+            out = flat_heads(attend(c, q, k, v, *texts, local=self.local))
         return _linear(c, c.embed_dim, "o_proj")(out, call.lora), (k, v)
 
 
@@ -254,9 +258,10 @@ class _Call(NamedTuple):
 
     rope: tuple  # the tables of a global and of a local layer
     segments: jax.Array  # i32[B T]
-    key_segments: jax.Array  # i32[B S]
+    key_segments: jax.Array  # i32[B T]
     lora: "_Lora | None"
-    cache_index: jax.Array | int
+    prompt_length: jax.Array | None = None  # i32[B], and slot: where there is a cache
+    slot: jax.Array | None = None
 
 
 def _and_products(policy: Callable) -> Callable:
@@ -306,7 +311,7 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens, call: _Call, cache=None):
+    def __call__(self, tokens, call: _Call, caches: RowCaches | None = None):
         c = self.config
         embed = nn.Embed(
             c.vocab_size, c.embed_dim, embedding_init=nn.initializers.normal(0.02), name="embed"
@@ -318,7 +323,9 @@ class Transformer(nn.Module):
             x = x * jnp.asarray(c.embed_dim**0.5, x.dtype)
         keys, values = [], []
         for i in range(c.num_layers):
-            layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
+            cache = None
+            if caches is not None:
+                cache = tuple((x.keys[i], x.values[i]) for x in (caches.prompts, caches.own))
             name, local = f"layers_{i}", c.is_local(i)
             if self.is_initializing():
                 layer = Layer(c, local, name=name)
@@ -327,7 +334,7 @@ class Transformer(nn.Module):
                     call = call._replace(lora=call.lora._replace(layer=jnp.uint32(i)))
                 variables = {kind: tree[name] for kind, tree in self.variables.items()}
                 layer = functools.partial(_apply_layer, c, local, variables)
-            x, (k, v) = layer(x, call, layer_cache)
+            x, (k, v) = layer(x, call, cache)
             keys.append(k)
             values.append(v)
         hidden = _norm(c, "final_norm")(x).reshape(*tokens.shape, -1)
@@ -342,7 +349,7 @@ def init_params(config: ModelConfig, rng: jax.Array, dtype=jnp.float32) -> Param
     @jax.jit  # with the cast: a large model is never there in float32
     def init(rng: jax.Array) -> Params:
         one = jnp.zeros((1, 1), jnp.int32)
-        call = _Call(rope_tables(config, one), one, one, None, 0)
+        call = _Call(rope_tables(config, one), one, one, None)
         params = Transformer(config).init(rng, one, call)["params"]
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
@@ -372,8 +379,7 @@ def hidden_states(
     positions: jax.Array,
     segments: jax.Array,
     adapters: Adapters | None = None,
-    cache: KVCache | None = None,
-    cache_index: jax.Array | int = 0,
+    caches: RowCaches | None = None,
     key_segments: jax.Array | None = None,
     chunks: Chunks | None = None,
     rope: tuple | None = None,
@@ -387,10 +393,9 @@ def hidden_states(
       adapters: a stack, whose weights may also be a tuple of L already, [A ...] each.
       segments: i32[B T]; a token sees the tokens of its own segment, from itself back. Padding may
         be a segment like any other.
-      cache: where given, this call's keys and values are written into it from slot `cache_index`
-        on; of one token a row, each row may have a slot of its own [B].
-      key_segments: i32[B S] of the keys, which are the cache's slots where there is one; a token
-        whose own key is of another segment does not see itself. The same as `segments` by default.
+      caches: of rows that have one token each here, which are what is seen then.
+      key_segments: i32[B T] of the keys; a token whose own key is of another segment does not see
+        itself. The same as `segments` by default.
       chunks: whose adapter each of the B * T tokens takes, instead of rows grouped by adapter.
       rope: `rope_tables` of the positions, where they are at hand. A loop makes them beforehand:
         XLA:CPU computes what is cheap to write down, as a cosine, once more for every head and
@@ -399,7 +404,8 @@ def hidden_states(
         names the linear map, u32[], and returns it with some of it dropped.
 
     Returns:
-      The normed hidden states [B T D], and the keys and values attended to.
+      The normed hidden states [B T D], and keys and values: of the texts, or what the rows' own
+      cache has become.
     """
     variables = {"params": params}
     lora = None
@@ -409,15 +415,14 @@ def hidden_states(
             layers = split_layers(layers)
         variables["lora"] = {f"layers_{i}": layer for i, layer in enumerate(layers)}
         lora = _Lora(adapters.scale, chunks, dropout)
-    key_segments = segments if key_segments is None else key_segments
     call = _Call(
         rope_tables(config, positions) if rope is None else rope,
         segments,
-        key_segments,
+        segments if key_segments is None else key_segments,
         lora,
-        cache_index,
+        *(() if caches is None else (caches.prompt_length, caches.slot)),
     )
-    return Transformer(config).apply(variables, tokens, call, cache)
+    return Transformer(config).apply(variables, tokens, call, caches)
 
 
 def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:

@@ -67,7 +67,8 @@ def make_plan(
     A, most = len(prompts), max(sum(map(bool, group)) for group in prompts)
     S = prompt_bucket(max(len(prompt) for group in prompts for prompt in group))
     dtype = params["embed"]["embedding"].dtype
-    room = device_bytes(mesh) - _resident_bytes((params, adapters), mesh)
+    resident, split = _resident_bytes((params, adapters), mesh), _array_bytes(adapters)
+    room = device_bytes(mesh) - resident - split  # see `start`
     room = least("room for generation", room)
 
     def bytes_of(size: int, copies: int) -> int:
@@ -115,7 +116,7 @@ def make_plan(
             " max_tokens may be lower",
             stacklevel=3,
         )
-    turned = turns(mesh.devices.flat[0].platform, A * size)
+    turned = turns(mesh.devices.flat[0].platform, A * size, dtype)
     turned = turned and bytes_of(size, copies) + tree_bytes(kernels(params)) <= room
     return Plan(size, copies, -(-size // SHRINK), at_once_of(size), S, turned)
 
@@ -130,9 +131,12 @@ def _copies(prompts: Sequence[Sequence[Sequence[int]]]) -> int:
 
 def _resident_bytes(trees: Any, mesh: Mesh) -> int:
     """Return what lies on a device already; a CPU does not tell, but these arrays do."""
-    arrays = [x for x in jax.tree.leaves(trees) if isinstance(x, jax.Array)]
     stats = mesh.local_devices[0].memory_stats() or {}
-    return max(tree_bytes(arrays), stats.get("bytes_in_use", 0))
+    return max(_array_bytes(trees), stats.get("bytes_in_use", 0))
+
+
+def _array_bytes(trees: Any) -> int:
+    return tree_bytes([x for x in jax.tree.leaves(trees) if isinstance(x, jax.Array)])
 
 
 def prompt_bucket(length: int) -> int:

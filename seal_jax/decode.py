@@ -168,10 +168,17 @@ def rows_shapes(config: ModelConfig, *shapes: Any) -> Rows:
     return jax.tree.map(put, _where(config, mesh, rows), rows)
 
 
-@partial(jax.jit, static_argnums=(0, *range(2, 10)))
-def start(config: ModelConfig, params: Params | None, *shapes: Any) -> tuple[Params | None, Rows]:
-    """Return params with turned kernels, and `no_rows(config, *shapes)`: in one program."""
-    return params and turn_kernels(params), no_rows(config, *shapes)
+@partial(jax.jit, static_argnums=(0, *range(3, 11)))
+def start(
+    config: ModelConfig, params: Params | None, adapters: Adapters | None, *shapes: Any
+) -> tuple[Params | None, Adapters | None, Rows]:
+    """Return params with turned kernels, adapters split by layers, and `no_rows(config, *shapes)`.
+
+    What every call would make anew, in one program.
+    """
+    if adapters is not None:
+        adapters = adapters._replace(weights=split_layers(adapters.weights))
+    return params and turn_kernels(params), adapters, no_rows(config, *shapes)
 
 
 @partial(jax.jit, donate_argnames="rows", static_argnames=("config", "mesh", "pad_id"))
@@ -253,14 +260,13 @@ def decode(
     """Let every row that is not done write up to `num_steps` tokens, i32[].
 
     Args:
+      adapters: split by layers, or every call would do it.
       stop_ids: i32[n]; a row ends with the first of them, which counts as written.
       allowed: bool[B V], the tokens that may be drawn: for one step.
     """
     B, max_tokens = rows.tokens.shape
     each, last = jnp.arange(B), rows.cache.keys[0].shape[2] - 1
     ones, prompts = jnp.ones((B, 1), jnp.int32), rows.prompts
-    if adapters is not None:  # here, or every step would cut the stacks anew
-        adapters = adapters._replace(weights=split_layers(adapters.weights))
 
     def running(carry: tuple) -> jax.Array:
         step, rows = carry

@@ -84,7 +84,10 @@ def draw(
         logits = jnp.where(allowed, logits, -jnp.inf)
     likeliest = argmax(logits)
     random = settings.temperature > 0
-    token = jax.lax.cond(random.any(), lambda: _draw(logits, keys, settings), lambda: likeliest)
+    highest = jnp.take_along_axis(logits, likeliest[:, None], axis=-1)
+    token = jax.lax.cond(
+        random.any(), lambda: _draw(logits, highest, keys, settings), lambda: likeliest
+    )
     token = jnp.where(random, token, likeliest)
     if allowed is None:
         return token
@@ -93,10 +96,9 @@ def draw(
     return jnp.where(is_allowed, token, jnp.argmax(allowed, axis=-1).astype(jnp.int32))
 
 
-def _draw(logits: jax.Array, keys: jax.Array, settings: Settings) -> jax.Array:
-    logits = logits / jnp.maximum(settings.temperature, 1e-6)[:, None]
+def _draw(logits: jax.Array, highest: jax.Array, keys: jax.Array, settings: Settings) -> jax.Array:
     # Of the likeliest, the probability is 1: they are normalized nowhere.
-    probs = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    probs = jnp.exp((logits - highest) / jnp.maximum(settings.temperature, 1e-6)[:, None])
     probs = jax.lax.cond((settings.top_k > 0).any(), _keep_top_k, lambda p, _: p, probs, settings)
     room = settings.top_p * probs.sum(axis=-1)
     drawable = jnp.where(probs >= settings.min_p[:, None], probs, 0.0)

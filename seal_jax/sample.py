@@ -110,7 +110,7 @@ def generate(
     dtype = params["embed"]["embedding"].dtype
     turned = params if plan.turned else None
     shape = at.size, at.size // plan.copies, S, slots, max_tokens
-    turned, rows = start(config, turned, dtype, *shape, pad_id, mesh)
+    turned, adapters, rows = start(config, turned, adapters, dtype, *shape, pad_id, mesh)
     to_decode = config, turned or params, adapters
     key_data = to_host(jax.random.key_data(keys))
     stop_ids = to_device(np.asarray(stop_ids, np.int32), replicated(mesh))

@@ -137,6 +137,14 @@ def param_shardings(mesh: Mesh, params: Params, rules: ParamRules = ()):
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+def platform() -> str:
+    """Return 'cpu', 'gpu' or 'tpu': the mesh's, which may be compiled for without being here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
+
+
 def leading(
     mesh: Mesh, logical: str, size: int, rules: ParamRules = (), before: int = 0
 ) -> NamedSharding:

@@ -246,7 +246,7 @@ def test_auto_is_xla_here_and_follows_the_platform_and_length(monkeypatch):
     auto = config_of("auto", H=128)
 
     def chosen(platform, length, dtype=jnp.bfloat16, **settings):
-        monkeypatch.setattr("seal_jax.models.attention._platform", lambda: platform)
+        monkeypatch.setattr("seal_jax.models.attention.platform", lambda: platform)
         config = dataclasses.replace(auto, **settings)
         return _choose(config, jax.ShapeDtypeStruct((1, 4, length, 128), dtype))
 

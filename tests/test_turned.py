@@ -40,5 +40,17 @@ def _nodes(params):
 
 
 def test_only_some_rows_on_a_cpu_want_them():
-    assert [turns("cpu", n) for n in (1, 2, 40, 96, 160)] == [False, True, True, True, False]
-    assert not turns("tpu", 40) and not turns("gpu", 40)
+    numbers = (1, 2, 40, 96, 160)
+    assert [turns("cpu", n, "float32") for n in numbers] == [False, True, True, True, False]
+    assert [turns("cpu", n, "bfloat16") for n in numbers] == [True, True, True, True, False]
+    assert not turns("tpu", 40, "float32") and not turns("gpu", 40, "float32")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_token_alone_multiplies_as_with_others(turned):
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), "bfloat16") for s in ((7, 12), (12, 20)))
+    kernel = Turned(kernel.T) if turned else kernel
+    multiply = jax.jit(lambda x: product("td,df->tf", x, kernel, jnp.float32))
+    assert multiply(x[:1]).shape == (1, 20)
+    np.testing.assert_allclose(multiply(x[:1]), multiply(x)[:1], rtol=0, atol=1e-5)

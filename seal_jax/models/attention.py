@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from seal_jax.models.config import ModelConfig, ParamRules
-from seal_jax.sharding import auto_axes, divided, mesh_axes
+from seal_jax.sharding import auto_axes, divided, mesh_axes, platform
 
 # Splash attention's smallest tile, and the length from which it is worth its overhead: at 512
 # tokens attention is about 1 % of a 7B model's operations.
@@ -192,26 +192,18 @@ _stop_nonfinite_grads.defvjp(lambda out, lost: (out, lost), _stop_backward)
 def _choose(config: ModelConfig, q: jax.Array) -> str:
     if config.attention != "auto":
         return config.attention
-    platform, length = _platform(), q.shape[2]
-    if platform == "tpu" and length >= _SPLASH_FROM:
+    where, length = platform(), q.shape[2]
+    if where == "tpu" and length >= _SPLASH_FROM:
         return "splash"
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = half and config.attn_softcap is None and config.head_dim <= 128
-    if platform == "gpu" and length >= _CUDNN_FROM and fits:
+    if where == "gpu" and length >= _CUDNN_FROM and fits:
         return "cudnn"
     return "xla"
 
 
 def _scale(config: ModelConfig) -> float:
     return config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-
-
-def _platform() -> str:
-    """Return 'cpu', 'gpu' or 'tpu': the mesh's, which may be compiled for without being here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        return jax.default_backend()
-    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
 
 
 def visible_slots(
@@ -261,7 +253,7 @@ def _xla_forward(scale, softcap, q, k, v, visible):
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """Return f32[B K T S], the products of q [B K T H] with k [B K S H]."""
-    if q.shape[2] < _FEW and _platform() == "cpu":
+    if q.shape[2] < _FEW and platform() == "cpu":
         # XLA for CPUs packs the right side of a product: of these, that takes longer than the rest.
         scores = jnp.einsum("bksh,bkth->bkst", k, q, preferred_element_type=jnp.float32)
         return jax.lax.optimization_barrier(scores).swapaxes(-1, -2)
@@ -274,7 +266,7 @@ def _capped(scores: jax.Array, softcap: float | None) -> jax.Array:
 
 def _weigh(scores: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the softmax of scores [... S] before its division, and one over its sum [... 1]."""
-    if _platform() == "cpu":
+    if platform() == "cpu":
         # XLA for CPUs makes one pass of a sum and what follows, and of a choice several.
         scores += jnp.where(seen, 0.0, _UNSEEN)
         weights = jnp.exp(scores - jnp.maximum(scores.max(axis=-1, keepdims=True), _UNSEEN / 2))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from seal_jax.models.config import ParamRules
-from seal_jax.models.turned import Turned, turned_product
+from seal_jax.models.turned import Turned, at_least_two, turned_product
 from seal_jax.sharding import auto_axes, divided, num_parts
 from seal_jax.types import Params
 
@@ -214,12 +214,13 @@ _half_product.defvjp(_half_forward, _half_backward)
 def _half_einsum(contract: str, x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
     """Return the einsum of half-precision arrays in `dtype`; sums are float32 on every device.
 
-    On a CPU a float32 result, rounded then, takes half as long as a rounded one (JAX 0.10); on the
-    others a rounded one is less to move.
+    On a CPU a float32 result, rounded then, takes half as long as a rounded one (JAX 0.10), and a
+    token alone much longer than two; on the others a rounded one is less to move.
     """
 
     def wide(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.einsum(contract, x, y, preferred_element_type=jnp.float32).astype(dtype)
+        z = jnp.einsum(contract, at_least_two(x), y, preferred_element_type=jnp.float32)
+        return (z[:1] if len(x) == 1 else z).astype(dtype)
 
     def narrow(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.einsum(contract, x, y, preferred_element_type=dtype)

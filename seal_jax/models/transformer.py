@@ -27,7 +27,7 @@ from seal_jax.models.attention import attend, attend_apart, attend_cached, flat_
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.lora_product import Chunks, chunked_product, grouped_product
 from seal_jax.models.quantize import product, take_rows
-from seal_jax.sharding import auto_axes
+from seal_jax.sharding import auto_axes, platform
 from seal_jax.types import Adapters, Params
 
 
@@ -81,11 +81,14 @@ def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate x [B N T H] by its table's angles; halves are paired as in Hugging Face."""
     cos, sin = table
     half = x.shape[-1] // 2
-    # The halves change places in a product: on TPUs they lie in one register's lanes. It is exact.
-    swap = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=-1)
-    other = jnp.einsum(
-        "...h,hi->...i", x, swap, precision="highest", preferred_element_type=jnp.float32
-    )
+    if platform() == "cpu":
+        other = jnp.concatenate([x[..., half:], x[..., :half]], axis=-1).astype(jnp.float32)
+    else:
+        # In a product: on TPUs the halves lie in one register's lanes. It is exact.
+        swap = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=-1)
+        other = jnp.einsum(
+            "...h,hi->...i", x, swap, precision="highest", preferred_element_type=jnp.float32
+        )
     return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
 
 

@@ -1,7 +1,9 @@
 """Kernels as a CPU wants them where tokens are few: [out in], on the left of the product.
 
 XLA:CPU rearranges the right side of a product before it multiplies. With some dozens of tokens that
-takes as long as the product, and here only the tokens are rearranged.
+takes as long as the product, and here only the tokens are rearranged. One token alone is a product
+of a matrix and a vector, which rearranges nothing; but in bfloat16 such a one takes nine times as
+long as that of two tokens.
 """
 
 from typing import Any, NamedTuple
@@ -11,9 +13,9 @@ import jax.numpy as jnp
 
 from seal_jax.types import Params
 
-# Rows of one token from which, and up to which, it is worth it: of 1, 5, 8, 40 and 160 that were
-# measured, it was with 5, 8 and 40 (two cores of an AMD EPYC with AVX2, float32).
-_FEW, _MANY = 2, 96
+# Up to how many rows of one token it is worth it: of 1, 5, 8, 40 and 160 that were measured, it was
+# with 5, 8 and 40 (two cores of an AMD EPYC with AVX2, float32; a Xeon, in bfloat16 with 1 too).
+_MANY = 96
 
 
 class Turned(NamedTuple):
@@ -22,9 +24,10 @@ class Turned(NamedTuple):
     transposed: jax.Array  # [out in]
 
 
-def turns(platform: str, num_rows: int) -> bool:
-    """Whether decoding so many rows is faster with turned kernels."""
-    return platform == "cpu" and _FEW <= num_rows <= _MANY
+def turns(platform: str, num_rows: int, dtype: jnp.dtype) -> bool:
+    """Whether decoding so many rows with params of type `dtype` is faster with turned kernels."""
+    few = 1 if jnp.dtype(dtype) == jnp.bfloat16 else 2
+    return platform == "cpu" and few <= num_rows <= _MANY
 
 
 def turn_kernels(params: Params) -> Params:
@@ -50,6 +53,12 @@ def _is_kernel(path: tuple) -> bool:
 def turned_product(x: jax.Array, kernel: Turned) -> jax.Array:
     """Return x @ kernel, f32[T F] of x [T D]."""
     transposed = kernel.transposed.astype(x.dtype)
-    y = jnp.einsum("fd,td->ft", transposed, x, preferred_element_type=jnp.float32)
+    tokens = at_least_two(x)
+    y = jnp.einsum("fd,td->ft", transposed, tokens, preferred_element_type=jnp.float32)
     # Behind a barrier, or XLA turns the product itself.
-    return jax.lax.optimization_barrier(y).T
+    return jax.lax.optimization_barrier(y).T[: len(x)]
+
+
+def at_least_two(x: jax.Array) -> jax.Array:
+    """Return tokens [T D] with a second one of zeros, where one in bfloat16 is alone."""
+    return jnp.pad(x, ((0, 1), (0, 0))) if len(x) == 1 and x.dtype == jnp.bfloat16 else x

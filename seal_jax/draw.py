@@ -8,6 +8,7 @@ likelier ones is below top_p. If not, neither does any that is less likely, so t
 those that are likelier: few tries, each one pass over the vocabulary, and the exact distribution.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -16,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A cumulative sum over the vocabulary is made in two levels: over blocks, then within one.
-_BLOCK = 256
+# A cumulative sum over the vocabulary is made in two levels: over blocks, then within one. Smaller
+# ones where these divide the vocabulary: Qwen's small models have 1187 * 128 tokens.
+_BLOCK, _SMALLEST_BLOCK = 256, 64
 
 
 class Settings(NamedTuple):
@@ -150,15 +152,17 @@ def argmax(x: jax.Array) -> jax.Array:
     blocks = _blocks(x, -jnp.inf)
     block = jnp.argmax(blocks.max(axis=-1), axis=-1)
     within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    place = block * _BLOCK + jnp.argmax(within, axis=-1)
+    place = block * blocks.shape[-1] + jnp.argmax(within, axis=-1)
     return jnp.minimum(place, x.shape[1] - 1).astype(jnp.int32)
 
 
 def _blocks(x: jax.Array, filler: float) -> jax.Array:
-    """Return x [B V] as [B n _BLOCK]."""
-    padding = -x.shape[1] % _BLOCK
-    padded = jnp.pad(x, ((0, 0), (0, padding)), constant_values=filler)
-    return padded.reshape(x.shape[0], -1, _BLOCK)
+    """Return x [B V] as [B n block]."""
+    block = math.gcd(x.shape[1], _BLOCK)
+    if block < _SMALLEST_BLOCK:
+        block = _BLOCK
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), constant_values=filler)
+    return x.reshape(x.shape[0], -1, block)
 
 
 def _invert(weights: jax.Array, u: jax.Array) -> jax.Array:
@@ -171,7 +175,7 @@ def _invert(weights: jax.Array, u: jax.Array) -> jax.Array:
     within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     place, _ = _step(within, rest, share=False)
     # Weights that are not numbers may lead anywhere, but not beyond the vocabulary.
-    return jnp.minimum(block * _BLOCK + place, weights.shape[1] - 1).astype(jnp.int32)
+    return jnp.minimum(block * blocks.shape[-1] + place, weights.shape[1] - 1).astype(jnp.int32)
 
 
 def _step(weights: jax.Array, target: jax.Array, share: bool = True) -> tuple[jax.Array, jax.Array]:

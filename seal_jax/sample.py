@@ -29,7 +29,7 @@ from seal_jax.sharding import leading, replicated, to_device, to_host
 from seal_jax.types import Adapters, Params, Rollout
 
 # The steps of one device call; fewer where the host looks for stop strings.
-_CHUNK, _STOP_CHUNK = 32, 8
+_CHUNK, STOP_CHUNK = 32, 8
 
 
 class Samples(NamedTuple):
@@ -114,7 +114,7 @@ def generate(
     to_decode = config, turned or params, adapters
     key_data = to_host(jax.random.key_data(keys))
     stop_ids = to_device(np.asarray(stop_ids, np.int32), replicated(mesh))
-    chunk = 1 if constrain else _STOP_CHUNK if stop else _CHUNK
+    chunk = 1 if constrain else STOP_CHUNK if stop else _CHUNK
     num_steps = to_device(np.int32(chunk), replicated(mesh))
     while any(waiting) or (at >= 0).any():
         while _is_time_to_admit(at, waiting):

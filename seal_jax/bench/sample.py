@@ -14,7 +14,11 @@ prefill what is left.
 
 The limit of a decode step: the model and the cache are read once at the bandwidth of a large copy,
 or every row's products are made at the speed of one large product, whichever takes longer; both
-measured in the same run. A model that fits into a processor's cache can be faster than that.
+measured in the same run. A prompt's cache is read once for all rows that continue it, and of the
+slots that a row writes half, as in the middle of the work. A model that fits into a processor's
+cache can be faster than that.
+
+A draw with top_p, without the model, is timed beside a step of many_edits, but for `--quick`.
 
 The programs that prompts of many lengths need are counted on CPUs, where compiling is cheap.
 """
@@ -41,16 +45,15 @@ from seal_jax.bench.timing import (
     matmul_params,
     profiled,
 )
-from seal_jax.draw import make_settings
+from seal_jax.draw import draw, make_settings
 from seal_jax.models import Model, load_model
-from seal_jax.sample import Samples, generate
-from seal_jax.self_edit import bucket_of
+from seal_jax.sample import STOP_CHUNK, Samples, generate
 from seal_jax.tasks.sources import load_problems
 from seal_jax.types import Adapters
 
 LORA = {"rank": 32, "alpha": 64.0, "targets": ("q_proj", "v_proj")}
 _TIMED_ADAPTERS = 2  # of torch and PEFT's
-_FIRST = 8  # tokens of the calls that are cut short: one device call of generate's, with `stop`
+_FIRST = STOP_CHUNK  # tokens of the calls that are cut short: one device call of generate's
 
 
 class Work(NamedTuple):
@@ -85,6 +88,8 @@ def run(
         write = partial(_write, models[dtype], work, _adapters(models[dtype], work))
         calls[f"ours_{name}_{dtype}"] = write
         calls[f"ours_{name}_{dtype}_first"] = partial(write, stop=_has_first)
+    if not quick:  # with few tokens to choose from, what is timed is the call
+        calls["draw"] = _make_draw(models[dtypes[0]], works["many_edits"].num_rows)
     if has_peft():
         for dtype in base_dtypes():
             theirs = make_peft_generate(models[dtypes[0]], dtype=dtype, **LORA)
@@ -174,6 +179,15 @@ def _write(
     )
 
 
+def _make_draw(model: Model, num_rows: int) -> Callable[[], jax.Array]:
+    """Return a draw of one token a row with top_p, among few likely ones."""
+    logits = 3 * jax.random.normal(jax.random.key(0), (num_rows, model.config.vocab_size))
+    settings = jax.tree.map(jnp.asarray, make_settings(num_rows, temperature=1.0, top_p=0.95))
+    rngs = jax.random.split(jax.random.key(1), num_rows)
+    draw_once = jax.jit(draw)
+    return lambda: draw_once(logits, rngs, settings)
+
+
 def _one_device() -> Mesh:
     types = (AxisType.Auto,) * 3
     return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), types, devices=jax.devices()[:1])
@@ -227,6 +241,8 @@ def _figures(
         found = (rates.get(f"{name}_{dtype}") for dtype in base_dtypes())
         return max(filter(None, found), default=None)
 
+    step = min(steps[f"many_edits_{dtype}"] for dtype in models)
+    draw_share = seconds["draw"] / step if "draw" in seconds else None
     ratios = {
         name: best(ours, name) / best(theirs, name) if best(theirs, name) else None
         for name in works
@@ -235,6 +251,7 @@ def _figures(
         "ratios": ratios,
         "share_of_limit": max(shares[f"many_edits_{dtype}"] for dtype in models),
         "shares_of_limit": shares,
+        "share_of_draw": draw_share,
         "seconds_per_decode_step": steps,
         "tokens_per_second": ours,
         "prompt_tokens_per_second": prefill,
@@ -249,9 +266,10 @@ def _limit(model: Model, work: Work, bandwidth: float, peak: float) -> float:
     config = model.config
     num_params = matmul_params(config)
     itemsize = model.params["embed"]["embedding"].dtype.itemsize
-    slots = bucket_of(max(len(p) for group in work.prompts for p in group)) + work.num_tokens
-    a_row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots
-    num_bytes = itemsize * (num_params + a_row * work.num_rows)
+    slots = sum(len(p) for group in work.prompts for p in set(map(tuple, group)))
+    slots += work.num_rows * work.num_tokens // 2
+    a_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    num_bytes = itemsize * (num_params + a_slot * slots)
     return max(num_bytes / bandwidth, 2.0 * num_params * work.num_rows / peak)
 
 
@@ -271,5 +289,7 @@ def _print(figures: dict[str, Any]) -> None:
             print(f"  {name:24} torch {rate:.1f} tokens per second")
     for name, ratio in figures["ratios"].items():
         print(f"  {name}: {'not measured' if ratio is None else f'{ratio:.2f} x torch'}")
+    if figures["share_of_draw"] is not None:
+        print(f"  a draw with top_p takes {figures['share_of_draw']:.1%} of a step of many_edits")
     if figures["compiles"] is not None:
         print(f"  programs for 200 prompts of mixed length: {figures['compiles']}")

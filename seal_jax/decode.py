@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from seal_jax.draw import Settings, draw
+from seal_jax.draw import Settings, draw, first_uniforms
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import (
     KVCache,
@@ -45,7 +45,8 @@ class Rows(NamedTuple):
     length: jax.Array  # i32[B] of the prompt
     prompts: KVCache  # of P prompts, which B/P neighbours share: S slots each
     cache: KVCache  # of what each row wrote
-    keys: jax.Array  # typed PRNG keys [B]
+    keys: jax.Array  # typed PRNG keys [B T], of each token
+    uniforms: jax.Array  # f32[B T] of each token's first try, see draw.py
     settings: Settings
     written: jax.Array  # i32[B]
     tokens: jax.Array  # i32[B T]
@@ -147,7 +148,8 @@ def no_rows(
         length=count,
         prompts=init_cache(config, num_prompts, prompt_slots, dtype),
         cache=init_cache(config, B, num_slots, dtype),
-        keys=jax.random.split(jax.random.key(0), B),
+        keys=jnp.broadcast_to(jax.random.key(0), shape),
+        uniforms=jnp.zeros(shape, jnp.float32),
         settings=Settings(some, count, some, some, some),
         written=count,
         tokens=jnp.full(shape, pad_id, jnp.int32),
@@ -207,11 +209,16 @@ def admit(
     def put_prompt(old: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.where((prompt >= 0).reshape(-1, 1, 1, 1), x[prompt], old)
 
+    # All at once: one by one they would be two fifths of a small model's steps.
+    numbers = jnp.arange(rows.tokens.shape[1])
+    token_keys = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(numbers))
+    keys = token_keys(jax.random.wrap_key_data(key_data))
     begun = ("logits", "seen", "length")
     rows = rows._replace(
         **{name: put(getattr(rows, name), getattr(new, name)[source]) for name in begun},
         prompts=jax.tree.map(put_prompt, rows.prompts, new.cache),
-        keys=jnp.where(fresh, jax.random.wrap_key_data(key_data), rows.keys),
+        keys=put(rows.keys, keys),
+        uniforms=put(rows.uniforms, first_uniforms(keys)),
         settings=jax.tree.map(put, rows.settings, settings),
         written=put(rows.written, 0),
         tokens=put(rows.tokens, pad_id),
@@ -274,8 +281,8 @@ def decode(
 
     def step(carry: tuple) -> tuple:
         number, r = carry
-        token_keys = jax.vmap(jax.random.fold_in)(r.keys, r.written)
-        token = draw(r.logits, token_keys, r.settings, r.seen, allowed)
+        now = each, jnp.minimum(r.written, max_tokens - 1)
+        token = draw(r.logits, r.keys[now], r.settings, r.seen, allowed, r.uniforms[now])
         logp = jnp.take_along_axis(jax.nn.log_softmax(r.logits), token[:, None], axis=-1)[:, 0]
         place = jnp.where(r.done, max_tokens, r.written)  # beyond the end: written nowhere
         written = r.written + (~r.done).astype(jnp.int32)

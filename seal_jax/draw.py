@@ -70,11 +70,13 @@ def draw(
     settings: Settings,
     seen: jax.Array | None = None,
     allowed: jax.Array | None = None,
+    first: jax.Array | None = None,
 ) -> jax.Array:
     """Return one token per row, i32[B], from logits f32[B V].
 
     Args:
       keys: typed PRNG keys [B]; a row's token depends on its own logits, key and settings alone.
+      first: `first_uniforms(keys)`, where it is at hand.
       seen: bool[B V], the tokens that the repetition penalty is for.
       allowed: bool[B V], the tokens that may be drawn at all: at least one a row.
     """
@@ -88,7 +90,7 @@ def draw(
     random = settings.temperature > 0
     highest = jnp.take_along_axis(logits, likeliest[:, None], axis=-1)
     token = jax.lax.cond(
-        random.any(), lambda: _draw(logits, highest, keys, settings), lambda: likeliest
+        random.any(), lambda: _draw(logits, highest, keys, settings, first), lambda: likeliest
     )
     token = jnp.where(random, token, likeliest)
     if allowed is None:
@@ -98,10 +100,23 @@ def draw(
     return jnp.where(is_allowed, token, jnp.argmax(allowed, axis=-1).astype(jnp.int32))
 
 
-def _draw(logits: jax.Array, highest: jax.Array, keys: jax.Array, settings: Settings) -> jax.Array:
+def first_uniforms(keys: jax.Array, number: jax.Array | int = 0) -> jax.Array:
+    """Return what each key's first try is drawn with, or that of a number: f32, in [0, 1)."""
+    one = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number)))
+    return one(keys.reshape(-1)).reshape(keys.shape)
+
+
+def _draw(
+    logits: jax.Array,
+    highest: jax.Array,
+    keys: jax.Array,
+    settings: Settings,
+    first: jax.Array | None,
+) -> jax.Array:
     # Of the likeliest, the probability is 1: they are normalized nowhere.
     probs = jnp.exp((logits - highest) / jnp.maximum(settings.temperature, 1e-6)[:, None])
     probs = jax.lax.cond((settings.top_k > 0).any(), _keep_top_k, lambda p, _: p, probs, settings)
+    first = first_uniforms(keys) if first is None else first
     room = settings.top_p * probs.sum(axis=-1)
     drawable = jnp.where(probs >= settings.min_p[:, None], probs, 0.0)
 
@@ -110,8 +125,7 @@ def _draw(logits: jax.Array, highest: jax.Array, keys: jax.Array, settings: Sett
 
     def attempt(carry: tuple) -> tuple:
         number, token, pivot, done = carry
-        number_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
-        u = jax.vmap(jax.random.uniform)(number_keys)
+        u = jax.lax.cond(number > 0, lambda: first_uniforms(keys, number), lambda: first)
         drawn = _invert(jnp.where(drawable > pivot[:, None], drawable, 0.0), u)
         found = jnp.take_along_axis(probs, drawn[:, None], axis=-1)
         above = jnp.where(probs > found, probs, 0.0).sum(axis=-1)

@@ -15,6 +15,7 @@ from tiny_run import run_loop
 
 from seal_jax import keys, lora, sharding
 from seal_jax.bench.timing import count_compiles
+from seal_jax.cache_plan import make_plan
 from seal_jax.config import load_config
 from seal_jax.draw import make_settings
 from seal_jax.evaluate import answer, mean_logp
@@ -153,6 +154,27 @@ def test_logits_of_eight_devices_are_those_of_one(model, sizes):
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 def test_eight_devices_give_what_one_gives(model, expected, sizes):
     assert_same(compute(model, make_mesh(**sizes)), expected)
+
+
+def test_rows_that_share_a_prompt_are_divided_as_any(model):
+    """8 prompts that 3 rows each continue: over 4 x 2 devices, as on one."""
+    encode = model.tokenizer.encode
+    prompts = [[encode(f"thing {i} is") for i in range(8) for _ in range(3)]]
+
+    def write(mesh):
+        params = to_device(model.params, param_shardings(mesh, model.params, CONFIG.rules))
+        assert make_plan(CONFIG, params, None, prompts, mesh, 6, 24).copies == 3
+        rngs, settings = keys.fold([(7, i) for i in range(24)]), make_settings(24, temperature=1.0)
+        sizes = {"max_tokens": 6, "max_rows": 24, "pad_id": 256}
+        with jax.transfer_guard("disallow"):
+            return generate(
+                CONFIG, params, None, prompts, rngs, settings, mesh=mesh, stop_ids=[258], **sizes
+            )
+
+    found, expected = write(make_mesh(data=4, tensor=2)), write(one_device_mesh())
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    assert len(np.unique(found.tokens, axis=0)) > 8
+    np.testing.assert_allclose(found.logp, expected.logp, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("rules", [RULES, MORE_ROWS, WHOLE], ids=["model", "rows", "whole"])

@@ -99,7 +99,7 @@ def attend_cached(
     dtype = jnp.promote_types(q.dtype, own_v.dtype)  # a cache may be finer than what is computed
     q = q.reshape(B, K, -1, H)
 
-    def together(x: jax.Array) -> jax.Array:  # [B K G n] -> [P K C*G n]
+    def together(x: jax.Array) -> jax.Array:  # [B K G n] -> [P K R*G n]
         return x.reshape(P, -1, *x.shape[1:]).swapaxes(1, 2).reshape(P, K, -1, x.shape[-1])
 
     def apart(x: jax.Array) -> jax.Array:

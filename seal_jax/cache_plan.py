@@ -97,7 +97,7 @@ def make_plan(
     shared = copies * _row_bucket(-(-most // copies))
     if shared > max_rows // A or A * shared // copies % num_parts(mesh, "rows", config.rules):
         shared, copies = wanted, 1
-    size = shared
+    size, wanted = shared, min(shared, wanted)
     while (needed := bytes_of(size, copies)) > room:
         if size == 1:
             rows = "a row" if A == 1 else f"{A} rows, one of each adapter,"
@@ -109,7 +109,7 @@ def make_plan(
                 " mesh.fsdp)"
             )
         size, copies = max(n for n in map(_row_bucket, range(1, size)) if n < size), 1
-    if size < min(shared, wanted):
+    if size < wanted:
         warnings.warn(
             f"generation: {A * size} rows at once, as {A * wanted} of up to {S + max_tokens} tokens"
             f" do not fit into the {room / 1e9:.3g} GB that are left on a device; max_rows or"

@@ -76,9 +76,9 @@ def draw(
 
     Args:
       keys: typed PRNG keys [B]; a row's token depends on its own logits, key and settings alone.
-      first: `first_uniforms(keys)`, where it is at hand.
       seen: bool[B V], the tokens that the repetition penalty is for.
       allowed: bool[B V], the tokens that may be drawn at all: at least one a row.
+      first: `first_uniforms(keys)`, where it is at hand.
     """
     if seen is not None:
         penalty = settings.repetition_penalty[:, None]

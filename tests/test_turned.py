@@ -54,3 +54,13 @@ def test_a_token_alone_multiplies_as_with_others(turned):
     multiply = jax.jit(lambda x: product("td,df->tf", x, kernel, jnp.float32))
     assert multiply(x[:1]).shape == (1, 20)
     np.testing.assert_allclose(multiply(x[:1]), multiply(x)[:1], rtol=0, atol=1e-5)
+
+
+def test_a_token_alone_has_the_gradients_that_it_has_with_others():
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), "bfloat16") for s in ((1, 12), (12, 20)))
+    grads = jax.grad(lambda x, k: product("td,df->tf", x, k, jnp.float32).sum(), (0, 1))
+    alone = grads(x, kernel)
+    with_zeros = grads(jnp.pad(x, ((0, 2), (0, 0))), kernel)
+    np.testing.assert_array_equal(alone[0], with_zeros[0][:1])
+    np.testing.assert_array_equal(alone[1], with_zeros[1])

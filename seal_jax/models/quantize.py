@@ -180,7 +180,7 @@ def product(contract: str, x: jax.Array, kernel: Any, dtype: Any) -> jax.Array:
         kernel = kernel.astype(x.dtype)
         if x.dtype == jnp.float32:
             return jnp.einsum(contract, x, kernel, preferred_element_type=dtype)
-        return _half_product(contract, jnp.dtype(dtype), x, kernel)
+        return _half_product(contract, jnp.dtype(dtype), at_least_two(x), kernel)[: len(x)]
     return _frozen_product(contract, jnp.dtype(dtype), x, kernel)
 
 
@@ -214,13 +214,12 @@ _half_product.defvjp(_half_forward, _half_backward)
 def _half_einsum(contract: str, x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
     """Return the einsum of half-precision arrays in `dtype`; sums are float32 on every device.
 
-    On a CPU a float32 result, rounded then, takes half as long as a rounded one (JAX 0.10), and a
-    token alone much longer than two; on the others a rounded one is less to move.
+    On a CPU a float32 result, rounded then, takes half as long as a rounded one (JAX 0.10); on the
+    others a rounded one is less to move.
     """
 
     def wide(x: jax.Array, y: jax.Array) -> jax.Array:
-        z = jnp.einsum(contract, at_least_two(x), y, preferred_element_type=jnp.float32)
-        return (z[:1] if len(x) == 1 else z).astype(dtype)
+        return jnp.einsum(contract, x, y, preferred_element_type=jnp.float32).astype(dtype)
 
     def narrow(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.einsum(contract, x, y, preferred_element_type=dtype)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from seal_jax.sharding import platform
 from seal_jax.types import Params
 
 # Up to how many rows of one token it is worth it: of 1, 5, 8, 40 and 160 that were measured, it was
@@ -24,10 +25,10 @@ class Turned(NamedTuple):
     transposed: jax.Array  # [out in]
 
 
-def turns(platform: str, num_rows: int, dtype: jnp.dtype) -> bool:
+def turns(device: str, num_rows: int, dtype: jnp.dtype) -> bool:
     """Whether decoding so many rows with params of type `dtype` is faster with turned kernels."""
     few = 1 if jnp.dtype(dtype) == jnp.bfloat16 else 2
-    return platform == "cpu" and few <= num_rows <= _MANY
+    return device == "cpu" and few <= num_rows <= _MANY
 
 
 def turn_kernels(params: Params) -> Params:
@@ -60,5 +61,6 @@ def turned_product(x: jax.Array, kernel: Turned) -> jax.Array:
 
 
 def at_least_two(x: jax.Array) -> jax.Array:
-    """Return tokens [T D] with a second one of zeros, where one in bfloat16 is alone."""
-    return jnp.pad(x, ((0, 1), (0, 0))) if len(x) == 1 and x.dtype == jnp.bfloat16 else x
+    """Return tokens [T D]; on CPUs with a second one of zeros, where one in bfloat16 is alone."""
+    alone = len(x) == 1 and x.dtype == jnp.bfloat16 and platform() == "cpu"
+    return jnp.pad(x, ((0, 1), (0, 0))) if alone else x

@@ -243,7 +243,7 @@ def make_inner_update(
 
         return jax.lax.scan(body, state, jnp.arange(batch.lanes.shape[0]))
 
-    @partial(jax.jit, donate_argnums=1)
+    @partial(jax.jit, donate_argnums=1, compiler_options=_compiler_options(mesh))
     def run_batch(params: Params, state: InnerState, batch: InnerBatch):
         state, losses = _on_shards(run_steps, mesh, config.rules)(params, state, batch)
         return place(state), losses
@@ -276,6 +276,17 @@ def make_inner_update(
 
     inner_update.lower_batch = lower_batch  # counts its memory, see memory.py
     return inner_update
+
+
+def _compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
+    """Return what the compiler is told of the steps: to give an operation more of the fast memory.
+
+    Products then have room for larger tiles: 4 % of a step on a v6e and a v5p, 1 % on a v5e, by
+    the compiler's own model (libtpu 0.0.42.1). It has 32 of 128 MiB by itself on a v6e.
+    """
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    has_more = device.device_kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite")
+    return {"xla_tpu_scoped_vmem_limit_kib": f"{52 * 1024}"} if has_more else None
 
 
 def _on_shards(run_steps: Callable, mesh: Mesh | None, rules: ParamRules) -> Callable:

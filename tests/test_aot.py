@@ -203,9 +203,9 @@ def test_reading_and_writing_leave_the_cache_divided(name, tensor):
 # Milliseconds a step by the compiler's model, and bytes on a chip of arguments and temporaries,
 # with libtpu 0.0.42.1 (JAX 0.10). Whoever makes it better lowers these.
 BUDGETS = {
-    "v6e": (54.5, 17_169_238_528, 5_412_866_016),
-    "v5e": (193.0, 9_560_734_208, 5_504_449_024),
-    "v5p": (98.2, 17_169_238_528, 5_359_415_456),
+    "v6e": (52.0, 17_169_238_528, 5_380_882_944),
+    "v5e": (192.2, 9_560_734_208, 5_512_545_280),
+    "v5p": (94.2, 17_169_238_528, 5_364_378_080),
 }
 SLACK = 1.1
 
@@ -218,3 +218,5 @@ def test_a_compiled_inner_update_of_7b_keeps_its_budget(kind):
     assert found["argument_bytes"] < SLACK * argument_bytes
     assert found["temp_bytes"] < SLACK * temp_bytes
     assert not found["collectives"]  # no chip waits for another
+    if kind == "v6e":
+        assert found["share_of_peak"] >= 0.6

@@ -2,7 +2,8 @@
 
 `pip install libtpu` and set JAX_PLATFORMS=cpu: only its compiler is used. Figures are for the
 28 layers of Qwen2.5-7B, rank 32 on q_proj and v_proj, and AdamW. Every chip has the whole base and
-16 adapters of its own, all of which take part in every step, with a row of 61 tokens each.
+16 adapters of its own, all of which take part in every step, with a row of 64 tokens each: nothing
+of it is padding, whose share depends on the texts and is counted by `seal-jax bench inner`.
 
 XLA for TPUs notes the clock cycles that it expects of nearly every instruction. Their sum is a
 model of time, for comparisons and against regressions, and no measurement: it has no figure for
@@ -80,7 +81,6 @@ def report(kind: str, config: ModelConfig = QWEN_7B) -> dict[str, Any]:
       ms: milliseconds a step.
       share_of_peak: what text needs, 4 operations for each parameter and token (the base has no
         gradient of its own), over what the chip could do in that time.
-      share_with_padding: the same of all tokens that a step has room for.
       argument_bytes, temp_bytes: on a chip; results take the place of arguments.
       collectives: instructions by which chips wait for one another.
     """
@@ -89,12 +89,10 @@ def report(kind: str, config: ModelConfig = QWEN_7B) -> dict[str, Any]:
     compiled = compile_inner_update(config, mesh, batch, quantize=chip.quantize)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     seconds = estimated_cycles(text, unknown_trip_count=ADAPTERS) / STEPS / chip.clock
-    share = 4 * matmul_params(config) * TOKENS / (seconds * chip.flops)
-    useful, trained = useful_tokens([batch])
+    num_tokens = useful_tokens([batch])[0] / (mesh.size * STEPS)
     return {
         "ms": 1e3 * seconds,
-        "share_of_peak": share * useful / trained,
-        "share_with_padding": share,
+        "share_of_peak": 4 * matmul_params(config) * num_tokens / (seconds * chip.flops),
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "collectives": len(_COLLECTIVE.findall(text)),
@@ -209,7 +207,7 @@ def topology_mesh(name: str, tensor: int = 1) -> Mesh:
 
 def make_batch(num_chips: int) -> InnerBatch:
     """Return one device call's batch (numpy) for ADAPTERS on every chip, packed as any other."""
-    row = (text_of(range(TOKENS // ADAPTERS - 3)),)
+    row = (text_of(range(TOKENS // ADAPTERS)),)
     jobs = [Job((row,) * STEPS, learning_rate=1e-3)] * (ADAPTERS * num_chips)
     (batch,) = pack(jobs, tokens_per_step=TOKENS, steps_per_call=STEPS, num_shards=num_chips)
     return batch

@@ -476,10 +476,11 @@ def token_logp(
     Args:
       wanted: bool[M] whose log-probabilities are asked for; the others' are 0.
     """
+    name = "embed" if config.tie_embeddings else "lm_head"
+    head = {name: params[name]}
 
     def one_tile(h: jax.Array, y: jax.Array, wanted: jax.Array) -> jax.Array:
-        logits = unembed(config, params, h)
-        return jnp.where(wanted, _log_softmax_at(jnp.dtype(h.dtype), logits, y), 0.0)
+        return jnp.where(wanted, _log_softmax_at(config, head, h, y), 0.0)
 
     def tile_if_wanted(arrays: tuple[jax.Array, ...]) -> jax.Array:
         none = jnp.zeros(tile, jnp.float32)
@@ -505,31 +506,40 @@ def token_logp(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _log_softmax_at(dtype: jnp.dtype, logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Return log_softmax(logits)[targets], f32[M] of f32[M V]; the backward pass keeps the softmax
-    in `dtype`, that of the products it goes into, and neither the logits nor an exponential more.
+def _log_softmax_at(
+    config: ModelConfig, params: Params, hidden: jax.Array, targets: jax.Array
+) -> jax.Array:
+    """Return log_softmax(logits)[targets], f32[M], of hidden states [M D].
+
+    The backward pass keeps the exponentials, in the dtype of the product that they go into, and
+    neither logits nor softmax. A token's gradient is scaled behind that product: of D numbers
+    instead of V.
     """
-    return _log_softmax_forward(dtype, logits, targets)[0]
+    return _log_softmax_forward(config, params, hidden, targets)[0]
 
 
-def _log_softmax_forward(dtype, logits, targets):
+def _log_softmax_forward(config, params, hidden, targets):
+    logits, pull_back = jax.vjp(functools.partial(unembed, config), params, hidden)
     highest = logits.max(axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - highest)
     total = exponentials.sum(axis=-1, keepdims=True)
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-    logp = (chosen - highest - jnp.log(total))[:, 0]
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1) - highest
+    logp = (chosen - jnp.log(total))[:, 0]
     # Behind a barrier, or XLA for TPUs keeps the logits and takes exponentials again.
-    exponentials = jax.lax.optimization_barrier(exponentials.astype(dtype))
-    return logp, (exponentials, total, targets)
+    exponentials = jax.lax.optimization_barrier(exponentials.astype(hidden.dtype))
+    return logp, (exponentials, total, jnp.exp(chosen), targets, pull_back)
 
 
-def _log_softmax_backward(dtype, saved, grads):
-    del dtype
-    exponentials, total, targets = saved
-    grads = grads[:, None]
+def _log_softmax_backward(config, saved, grads):
+    del config
+    exponentials, total, chosen, targets, pull_back = saved
     is_target = jnp.arange(exponentials.shape[1])[None] == targets[:, None]
-    softmax = exponentials.astype(jnp.float32) * (grads / total)
-    return jnp.where(is_target, grads - softmax, -softmax), None
+    of_target = (chosen - total).astype(exponentials.dtype)
+    unscaled = jnp.where(is_target, of_target, exponentials).astype(jnp.float32)
+    scale = -grads[:, None] / total
+    _, d_hidden = pull_back(unscaled)
+    d_params, _ = pull_back(unscaled * scale)  # a sum over tokens; left out where nobody wants it
+    return d_params, (d_hidden.astype(jnp.float32) * scale).astype(d_hidden.dtype), None
 
 
 _log_softmax_at.defvjp(_log_softmax_forward, _log_softmax_backward)

@@ -32,7 +32,7 @@ class Prefilled(NamedTuple):
     """Prompts that were read, [P ...]."""
 
     logits: jax.Array  # f32[P V] for the next token
-    seen: jax.Array  # bool[P V] the tokens of the prompt
+    seen: jax.Array | None  # bool[P V] the tokens of the prompt; see `Rows`
     length: jax.Array  # i32[P]
     cache: KVCache  # S slots each
 
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
     """Rows that are being written, [B ...]."""
 
     logits: jax.Array  # f32[B V] for the next token
-    seen: jax.Array  # bool[B V] the tokens of the prompt and of what was written
+    seen: jax.Array | None  # bool[B V] the tokens so far, where a row has a penalty for them
     length: jax.Array  # i32[B] of the prompt
     prompts: KVCache  # of P prompts, which B/P neighbours share: S slots each
     cache: KVCache  # of what each row wrote
@@ -98,7 +98,7 @@ def _next_logits(config: ModelConfig, mesh: Mesh, params: Params, hidden: jax.Ar
     return jax.lax.with_sharding_constraint(unembed(config, params, hidden), where)
 
 
-@partial(jax.jit, static_argnames=("config", "mesh"))
+@partial(jax.jit, static_argnames=("config", "mesh", "keep_seen"))
 def prefill(
     config: ModelConfig,
     params: Params,
@@ -107,6 +107,7 @@ def prefill(
     length: jax.Array,
     *,
     mesh: Mesh,
+    keep_seen: bool = False,
 ) -> Prefilled:
     """Read prompts i32[P S], padded on the right, of length [P]."""
     P, S = prompts.shape
@@ -116,13 +117,15 @@ def prefill(
     dtype = cache_dtype(params["embed"]["embedding"].dtype, mesh)
     cache = jax.tree.map(lambda x: x.astype(dtype), cache)
     last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-    seen = jnp.zeros((P, config.vocab_size), bool)
-    seen = seen.at[jnp.arange(P)[:, None], prompts].max(slots < length[:, None])
+    seen = None
+    if keep_seen:
+        seen = jnp.zeros((P, config.vocab_size), bool)
+        seen = seen.at[jnp.arange(P)[:, None], prompts].max(slots < length[:, None])
     logits = _next_logits(config, mesh, params, last)
     return _placed(config, mesh, Prefilled(logits, seen, length, cache))
 
 
-@partial(jax.jit, static_argnums=range(9))
+@partial(jax.jit, static_argnums=range(10))
 def no_rows(
     config: ModelConfig,
     dtype: jnp.dtype,
@@ -132,6 +135,7 @@ def no_rows(
     num_slots: int,
     max_tokens: int,
     pad_id: int,
+    keep_seen: bool,
     mesh: Mesh,
 ) -> Rows:
     """Return `num_rows` empty rows for `num_prompts` prompts of up to `prompt_slots` tokens.
@@ -144,7 +148,7 @@ def no_rows(
     count, some = jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.float32)
     rows = Rows(
         logits=jnp.zeros((B, config.vocab_size), jnp.float32),
-        seen=jnp.zeros((B, config.vocab_size), bool),
+        seen=jnp.zeros((B, config.vocab_size), bool) if keep_seen else None,
         length=count,
         prompts=init_cache(config, num_prompts, prompt_slots, dtype),
         cache=init_cache(config, B, num_slots, dtype),
@@ -170,7 +174,7 @@ def rows_shapes(config: ModelConfig, *shapes: Any) -> Rows:
     return jax.tree.map(put, _where(config, mesh, rows), rows)
 
 
-@partial(jax.jit, static_argnums=(0, *range(3, 11)))
+@partial(jax.jit, static_argnums=(0, *range(3, 12)))
 def start(
     config: ModelConfig, params: Params | None, adapters: Adapters | None, *shapes: Any
 ) -> tuple[Params | None, Adapters | None, Rows]:
@@ -213,9 +217,10 @@ def admit(
     numbers = jnp.arange(rows.tokens.shape[1])
     token_keys = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(numbers))
     keys = token_keys(jax.random.wrap_key_data(key_data))
-    begun = ("logits", "seen", "length")
     rows = rows._replace(
-        **{name: put(getattr(rows, name), getattr(new, name)[source]) for name in begun},
+        logits=put(rows.logits, new.logits[source]),
+        seen=None if rows.seen is None else put(rows.seen, new.seen[source]),
+        length=put(rows.length, new.length[source]),
         prompts=jax.tree.map(put_prompt, rows.prompts, new.cache),
         keys=put(rows.keys, keys),
         uniforms=put(rows.uniforms, first_uniforms(keys)),
@@ -281,8 +286,7 @@ def decode(
     def step(carry: tuple) -> tuple:
         number, r = carry
         now = each, jnp.minimum(r.written, max_tokens - 1)
-        token = draw(r.logits, r.keys[now], r.settings, r.seen, allowed, r.uniforms[now])
-        logp = jnp.take_along_axis(jax.nn.log_softmax(r.logits), token[:, None], axis=-1)[:, 0]
+        token, logp = draw(r.logits, r.keys[now], r.settings, r.seen, allowed, r.uniforms[now])
         place = jnp.where(r.done, max_tokens, r.written)  # beyond the end: written nowhere
         written = r.written + (~r.done).astype(jnp.int32)
         finished = r.finished | (~r.done & (token[:, None] == stop_ids[None]).any(axis=1))
@@ -294,7 +298,7 @@ def decode(
             mesh,
             r._replace(
                 logits=_next_logits(config, mesh, params, hidden[:, 0]),
-                seen=r.seen.at[each, token].set(True),
+                seen=None if r.seen is None else r.seen.at[each, token].set(True),
                 cache=cache,
                 written=written,
                 tokens=r.tokens.at[each, place].set(token, mode="drop"),

@@ -9,7 +9,7 @@ those that are likelier: few tries, each one pass over the vocabulary, and the e
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -63,6 +63,14 @@ def make_settings(
     return Settings(**arrays)
 
 
+class _Summary(NamedTuple):
+    """What one look at logits [B V] tells, as n blocks of the vocabulary."""
+
+    likeliest: jax.Array  # i32[B]
+    highest: jax.Array  # f32[B 1 1] its logit
+    masses: jax.Array  # f32[B n] of each block, as likely as exp(logit - highest)
+
+
 @partial(jax.named_call, name="draw")
 def draw(
     logits: jax.Array,
@@ -71,33 +79,42 @@ def draw(
     seen: jax.Array | None = None,
     allowed: jax.Array | None = None,
     first: jax.Array | None = None,
-) -> jax.Array:
-    """Return one token per row, i32[B], from logits f32[B V].
+) -> tuple[jax.Array, jax.Array]:
+    """Return one token per row, i32[B], and its log-softmax f32[B], from logits f32[B V].
 
     Args:
       keys: typed PRNG keys [B]; a row's token depends on its own logits, key and settings alone.
       seen: bool[B V], the tokens that the repetition penalty is for.
       allowed: bool[B V], the tokens that may be drawn at all: at least one a row.
       first: `first_uniforms(keys)`, where it is at hand.
+
+    No setting is in the log-softmax.
     """
+    raw, has_changed = logits, jnp.zeros(len(logits), bool)
     if seen is not None:
+        has_changed = settings.repetition_penalty != 1
         penalty = settings.repetition_penalty[:, None]
         punished = jnp.where(logits > 0, logits / penalty, logits * penalty)
         logits = jnp.where(seen, punished, logits)
     if allowed is not None:
+        has_changed = jnp.ones_like(has_changed)
         logits = jnp.where(allowed, logits, -jnp.inf)
-    likeliest = argmax(logits)
+    summary = _summarize(logits)
     random = settings.temperature > 0
-    highest = jnp.take_along_axis(logits, likeliest[:, None], axis=-1)
+    first = first_uniforms(keys) if first is None else first
     token = jax.lax.cond(
-        random.any(), lambda: _draw(logits, highest, keys, settings, first), lambda: likeliest
+        random.any(),
+        lambda: _draw(logits, summary, keys, settings, first),
+        lambda: summary.likeliest,
     )
-    token = jnp.where(random, token, likeliest)
-    if allowed is None:
-        return token
-    # Of logits that are not numbers, or none above -inf, anything may come.
-    is_allowed = jnp.take_along_axis(allowed, token[:, None], axis=-1)[:, 0]
-    return jnp.where(is_allowed, token, jnp.argmax(allowed, axis=-1).astype(jnp.int32))
+    token = jnp.where(random, token, summary.likeliest)
+    if allowed is not None:
+        # Of logits that are not numbers, or none above -inf, anything may come.
+        is_allowed = jnp.take_along_axis(allowed, token[:, None], axis=-1)[:, 0]
+        token = jnp.where(is_allowed, token, jnp.argmax(allowed, axis=-1).astype(jnp.int32))
+    total = _log_total(summary)
+    total = _for_some(has_changed, lambda: _log_total(_summarize(raw)), total)
+    return token, jnp.take_along_axis(raw, token[:, None], axis=-1)[:, 0] - total
 
 
 def first_uniforms(keys: jax.Array, number: jax.Array | int = 0) -> jax.Array:
@@ -106,68 +123,122 @@ def first_uniforms(keys: jax.Array, number: jax.Array | int = 0) -> jax.Array:
     return one(keys.reshape(-1)).reshape(keys.shape)
 
 
+def _summarize(logits: jax.Array) -> _Summary:
+    """Look at logits [B V] once.
+
+    A maximum of blocks, and then of these: XLA:CPU takes an argmax on one core, a number at a time,
+    and three times as long for one plain maximum of the whole.
+    """
+    blocks = _blocks(logits, -jnp.inf)
+    maxima = blocks.max(axis=-1)
+    highest = maxima.max(axis=-1)[:, None, None]
+    block = jnp.argmax(maxima, axis=-1)
+    place = block * blocks.shape[-1] + jnp.argmax(_take_block(blocks, block), axis=-1)
+    # Of what is not a number, any place may come, but not one beyond the vocabulary.
+    likeliest = jnp.minimum(place, logits.shape[1] - 1).astype(jnp.int32)
+    return _Summary(likeliest, highest, jnp.exp(blocks - highest).sum(axis=-1))
+
+
+def _log_total(summary: _Summary) -> jax.Array:
+    """Return the logarithm of the sum of exp(logits), f32[B]."""
+    return summary.highest[:, 0, 0] + jnp.log(summary.masses.sum(axis=-1))
+
+
+def _for_some(some: jax.Array, make: Callable[[], jax.Array], others: jax.Array) -> jax.Array:
+    """Return what `make` gives for some rows [B], the others' [B ...]; made if there are any."""
+    some = some.reshape(-1, *[1] * (others.ndim - 1))
+    return jax.lax.cond(some.any(), lambda: jnp.where(some, make(), others), lambda: others)
+
+
 def _draw(
     logits: jax.Array,
-    highest: jax.Array,
+    summary: _Summary,
     keys: jax.Array,
     settings: Settings,
-    first: jax.Array | None,
+    first: jax.Array,
 ) -> jax.Array:
-    # Of the likeliest, the probability is 1: they are normalized nowhere.
-    probs = jnp.exp((logits - highest) / jnp.maximum(settings.temperature, 1e-6)[:, None])
-    probs = jax.lax.cond((settings.top_k > 0).any(), _keep_top_k, lambda p, _: p, probs, settings)
-    first = first_uniforms(keys) if first is None else first
-    room = settings.top_p * probs.sum(axis=-1)
-    drawable = jnp.where(probs >= settings.min_p[:, None], probs, 0.0)
+    """Return a token of each row, by its temperature, top_k, top_p and min_p.
+
+    Nothing of the vocabulary's size is written: each pass takes exponentials anew, and sums blocks
+    of them. A pass is made where a row needs it, and only what such a row gets from it is used: or
+    it would be a little different with other neighbours.
+    """
+    temperature = jnp.maximum(settings.temperature, 1e-6)
+    blocks = _blocks(logits, -jnp.inf)
+
+    def weigh(x: jax.Array) -> jax.Array:
+        return jnp.exp((x - summary.highest) / temperature[:, None, None])
+
+    def above(low: jax.Array, *, itself: bool) -> jax.Array:
+        """Return the masses f32[B n] of what is likelier than logits low [B], or as likely."""
+        low = low[:, None, None]
+        return jnp.where(blocks >= low if itself else blocks > low, weigh(blocks), 0).sum(axis=-1)
+
+    random = settings.temperature > 0
+    has_scale = random & (settings.temperature != 1)
+    masses = _for_some(has_scale, lambda: weigh(blocks).sum(axis=-1), summary.masses)
+    has_top_k, has_min_p = random & (settings.top_k > 0), random & (settings.min_p > 0)
+    none = jnp.full(len(logits), -jnp.inf)
+    least = jax.lax.cond(has_top_k.any(), _least_of_top_k, lambda *_: none, logits, settings.top_k)
+    masses = _for_some(has_top_k, lambda: above(least, itself=True), masses)
+    room = settings.top_p * masses.sum(axis=-1)
+    least = jnp.maximum(least, summary.highest[:, 0, 0] + temperature * jnp.log(settings.min_p))
+    masses = _for_some(has_min_p, lambda: above(least, itself=True), masses)
+
+    def pick(masses: jax.Array, low: jax.Array, u: jax.Array) -> jax.Array:
+        """Return a token of what is likelier than `low` and not below the least."""
+        block, rest = _step(masses, u)
+        x = _take_block(blocks, block)
+        kept = (x > low[:, None]) & (x >= least[:, None])
+        place, _ = _step(jnp.where(kept, weigh(x[:, None])[:, 0], 0), rest, share=False)
+        place += block * blocks.shape[-1]
+        # Weights that are not numbers may lead anywhere, but not beyond the vocabulary.
+        return jnp.minimum(place, logits.shape[1] - 1).astype(jnp.int32)
 
     def undecided(carry: tuple) -> jax.Array:
         return ~carry[-1].all()
 
     def attempt(carry: tuple) -> tuple:
-        number, token, pivot, done = carry
-        u = jax.lax.cond(number > 0, lambda: first_uniforms(keys, number), lambda: first)
-        drawn = _invert(jnp.where(drawable > pivot[:, None], drawable, 0.0), u)
-        found = jnp.take_along_axis(probs, drawn[:, None], axis=-1)
-        above = jnp.where(probs > found, probs, 0.0).sum(axis=-1)
-        accepted = (above < room) | (above == 0)
-        token = jnp.where(done, token, drawn)
-        return number + 1, token, jnp.where(done, pivot, found[:, 0]), done | accepted
+        number, token, done = carry
+        found = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+        likelier = above(found, itself=False)
+        mass = likelier.sum(axis=-1)
+        done |= (mass < room) | ~(mass > 0)
+        other = pick(likelier, found, first_uniforms(keys, number))
+        return number + 1, jnp.where(done, token, other), done
 
-    rows = probs.shape[0]
-    none = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32), settings.temperature <= 0
-    return jax.lax.while_loop(undecided, attempt, (jnp.int32(0), *none))[1]
+    def decide(token: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(undecided, attempt, (jnp.int32(1), token, ~has_top_p))[1]
+
+    has_top_p = random & (settings.top_p < 1)
+    # A branch: XLA takes out of a loop what is the same each time, as exponentials, and makes it
+    # before, whether the loop runs or not.
+    return jax.lax.cond(has_top_p.any(), decide, lambda token: token, pick(masses, none, first))
 
 
 @partial(jax.named_call, name="top_k")
-def _keep_top_k(probs: jax.Array, settings: Settings) -> jax.Array:
-    """Return probs [B V], 0 but for the k likeliest of each row, by bisection over their bits: the
-    bits of nonnegative floats are ordered as the floats are."""
-    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
-    k = jnp.where(settings.top_k > 0, settings.top_k, probs.shape[-1])
+def _least_of_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
+    """Return the least of the k highest of each row of logits [B V]; -inf where k is 0.
+
+    By bisection over their bits, which are ordered as the floats are.
+    """
+    bits = _ordered(jax.lax.bitcast_convert_type(logits, jnp.int32))
 
     def halve(_, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds  # count(bits >= low) >= k > count(bits >= high)
-        middle = low + (high - low) // 2
-        enough = (bits >= middle[:, None]).sum(axis=-1) >= k
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        enough = (bits >= middle[:, None]).sum(axis=-1) >= top_k
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    low = jnp.zeros_like(k)
-    high = jnp.full_like(k, 0x3F800001)  # just above the bits of 1.0
-    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
-    return jnp.where(bits >= low[:, None], probs, 0.0)
+    ends = (jnp.full_like(top_k, end) for end in (-(2**31), 2**31 - 1))
+    low, _ = jax.lax.fori_loop(0, 32, halve, tuple(ends))
+    least = jax.lax.bitcast_convert_type(_ordered(low), jnp.float32)
+    return jnp.where((top_k > 0) & (top_k < logits.shape[1]), least, -jnp.inf)
 
 
-def argmax(x: jax.Array) -> jax.Array:
-    """Return the first place of the largest of x [B V], i32[B]; any, where some are not numbers.
-
-    In two levels, of which the first is a plain maximum: XLA:CPU takes an argmax on one core, a
-    number at a time.
-    """
-    blocks = _blocks(x, -jnp.inf)
-    block = jnp.argmax(blocks.max(axis=-1), axis=-1)
-    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    place = block * blocks.shape[-1] + jnp.argmax(within, axis=-1)
-    return jnp.minimum(place, x.shape[1] - 1).astype(jnp.int32)
+def _ordered(bits: jax.Array) -> jax.Array:
+    """Return the bits of floats as integers of the same order, and these as bits again."""
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _blocks(x: jax.Array, filler: float) -> jax.Array:
@@ -179,17 +250,9 @@ def _blocks(x: jax.Array, filler: float) -> jax.Array:
     return x.reshape(x.shape[0], -1, block)
 
 
-def _invert(weights: jax.Array, u: jax.Array) -> jax.Array:
-    """Return where the running sum of weights [B V] exceeds u [B] of its end, i32[B].
-
-    What is returned has a positive weight, if any has.
-    """
-    blocks = _blocks(weights, 0.0)
-    block, rest = _step(blocks.sum(axis=-1), u)
-    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    place, _ = _step(within, rest, share=False)
-    # Weights that are not numbers may lead anywhere, but not beyond the vocabulary.
-    return jnp.minimum(block * blocks.shape[-1] + place, weights.shape[1] - 1).astype(jnp.int32)
+def _take_block(blocks: jax.Array, block: jax.Array) -> jax.Array:
+    """Return block i32[B] of each row of [B n block]."""
+    return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
 
 
 def _step(weights: jax.Array, target: jax.Array, share: bool = True) -> tuple[jax.Array, jax.Array]:

@@ -98,9 +98,18 @@ def _writing(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> 
     B = min(section.max_rows, config.outer.problems_per_step * section.num_edits)
     P, S = -(-B // 4), bucket_of(min(lengths.longest_passage, model.config.max_length))
     prompts = _rows(model, mesh, P, S), _rows(model, mesh, P)
+    keep_seen = section.repetition_penalty != 1
     yield Program(
         "prefill",
-        **_traced(decode.prefill, model.config, model.params, None, *prompts, mesh=mesh),
+        **_traced(
+            decode.prefill,
+            model.config,
+            model.params,
+            None,
+            *prompts,
+            mesh=mesh,
+            keep_seen=keep_seen,
+        ),
         loops=1,
         steps=1,
         size=P,
@@ -109,7 +118,7 @@ def _writing(config: ConfigDict, model: Model, mesh: Mesh, lengths: Lengths) -> 
     dtype = model.params["embed"]["embedding"].dtype
     # Each row with a prompt of its own: as rows are that come and go.
     shapes = (B, B, S, section.max_tokens, section.max_tokens)
-    rows = decode.rows_shapes(model.config, dtype, *shapes, 0, mesh)
+    rows = decode.rows_shapes(model.config, dtype, *shapes, 0, keep_seen, mesh)
     stop_ids = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=replicated(mesh))
     num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     arguments = (model.config, model.params, None, rows, stop_ids, num_steps)

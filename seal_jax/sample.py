@@ -110,7 +110,9 @@ def generate(
     dtype = params["embed"]["embedding"].dtype
     turned = params if plan.turned else None
     shape = at.size, at.size // plan.copies, S, slots, max_tokens
-    turned, adapters, rows = start(config, turned, adapters, dtype, *shape, pad_id, mesh)
+    keep_seen = bool((np.asarray(settings.repetition_penalty) != 1).any())
+    shape = *shape, pad_id, keep_seen
+    turned, adapters, rows = start(config, turned, adapters, dtype, *shape, mesh)
     to_decode = config, turned or params, adapters
     key_data = to_host(jax.random.key_data(keys))
     stop_ids = to_device(np.asarray(stop_ids, np.int32), replicated(mesh))
@@ -120,7 +122,8 @@ def generate(
         while _is_time_to_admit(at, waiting):
             chosen, source, *read = _choose_prompts(at, waiting, flat, plan.at_once, S, pad_id)
             with jax.set_mesh(mesh):  # for the attention kernels
-                new = prefill(config, params, adapters, *placed(tuple(read)), mesh=mesh)
+                read = placed(tuple(read))
+                new = prefill(config, params, adapters, *read, mesh=mesh, keep_seen=keep_seen)
             index = np.maximum(chosen.reshape(-1), 0)
             begun = placed((source, key_data[index], Settings(*(x[index] for x in settings))))
             rows = admit(config, rows, new, *begun, mesh=mesh, pad_id=pad_id)

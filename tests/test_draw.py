@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from seal_jax.draw import Settings, argmax, draw, make_settings
+from seal_jax.draw import Settings, draw, make_settings
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -23,7 +23,8 @@ def draws(logits, num_draws, seed=0, **options):
             tables[name] = np.tile(np.array(options.pop(name), bool), (num_draws, 1))
     tiled = np.tile(np.array(logits, np.float32), (num_draws, 1))
     keys = jax.random.split(jax.random.key(seed), num_draws)
-    drawn = np.asarray(jax.jit(draw)(tiled, keys, make_settings(num_draws, **options), **tables))
+    drawn, _ = jax.jit(draw)(tiled, keys, make_settings(num_draws, **options), **tables)
+    drawn = np.asarray(drawn)
     assert drawn.dtype == np.int32
     return drawn, np.bincount(drawn, minlength=len(logits))
 
@@ -151,7 +152,7 @@ def test_temperature_zero_takes_the_likeliest():
     keys = jax.random.split(jax.random.key(0), 2)
     for temperature in (0.0, 1e-9):
         settings = make_settings(2, temperature=temperature, top_p=0.5)
-        drawn = draw(jnp.asarray(logits), keys, settings)
+        drawn, _ = draw(jnp.asarray(logits), keys, settings)
         assert drawn.dtype == jnp.int32 and drawn[0] == 1 and drawn[1] in (0, 2)
 
 
@@ -160,25 +161,49 @@ def test_the_likeliest_is_the_first_of_equals(size):
     rng = np.random.default_rng(size)
     x = rng.integers(0, 4, (50, size)).astype(np.float32)  # hardly a row without equals
     x[0], x[1, -1] = -np.inf, 9.0
-    np.testing.assert_array_equal(argmax(jnp.asarray(x)), x.argmax(axis=1))
+    keys = jax.random.split(jax.random.key(0), 50)
+    greedy = make_settings(50, temperature=0.0)
+    np.testing.assert_array_equal(draw(jnp.asarray(x), keys, greedy)[0], x.argmax(axis=1))
     x[0], x[1, -1] = np.nan, np.nan
-    assert (argmax(jnp.asarray(x)) < size).all()
+    assert (draw(jnp.asarray(x), keys, greedy)[0] < size).all()
 
 
 def test_a_row_draws_by_itself():
+    """To the bit, whatever passes over the vocabulary its neighbours' settings ask for."""
     rng = np.random.default_rng(0)
-    logits = rng.normal(0, 3, (6, 300)).astype(np.float32)
-    keys = jax.random.split(jax.random.key(1), 6)
+    logits = jnp.asarray(rng.normal(0, 3, (8, 1000)), jnp.float32)
+    seen = jnp.asarray(rng.random((8, 1000)) < 0.1)
     settings = make_settings(
-        6,
-        temperature=[1, 0, 2, 0.5, 1, 1],
-        top_p=[1, 1, 0.1, 0.9, 0.5, 1],
-        top_k=[0, 0, 0, 9, 0, 2],
+        8,
+        temperature=[1, 0, 2, 0.5, 1, 1, 1, 1],
+        top_p=[1, 1, 0.1, 0.9, 0.5, 1, 1, 1],
+        top_k=[0, 0, 0, 9, 0, 2, 0, 0],
+        min_p=[0, 0, 0.1, 0, 0, 0, 0.2, 0],
+        repetition_penalty=[1, 1, 1, 2, 1, 1, 1, 1.5],
     )
-    together = np.asarray(draw(jnp.asarray(logits), keys, settings))
-    for i in range(6):
-        own = Settings(*(x[i : i + 1] for x in settings))
-        assert draw(jnp.asarray(logits[i : i + 1]), keys[i : i + 1], own)[0] == together[i]
+    draw_some = jax.jit(draw)
+    for seed in range(20):
+        keys = jax.random.split(jax.random.key(seed), 8)
+        together = [np.asarray(x) for x in draw_some(logits, keys, settings, seen)]
+        for i in range(8):
+            one = slice(i, i + 1)
+            own = Settings(*(x[one] for x in settings))
+            alone = draw_some(logits[one], keys[one], own, seen[one])
+            assert [x[0] for x in alone] == [x[i] for x in together]
+
+
+def test_the_log_probability_is_the_models_own():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(0, 3, (4, 1000)), jnp.float32)
+    seen, allowed = (jnp.asarray(rng.random((4, 1000)) < share) for share in (0.5, 0.1))
+    settings = make_settings(
+        4, temperature=[1, 0, 2, 1], top_p=0.9, repetition_penalty=[1, 2, 2, 1.5]
+    )
+    keys = jax.random.split(jax.random.key(0), 4)
+    every = jax.nn.log_softmax(logits)
+    for tables in ({}, {"seen": seen}, {"seen": seen, "allowed": allowed}):
+        token, logp = draw(logits, keys, settings, **tables)
+        np.testing.assert_allclose(logp, every[jnp.arange(4), token], rtol=1e-5)
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
@@ -186,9 +211,9 @@ def test_a_row_that_diverged_ends_and_harms_nobody(broken):
     logits = np.random.default_rng(0).normal(0, 3, (3, 300)).astype(np.float32)
     keys = jax.random.split(jax.random.key(1), 3)
     settings = make_settings(3, temperature=1.0, top_p=0.5, min_p=0.1, top_k=7)
-    expected = np.asarray(draw(jnp.asarray(logits), keys, settings))
+    expected = np.asarray(draw(jnp.asarray(logits), keys, settings)[0])
     logits[1] = broken
-    found = np.asarray(draw(jnp.asarray(logits), keys, settings))
+    found = np.asarray(draw(jnp.asarray(logits), keys, settings)[0])
     assert found[[0, 2]].tolist() == expected[[0, 2]].tolist()
     assert 0 <= found[1] < 300
 
@@ -219,7 +244,7 @@ def test_what_is_allowed_is_drawn_whatever_the_logits(temperature, broken):
     logits[1] = broken
     allowed = np.stack([np.isin(np.arange(300), some) for some in ([7], [8, 299], [9, 10])])
     keys = jax.random.split(jax.random.key(1), 3)
-    found = draw(
+    found, _ = draw(
         jnp.asarray(logits), keys, make_settings(3, temperature=temperature), None, allowed
     )
     assert found[0] == 7 and found[1] in (8, 299) and found[2] in (9, 10)

@@ -236,7 +236,7 @@ def test_few_programs_for_many_prompts(tiny):
 def test_the_cache_is_donated(tiny):
     config, params = tiny
     mesh = one_device_mesh()
-    rows = no_rows(config, jnp.dtype("float32"), 8, 8, 64, 64, 64, PAD, mesh)
+    rows = no_rows(config, jnp.dtype("float32"), 8, 8, 64, 64, 64, PAD, True, mesh)
     stop_ids = jnp.array([NOBODY], jnp.int32)
     compiled = decode.lower(config, params, None, rows, stop_ids, jnp.int32(4), mesh=mesh).compile()
     cache = sum(x.nbytes for x in jax.tree.leaves(rows.cache))

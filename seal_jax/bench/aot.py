@@ -175,7 +175,7 @@ def compile_decode(
     with jax.set_mesh(mesh):
         params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), jnp.bfloat16))
         params = shaped(params, param_shardings(mesh, params))
-        rows = rows_shapes(config, jnp.bfloat16, *shapes, 0, mesh)
+        rows = rows_shapes(config, jnp.bfloat16, *shapes, 0, True, mesh)
         stop_ids = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=whole)
         num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
         return decode.lower(config, params, None, rows, stop_ids, num_steps, mesh=mesh).compile()

@@ -109,7 +109,11 @@ def prefill(
     mesh: Mesh,
     keep_seen: bool = False,
 ) -> Prefilled:
-    """Read prompts i32[P S], padded on the right, of length [P]."""
+    """Read prompts i32[P S], padded on the right, of length [P].
+
+    Args:
+      keep_seen: whether it is kept which tokens a prompt has, for a repetition penalty.
+    """
     P, S = prompts.shape
     slots = jnp.broadcast_to(jnp.arange(S), (P, S))
     ones = jnp.ones((P, S), jnp.int32)  # causal: nobody looks at what is behind a prompt
@@ -143,6 +147,7 @@ def no_rows(
     Args:
       num_slots: how many tokens of each row its cache has room for.
       max_tokens: how many tokens each row may write.
+      keep_seen: whether it is kept which tokens a row has, for a repetition penalty.
     """
     B, shape, dtype = num_rows, (num_rows, max_tokens), cache_dtype(dtype, mesh)
     count, some = jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.float32)

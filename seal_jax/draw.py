@@ -6,6 +6,9 @@ as Hugging Face's warpers do it, one after the other; tokens of equal probabilit
 token is drawn from all and then asked whether it belongs to the nucleus: it does if the mass of the
 likelier ones is below top_p. If not, neither does any that is less likely, so the next try is among
 those that are likelier: few tries, each one pass over the vocabulary, and the exact distribution.
+
+A pass sums exponentials over blocks of the vocabulary, and leaves the sums alone; a token is found
+in them, and then within one block.
 """
 
 import math
@@ -159,9 +162,8 @@ def _draw(
 ) -> jax.Array:
     """Return a token of each row, by its temperature, top_k, top_p and min_p.
 
-    Nothing of the vocabulary's size is written: each pass takes exponentials anew, and sums blocks
-    of them. A pass is made where a row needs it, and only what such a row gets from it is used: or
-    it would be a little different with other neighbours.
+    A pass over the vocabulary is made where a row needs it, and only what such a row gets from it
+    is used: or its text would depend on its neighbours, by rounding.
     """
     temperature = jnp.maximum(settings.temperature, 1e-6)
     blocks = _blocks(logits, -jnp.inf)

@@ -60,7 +60,7 @@ def matmul(dtype: str) -> tuple[Callable[[], jax.Array], float]:
 
     Of random numbers: a GPU multiplies zeros faster.
     """
-    size, count = (2048, 2) if jax.default_backend() == "cpu" else (8192, 20)
+    size, count = (2048, 8) if jax.default_backend() == "cpu" else (8192, 20)
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     out = jnp.float32 if jax.default_backend() == "cpu" else dtype
     product = jax.jit(lambda x, y: jnp.dot(x, y, preferred_element_type=out))

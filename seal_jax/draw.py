@@ -85,13 +85,13 @@ def draw(
 ) -> tuple[jax.Array, jax.Array]:
     """Return one token per row, i32[B], and its log-softmax f32[B], from logits f32[B V].
 
+    No setting is in the log-softmax.
+
     Args:
       keys: typed PRNG keys [B]; a row's token depends on its own logits, key and settings alone.
       seen: bool[B V], the tokens that the repetition penalty is for.
       allowed: bool[B V], the tokens that may be drawn at all: at least one a row.
       first: `first_uniforms(keys)`, where it is at hand.
-
-    No setting is in the log-softmax.
     """
     raw, has_changed = logits, jnp.zeros(len(logits), bool)
     if seen is not None:
@@ -116,7 +116,8 @@ def draw(
         is_allowed = jnp.take_along_axis(allowed, token[:, None], axis=-1)[:, 0]
         token = jnp.where(is_allowed, token, jnp.argmax(allowed, axis=-1).astype(jnp.int32))
     total = _log_total(summary)
-    total = _for_some(has_changed, lambda: _log_total(_summarize(raw)), total)
+    if logits is not raw:
+        total = _for_some(has_changed, lambda: _log_total(_summarize(raw)), total)
     return token, jnp.take_along_axis(raw, token[:, None], axis=-1)[:, 0] - total
 
 

@@ -226,11 +226,9 @@ class MLP(nn.Module):
         up = _linear(c, c.mlp_dim, "up_proj")(x, lora)
         gate, up = _grads_at_once((gate, up))
         activation = nn.silu if c.activation == "silu" else nn.gelu
-        if platform() == "cpu":
-            # Rounded once, as torch does it. XLA for CPUs would round each step, and take longer.
-            gate = activation(gate.astype(jnp.float32)).astype(gate.dtype)
-        else:
-            gate = activation(gate)
+        # On CPUs rounded once, as torch does it: XLA would round each step there, and take longer.
+        wide = jnp.float32 if platform() == "cpu" else gate.dtype
+        gate = activation(gate.astype(wide)).astype(gate.dtype)
         return _linear(c, c.embed_dim, "down_proj")(gate * up, lora)
 
 

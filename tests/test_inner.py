@@ -19,7 +19,7 @@ from seal_jax.types import Adapters
 
 A = 4
 T = 32  # the longest row
-PACKING = {"tokens_per_step": A * T, "shortest": T, "steps_per_call": 4}
+PACKING = {"tokens_per_step": A * T, "lengths": (T, 2 * T, 4 * T), "steps_per_call": 4}
 # Adam divides by the gradient's size: with its own epsilon, where a gradient is nothing but
 # rounding, the two paths would differ by whole steps.
 ADAMW = {"weight_decay": 0.0, "eps": 1e-4}
@@ -165,7 +165,7 @@ def test_alone_as_in_a_population(tiny, adapters, update, trained):
 
 def test_alone_in_programs_of_other_shapes(tiny, adapters, update, trained):
     for j in range(3):
-        new, losses = run(tiny[1], take(adapters, j), [varied_jobs()[j]], update, shortest=T)
+        new, losses = run(tiny[1], take(adapters, j), [varied_jobs()[j]], update, lengths=(T,))
         assert relative_error(new, take(trained[0], j)) < 1e-5
         np.testing.assert_allclose(losses[0], trained[1][j], rtol=1e-5)
 
@@ -204,7 +204,7 @@ def test_a_diverging_adapter_harms_nobody(tiny, adapters, update, trained, sick,
 def test_a_sick_adapter_shares_array_rows_and_harms_nobody(tiny, adapters, update, sick, size):
     """What overflows forward or backward stays away from the texts behind and before it."""
     jobs = varied_jobs()
-    packing = {"tokens_per_step": 2 * T, "shortest": 2 * T}  # one array row for all
+    packing = {"tokens_per_step": 2 * T, "lengths": (2 * T,)}  # one array row for all
     weights = jax.tree.map(np.copy, adapters.weights)
     for ab in weights["attn"].values():
         ab["a"][sick] *= size
@@ -452,6 +452,46 @@ def test_no_logits_where_nobody_wants_any(small):
     assert np.isfinite(grads[1:]).all()
 
 
+@pytest.mark.parametrize("of_head", [False, True])
+def test_tiles_keep_no_copy_of_the_head(small, of_head):
+    """A head kept for each of 16 tiles would be 16 of them; it is read once a tile instead."""
+    config = dataclasses.replace(small[0], vocab_size=4096)
+    table = jax.ShapeDtypeStruct((config.vocab_size, config.embed_dim), jnp.float32)
+    hidden = jax.ShapeDtypeStruct((64, config.embed_dim), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((64,), jnp.int32)
+
+    def total(hidden, table, targets):
+        params = {"embed": {"embedding": table}}
+        return token_logp(config, params, hidden, targets, targets > 0, tile=4).sum()
+
+    grads = jax.jit(jax.grad(total, int(of_head)))
+    memory = grads.lower(hidden, table, tokens).compile().memory_analysis()
+    head = 4 * table.size
+    assert memory.temp_size_in_bytes < (3 if of_head else 0.5) * head
+
+
+@pytest.mark.parametrize("num_tokens", [5, 19])
+def test_gradient_of_the_head_in_tiles(small, num_tokens):
+    config, params = small
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((num_tokens, config.embed_dim)), jnp.float32)
+    targets = jnp.asarray(rng.integers(config.vocab_size, size=num_tokens), jnp.int32)
+    wanted = jnp.asarray(rng.random(num_tokens) < 0.5)
+
+    def plain(params):
+        logp = jax.nn.log_softmax(unembed(config, params, hidden))
+        logp = jnp.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
+        return (jnp.where(wanted, logp, 0) ** 2).sum()
+
+    def tiled(params):
+        return (token_logp(config, params, hidden, targets, wanted, tile=8) ** 2).sum()
+
+    expected, found = (
+        np.asarray(jax.jit(jax.grad(f))(params)["embed"]["embedding"]) for f in (plain, tiled)
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def test_dropout_is_an_adapters_own(tiny, adapters):
     """It drops the same in every company, other things in every step, and 0 on average."""
     config, params = tiny
@@ -461,7 +501,7 @@ def test_dropout_is_an_adapters_own(tiny, adapters):
     start = adapters._replace(weights=fill)
     trained, losses = run(params, start, jobs, update)
     for j in range(3):
-        alone, own = run(params, take(start, j), [jobs[j]], update, shortest=2 * T)
+        alone, own = run(params, take(start, j), [jobs[j]], update, lengths=(2 * T,))
         assert relative_error(alone, take(trained, j)) < 1e-5
         np.testing.assert_allclose(own[0], losses[j], rtol=1e-5)
     (text,) = make_texts(0, [(16, 0)])

@@ -237,8 +237,9 @@ def _xla_attention(scale, softcap, q, k, v, visible) -> jax.Array:
 def _xla_forward(scale, softcap, q, k, v, visible):
     B, N, T, H = q.shape
     K, S = k.shape[1:3]
-    rows = q.reshape(B, K, -1, H)  # [B K G*T H]
-    scores = _scores(rows, k) * scale
+    # Scaled here, where there are fewer numbers than scores.
+    rows = (q * jnp.asarray(scale, q.dtype)).reshape(B, K, -1, H)  # [B K G*T H]
+    scores = _scores(rows, k)
     slope = None
     if softcap is not None:
         scores = _capped(scores, softcap)
@@ -248,7 +249,7 @@ def _xla_forward(scale, softcap, q, k, v, visible):
     weights = weights.reshape(B, K, -1, S).astype(v.dtype)
     out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=jnp.float32)
     out = (out * share).astype(q.dtype).reshape(B, N, T, H)
-    return out, (q, k, v, weights, share, slope, out)
+    return out, (rows, k, v, weights, share, slope, out)
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -279,21 +280,22 @@ def _weigh(scores: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _xla_backward(scale, softcap, saved, grads):
     del softcap
-    q, k, v, weights, share, slope, out = saved
-    rows, out, grads = (x.reshape(*weights.shape[:3], -1) for x in (q, out, grads))
+    rows, k, v, weights, share, slope, out = saved
+    shape = out.shape
+    out, grads = (x.reshape(*weights.shape[:3], -1) for x in (out, grads))
     grads = grads.astype(jnp.float32) * share
     lost = (grads * out).sum(axis=-1, keepdims=True)
-    grads = grads.astype(q.dtype)
+    grads = grads.astype(rows.dtype)
     d_v = jnp.einsum("bkts,bkth->bksh", weights, grads, preferred_element_type=jnp.float32)
     d_weights = jnp.einsum("bkth,bksh->bkts", grads, v, preferred_element_type=jnp.float32)
     # Who is not seen has weight 0, and gets 0 whatever overflows.
-    d_scores = jnp.where(weights > 0, (d_weights - lost) * weights * scale, 0)
+    d_scores = jnp.where(weights > 0, (d_weights - lost) * weights, 0)
     if slope is not None:
         d_scores *= slope
-    d_scores = d_scores.astype(q.dtype)
+    d_scores = d_scores.astype(rows.dtype)
     d_q = jnp.einsum("bkts,bksh->bkth", d_scores, k, preferred_element_type=jnp.float32)
     d_k = jnp.einsum("bkts,bkth->bksh", d_scores, rows, preferred_element_type=jnp.float32)
-    d_q = d_q.astype(q.dtype).reshape(q.shape)
+    d_q = (d_q * scale).astype(rows.dtype).reshape(shape)
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 

@@ -25,7 +25,7 @@ from seal_jax.metrics import say
 from seal_jax.models.config import ModelConfig
 from seal_jax.optim import Optimizer, accumulate
 from seal_jax.processes import least
-from seal_jax.self_edit import SHORTEST, Job, Shape, Step, pack, step_shapes, text_of, to_arrays
+from seal_jax.self_edit import Job, Shape, Step, pack, step_shapes, text_of, to_arrays
 from seal_jax.sharding import leading, num_parts
 from seal_jax.types import Adapters, InnerBatch, Params
 
@@ -252,7 +252,7 @@ def largest_shapes(longest: int, tokens_per_step: int) -> list[Shape]:
 
     Long rows need it for attention, and for their tokens; many lanes for their gradients.
     """
-    shapes = step_shapes(longest, tokens_per_step, SHORTEST)
+    shapes = step_shapes(longest, tokens_per_step)
     widest = max(shapes, key=lambda shape: (shape.num_chunks, shape.num_tokens, shape.length))
     return [widest] * (widest != shapes[-1]) + [shapes[-1]]
 

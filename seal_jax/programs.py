@@ -153,7 +153,8 @@ def _inner_step(
     adapters = jax.eval_shape(lambda: init(jax.random.split(jax.random.key(0), A)))
     adapters = shaped(adapters, leading(mesh, "adapter", A, model.config.rules))
     longest = row_tokens(config, lengths.longest_passage, model.config.max_length)
-    shape = largest_shapes(longest, inner.tokens_per_step)[-1]
+    with jax.set_mesh(mesh):  # for the row lengths of its platform
+        shape = largest_shapes(longest, inner.tokens_per_step)[-1]
     shards = num_shards(mesh, model.config.rules)
     batch = empty_batch(shape, A, inner.steps_per_call, shards)
     batch = shaped(batch, batch_sharding(mesh, model.config.rules))

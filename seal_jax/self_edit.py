@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from seal_jax.sharding import platform
 from seal_jax.tasks.task import Turn
 from seal_jax.types import InnerBatch
 
@@ -22,8 +23,12 @@ BUCKETS = (
     *(768, 1024, 1536, 2048, 4096, 8192, 16384),
 )
 # Tokens that attend to one another lie in one array row of T; attention's cost grows with T, so it
-# is no longer than the texts ask for: a power of two, because each is a program.
-SHORTEST, LONGEST = 128, 16384
+# is no longer than the texts ask for: one of a few lengths, because each is a program. TPUs compute
+# 128 numbers side by side. On CPUs attention is up to a third of a step, and most passages, the
+# longest texts of a self-edit, fit into 192 tokens.
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+CPU_LENGTHS = (192, *LENGTHS[1:])
+LONGEST = LENGTHS[-1]
 # Where LoRA is computed, a row takes whole chunks of this many tokens, or of a part of a long array
 # row; there are twice as many slots in chunks as tokens. The smaller a chunk, the fewer slots are
 # empty, and the more often an adapter is copied.
@@ -165,15 +170,18 @@ def schedule(
     *,
     tokens_per_step: int,
     num_shards: int = 1,
-    shortest: int = SHORTEST,
+    lengths: Sequence[int] = (),
 ) -> Iterator[Step]:
     """Yield steps until every job has taken all its rows, in order.
 
     Shard s has an equal part of the jobs, the s-th. Of the shapes that could run now, take the one
     with the most text per cost, filled with the rows of the jobs that have the most text left.
+
+    Args:
+      lengths: what T may be, ascending; this platform's by default.
     """
-    lengths = [[row_length(row) for row in job.rows] for job in jobs]
-    left = [sum(x) for x in lengths]
+    row_lengths = [[row_length(row) for row in job.rows] for job in jobs]
+    left = [sum(x) for x in row_lengths]
     at = [0] * len(jobs)
     size = -(-len(jobs) // num_shards)
     while any(left):
@@ -185,33 +193,32 @@ def schedule(
             for s in range(num_shards)
         ]
         options = []
-        longest = max(lengths[j][at[j]] for js in ready for j in js)
-        for shape in step_shapes(longest, tokens_per_step, shortest):
+        longest = max(row_lengths[j][at[j]] for js in ready for j in js)
+        for shape in step_shapes(longest, tokens_per_step, lengths):
             shards = tuple(
-                _fill(shape, [(j, at[j], lengths[j][at[j]]) for j in js]) for js in ready
+                _fill(shape, [(j, at[j], row_lengths[j][at[j]]) for j in js]) for js in ready
             )
-            text = sum(lengths[p.job][p.row] for places in shards for p in places)
+            text = sum(row_lengths[p.job][p.row] for places in shards for p in places)
             cost = shape.num_tokens * (1 + shape.length * _ATTENTION_COST) + STEP_COST
             options.append((text / cost, shape, shards))
         _, shape, shards = max(options, key=lambda option: option[0])
         yield Step(shape, shards)
         for places in shards:
             for place in places:
-                left[place.job] -= lengths[place.job][place.row]
+                left[place.job] -= row_lengths[place.job][place.row]
                 at[place.job] += 1
 
 
-def step_shapes(longest: int, tokens_per_step: int, shortest: int) -> list[Shape]:
+def step_shapes(longest: int, tokens_per_step: int, lengths: Sequence[int] = ()) -> list[Shape]:
     """Return the shapes that a step may have: few, because each is a program."""
-    if longest > LONGEST:
-        raise ValueError(f"a row of {longest} tokens: at most {LONGEST} fit into one step")
-    budget, T = max(shortest, tokens_per_step), shortest
-    sizes = [(1, budget // _PART)]
-    while True:
+    lengths = lengths or (CPU_LENGTHS if platform() == "cpu" else LENGTHS)
+    if longest > lengths[-1]:
+        raise ValueError(f"a row of {longest} tokens: at most {lengths[-1]} fit into one step")
+    sizes = [(1, max(lengths[0], tokens_per_step) // _PART)]
+    for T in lengths:
         sizes.append((max(1, tokens_per_step // T), T))
         if T >= longest:
             break
-        T *= 2
     return [Shape(W, T, _num_chunks(W * T, T)) for W, T in sizes]
 
 
@@ -240,7 +247,7 @@ def pack(
     steps_per_call: int = 8,
     pad_id: int = 0,
     num_shards: int = 1,
-    shortest: int = SHORTEST,
+    lengths: Sequence[int] = (),
 ) -> list[InnerBatch]:
     """Return the inner batches (numpy) that train adapter i on jobs[i].
 
@@ -248,7 +255,7 @@ def pack(
       tokens_per_step: the tokens that one step has room for, on each shard.
       steps_per_call: I, the steps of one device call; missing ones are empty, and cost no compute.
       num_shards: over how many parts of the mesh the population is divided.
-      shortest: the least T, a power of two.
+      lengths: what T may be, ascending; this platform's by default.
     """
     learning_rate = np.array([job.learning_rate for job in jobs], np.float32)
     num_steps = np.array([len(job.rows) for job in jobs], np.int32)
@@ -263,7 +270,7 @@ def pack(
             run.clear()
 
     for step in schedule(
-        jobs, tokens_per_step=tokens_per_step, num_shards=num_shards, shortest=shortest
+        jobs, tokens_per_step=tokens_per_step, num_shards=num_shards, lengths=lengths
     ):
         if run and (run[0].shape != step.shape or len(run) == steps_per_call):
             close()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seal_jax import self_edit
 from seal_jax.self_edit import (
     BUCKETS,
     LONGEST,
@@ -24,7 +25,7 @@ from seal_jax.self_edit import (
 )
 from seal_jax.tasks.knowledge import training_sequences
 
-SHORTEST = 16  # array rows as short as the tests' texts
+LENGTHS = 16, 32, 64  # array rows as short as the tests' texts
 PAD = 99
 
 
@@ -102,7 +103,7 @@ def test_every_job_reads_its_own_rows_in_order_once(jobs, tokens_per_step, steps
         steps_per_call=steps_per_call,
         pad_id=PAD,
         num_shards=shards,
-        shortest=SHORTEST,
+        lengths=LENGTHS,
     )
     for j, job in enumerate(jobs):
         assert rows_from(batches, j, shards) == job.rows
@@ -134,12 +135,12 @@ def test_every_job_reads_its_own_rows_in_order_once(jobs, tokens_per_step, steps
 @given(populations(), st.sampled_from([1, 16, 64, 128]), st.integers(1, 3))
 @settings(max_examples=60)
 def test_steps_have_few_shapes(jobs, tokens_per_step, shards):
-    """Array rows are powers of two, as many as the budget holds, or one of a part of it."""
-    options = {"tokens_per_step": tokens_per_step, "num_shards": shards, "shortest": SHORTEST}
+    """Array rows are of the given lengths, as many as the budget holds, or one of a part of it."""
+    options = {"tokens_per_step": tokens_per_step, "num_shards": shards, "lengths": LENGTHS}
     for step in schedule(jobs, **options):
-        part = 1, max(SHORTEST, tokens_per_step) // 4
-        powers = [(max(1, tokens_per_step // T), T) for T in (16, 32, 64)]
-        assert step.shape[:2] in [part, *powers]
+        part = 1, max(LENGTHS[0], tokens_per_step) // 4
+        whole = [(max(1, tokens_per_step // T), T) for T in LENGTHS]
+        assert step.shape[:2] in [part, *whole]
         assert len(step.shards) == shards and any(step.shards)
         assert all(len(places) <= step.shape.num_chunks for places in step.shards)
 
@@ -147,7 +148,7 @@ def test_steps_have_few_shapes(jobs, tokens_per_step, shards):
 @given(populations(), st.sampled_from([16, 64]), st.integers(1, 3))
 @settings(max_examples=30)
 def test_useful_tokens_are_counted_exactly(jobs, tokens_per_step, steps_per_call):
-    options = {"tokens_per_step": tokens_per_step, "shortest": SHORTEST}
+    options = {"tokens_per_step": tokens_per_step, "lengths": LENGTHS}
     useful, trained = useful_tokens(pack(jobs, steps_per_call=steps_per_call, **options))
     assert useful == sum(len(text.tokens) for job in jobs for row in job.rows for text in row)
     assert trained == sum(s.shape.num_tokens for s in schedule(jobs, **options))
@@ -157,8 +158,8 @@ def test_useful_tokens_are_counted_exactly(jobs, tokens_per_step, steps_per_call
 @given(populations())
 @settings(max_examples=30)
 def test_neighbors_do_not_change_a_job(jobs):
-    alone = [pack([job], tokens_per_step=64, shortest=SHORTEST) for job in jobs]
-    together = pack(jobs[::-1], tokens_per_step=64, shortest=SHORTEST)
+    alone = [pack([job], tokens_per_step=64, lengths=LENGTHS) for job in jobs]
+    together = pack(jobs[::-1], tokens_per_step=64, lengths=LENGTHS)
     for j, batches in enumerate(alone):
         assert rows_from(batches, 0) == rows_from(together, len(jobs) - 1 - j)
 
@@ -185,7 +186,7 @@ def test_an_unknown_pad_loss_is_refused():
 def test_padding_in_the_loss_as_arrays():
     options = {"num_epochs": 1, "batch_size": 1, "learning_rate": 0.1, "key": (0,)}
     exact = make_job([text_of([7, 8])], pad_loss="exact", padded=6, **options)
-    (batch,) = pack([exact], tokens_per_step=64, steps_per_call=1, pad_id=PAD, shortest=64)
+    (batch,) = pack([exact], tokens_per_step=64, steps_per_call=1, pad_id=PAD, lengths=(64,))
     assert batch.tokens[0, 0, :7].tolist() == [7, 8, PAD, PAD, PAD, PAD, PAD]
     assert batch.segments[0, 0, :7].tolist() == [1, 1, -1, -1, -1, -1, 0]
     assert batch.positions[0, 0, :7].tolist() == [0, 1, 2, 3, 4, 5, 0]
@@ -195,7 +196,7 @@ def test_padding_in_the_loss_as_arrays():
     sampled = make_job([text_of([7, 8])], pad_loss="sampled", padded=2048, **options)
     (text,) = sampled.rows[0]
     assert len(text.pads) == 9 and text.pads[-1] == 2047 and min(text.pads) >= 2
-    (batch,) = pack([sampled], tokens_per_step=64, steps_per_call=1, pad_id=PAD, shortest=64)
+    (batch,) = pack([sampled], tokens_per_step=64, steps_per_call=1, pad_id=PAD, lengths=(64,))
     assert batch.positions[0, 0, 2:11].tolist() == list(text.pads)
     weights = batch.loss_weight[0, 0]
     assert weights[1:3].tolist() == [1, 1] and set(weights[3:11]) == {np.float32(2045 / 8)}
@@ -239,7 +240,7 @@ def test_text_of_counts_what_follows_the_prompt():
 def test_a_population_of_two_as_arrays():
     first = Job(((text_of([1, 2, 3]), text_of([4, 5])), (text_of([6]),)), 0.1)
     second = Job(((text_of([7, 8, 9, 10], 2),),), 0.2)
-    one, two = pack([first, second], tokens_per_step=32, steps_per_call=2, shortest=32)
+    one, two = pack([first, second], tokens_per_step=32, steps_per_call=2, lengths=(32,))
     # Both lie in one array row, job 0's two texts before job 1's, in one chunk each.
     assert one.lanes.tolist() == [[0, 1], [-1, -1]]
     assert one.chunks.tolist() == [[[0, 0, 5], [1, 5, 4]], [[0, 0, 0]] * 2]
@@ -271,13 +272,15 @@ def published_jobs(path):
 
 
 @pytest.mark.parametrize("num_adapters", [16, 128])
-def test_published_self_edits_waste_little(shared_data, num_adapters):
+@pytest.mark.parametrize("lengths", [self_edit.LENGTHS, self_edit.CPU_LENGTHS])
+def test_published_self_edits_waste_little(shared_data, lengths, num_adapters):
     jobs = published_jobs(shared_data / "self_edits" / "implications_train_round0.json")
     assert len(jobs) == 750
     text = sum(row_length(row) for job in jobs for row in job.rows)
     computed, shapes = 0, set()
     for i in range(0, len(jobs), num_adapters):
-        for step in schedule(jobs[i : i + num_adapters], tokens_per_step=512):
+        wave = jobs[i : i + num_adapters]
+        for step in schedule(wave, tokens_per_step=512, lengths=lengths):
             computed += step.shape.num_tokens
             shapes.add(step.shape)
     print(f"{num_adapters} adapters: {computed / text:.3f} tokens computed per token of text")

@@ -88,7 +88,7 @@ def inner_arguments(model, mesh):
         steps_per_call=4,
         pad_id=model.tokenizer.pad_id,
         num_shards=num_shards(mesh, model.config.rules),
-        shortest=32,
+        lengths=(32, 64),
     )
     init = jax.jit(
         functools.partial(

@@ -36,7 +36,7 @@ from seal_jax.models.config import LINEARS, ModelConfig
 from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
 from seal_jax.optim import make_optimizer
-from seal_jax.self_edit import Job, pack, text_of, useful_tokens
+from seal_jax.self_edit import LENGTHS, Job, pack, text_of, useful_tokens
 from seal_jax.sharding import leading, param_shardings, replicated
 from seal_jax.types import InnerBatch
 
@@ -209,7 +209,13 @@ def make_batch(num_chips: int) -> InnerBatch:
     """Return one device call's batch (numpy) for ADAPTERS on every chip, packed as any other."""
     row = (text_of(range(TOKENS // ADAPTERS)),)
     jobs = [Job((row,) * STEPS, learning_rate=1e-3)] * (ADAPTERS * num_chips)
-    (batch,) = pack(jobs, tokens_per_step=TOKENS, steps_per_call=STEPS, num_shards=num_chips)
+    (batch,) = pack(
+        jobs,
+        tokens_per_step=TOKENS,
+        steps_per_call=STEPS,
+        num_shards=num_chips,
+        lengths=LENGTHS,  # a TPU's, wherever this is packed
+    )
     return batch
 
 

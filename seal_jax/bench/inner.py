@@ -211,8 +211,9 @@ def _figures(
 
 def _budget(size: int) -> int:
     """Return a step's tokens: room for a row of each of `size` adapters; small ones waste less."""
-    most = 1024 if jax.default_backend() == "cpu" else 2048
-    return min(most, max(256, 32 * size))
+    if jax.default_backend() == "cpu":
+        return min(1152, 192 * -(-36 * size // 192))  # whole array rows
+    return min(2048, max(256, 32 * size))
 
 
 def _schedule(edits: Sequence, size: int) -> tuple[float, set]:

@@ -264,17 +264,19 @@ def make_inner_update(
                 show(int(num_steps))
         return state.adapters, losses
 
-    def lower_batch(params: Params, adapters: Adapters, batch: InnerBatch) -> jax.stages.Lowered:
-        """Lower the device call that `inner_update` makes; arguments may be ShapeDtypeStructs."""
+    def trace_batch(params: Params, adapters: Adapters, batch: InnerBatch) -> jax.stages.Traced:
+        """Trace the device call that `inner_update` makes; arguments may be ShapeDtypeStructs."""
         shardings = start.lower(adapters).compile().output_shardings
         state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             jax.eval_shape(start, adapters),
             shardings,
         )
-        return run_batch.lower(params, state, batch)
+        return run_batch.trace(params, state, batch)
 
-    inner_update.lower_batch = lower_batch  # counts its memory, see memory.py
+    # For who counts its memory or its operations: see memory.py and programs.py.
+    inner_update.trace_batch = trace_batch
+    inner_update.lower_batch = lambda *arguments: trace_batch(*arguments).lower()
     return inner_update
 
 

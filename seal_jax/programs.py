@@ -162,7 +162,7 @@ def _inner_step(
     lanes = batch.lanes.shape[1] // shards
     return Program(
         "inner step",
-        jaxpr=lambda: jax.make_jaxpr(lambda p, a, b: update(p, a, [b]))(*arguments),
+        jaxpr=lambda: update.trace_batch(*arguments).jaxpr,
         lower=lambda: update.lower_batch(*arguments),
         loops=lanes,
         steps=inner.steps_per_call,

@@ -274,9 +274,7 @@ def make_inner_update(
         )
         return run_batch.trace(params, state, batch)
 
-    # For who counts its memory or its operations: see memory.py and programs.py.
-    inner_update.trace_batch = trace_batch
-    inner_update.lower_batch = lambda *arguments: trace_batch(*arguments).lower()
+    inner_update.trace_batch = trace_batch  # to count its memory and operations
     return inner_update
 
 

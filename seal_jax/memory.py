@@ -84,7 +84,7 @@ def program_bytes(
     """
     try:
         with jax.set_mesh(mesh):  # as evaluate does, for the attention kernels
-            compiled = inner_update.lower_batch(params, adapters, batch).compile()
+            compiled = inner_update.trace_batch(params, adapters, batch).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

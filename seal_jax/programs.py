@@ -163,7 +163,7 @@ def _inner_step(
     return Program(
         "inner step",
         jaxpr=lambda: update.trace_batch(*arguments).jaxpr,
-        lower=lambda: update.lower_batch(*arguments),
+        lower=lambda: update.trace_batch(*arguments).lower(),
         loops=lanes,
         steps=inner.steps_per_call,
         size=A,

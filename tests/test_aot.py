@@ -109,12 +109,12 @@ def compile_inner_update(mesh, config, *, quantize="none", length=256):
     options = {"steps_per_call": 1, "num_shards": shards, "lengths": LENGTHS}
     (batch,) = pack(jobs, tokens_per_step=tokens_per_step, **options)
     with jax.set_mesh(mesh):
-        lowered = make_inner_update(config, make_optimizer(), mesh=mesh).lower_batch(
+        traced = make_inner_update(config, make_optimizer(), mesh=mesh).trace_batch(
             shaped(params, param_shardings(mesh, params)),
             shaped(adapters, leading(mesh, "adapter", num_adapters)),
             shaped(batch, batch_sharding(mesh)),
         )
-        return lowered.compile(), num_bytes
+        return traced.lower().compile(), num_bytes
 
 
 @pytest.fixture(scope="module")

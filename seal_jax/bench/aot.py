@@ -236,11 +236,12 @@ def compile_inner_update(
 
     with jax.set_mesh(mesh):
         params, adapters = jax.eval_shape(init)
-        return update.lower_batch(
+        traced = update.trace_batch(
             shaped(params, replicated(mesh)),
             shaped(adapters, leading(mesh, "adapter", num_adapters)),
             shaped(batch, batch_sharding(mesh)),
-        ).compile()
+        )
+        return traced.lower().compile()
 
 
 _OP_NAME = re.compile(r'op_name="([^"]*)"')

@@ -12,7 +12,13 @@ import pytest
 from seal_jax import lora
 from seal_jax.bench.timing import count_compiles
 from seal_jax.inner import make_inner_update
-from seal_jax.models.transformer import forward, hidden_states, token_logp, unembed
+from seal_jax.models.transformer import (
+    forward,
+    hidden_states,
+    init_params,
+    token_logp,
+    unembed,
+)
 from seal_jax.optim import make_optimizer, scheduled_rate
 from seal_jax.self_edit import PAD_SAMPLES, Job, make_job, pack, row_length, text_of
 from seal_jax.types import Adapters
@@ -468,6 +474,18 @@ def test_tiles_keep_no_copy_of_the_head(small, of_head):
     memory = grads.lower(hidden, table, tokens).compile().memory_analysis()
     head = 4 * table.size
     assert memory.temp_size_in_bytes < (3 if of_head else 0.5) * head
+
+
+def test_of_the_activation_only_its_inputs_are_kept(tiny):
+    """Gate and up of every layer: with their products and sigmoid it would be twice as much."""
+    config = dataclasses.replace(tiny[0], num_layers=6, mlp_dim=2048)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    job = make_job(make_texts(0, [(120, 0)]), num_epochs=1, batch_size=1, learning_rate=1, key=(0,))
+    batch = pack([job], tokens_per_step=128, lengths=(128,), steps_per_call=1)[0]
+    update = make_inner_update(config, make_optimizer(optax_kwargs=ADAMW))
+    memory = update.trace_batch(params, init(config, 1), batch).lower().compile().memory_analysis()
+    kept = 2 * config.num_layers * batch.tokens.size * config.mlp_dim * 4
+    assert memory.temp_size_in_bytes < 2 * kept
 
 
 @pytest.mark.parametrize("num_tokens", [5, 19])

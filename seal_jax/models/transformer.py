@@ -82,7 +82,8 @@ def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = table
     half = x.shape[-1] // 2
     if platform() == "cpu":
-        other = jnp.concatenate([x[..., half:], x[..., :half]], axis=-1).astype(jnp.float32)
+        halves = x.reshape(*x.shape[:-1], 2, half)
+        other = jnp.flip(halves, axis=-2).reshape(x.shape).astype(jnp.float32)
     else:
         # In a product: on TPUs the halves lie in one register's lanes. It is exact.
         swap = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=-1)
@@ -204,16 +205,30 @@ class Attention(nn.Module):
         return _linear(c, c.embed_dim, "o_proj")(out, call.lora), (k, v)
 
 
-@jax.custom_vjp
-def _grads_at_once(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Return xs. Their gradients are made before any is used: else XLA for TPUs makes them anew for
-    every tile of the products that take them."""
-    return xs
+def _gate(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+    # On CPUs rounded once, as torch does it: XLA would round each step there, and take longer.
+    wide = jnp.float32 if platform() == "cpu" else gate.dtype
+    function = nn.silu if activation == "silu" else nn.gelu
+    return function(gate.astype(wide)).astype(gate.dtype) * up
 
 
-_grads_at_once.defvjp(
-    lambda xs: (xs, None), lambda _, grads: (jax.lax.optimization_barrier(grads),)
-)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Return activation(gate) * up, of which the backward pass keeps the two alone."""
+    return _gate(activation, gate, up)
+
+
+def _gated_backward(activation: str, saved: tuple, grads: jax.Array) -> tuple:
+    if platform() == "cpu":
+        # Else XLA keeps all that the forward pass computes between: twice as much.
+        saved = jax.lax.optimization_barrier(saved)
+    _, pull_back = jax.vjp(functools.partial(_gate, activation), *saved)
+    # Made before any is used: else XLA for TPUs makes them anew for every tile of the products
+    # that take them.
+    return jax.lax.optimization_barrier(pull_back(grads))
+
+
+_gated.defvjp(lambda name, gate, up: (_gate(name, gate, up), (gate, up)), _gated_backward)
 
 
 class MLP(nn.Module):
@@ -224,12 +239,7 @@ class MLP(nn.Module):
         c = self.config
         gate = _linear(c, c.mlp_dim, "gate_proj")(x, lora)
         up = _linear(c, c.mlp_dim, "up_proj")(x, lora)
-        gate, up = _grads_at_once((gate, up))
-        activation = nn.silu if c.activation == "silu" else nn.gelu
-        # On CPUs rounded once, as torch does it: XLA would round each step there, and take longer.
-        wide = jnp.float32 if platform() == "cpu" else gate.dtype
-        gate = activation(gate.astype(wide)).astype(gate.dtype)
-        return _linear(c, c.embed_dim, "down_proj")(gate * up, lora)
+        return _linear(c, c.embed_dim, "down_proj")(_gated(c.activation, gate, up), lora)
 
 
 class Layer(nn.Module):

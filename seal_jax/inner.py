@@ -243,10 +243,13 @@ def make_inner_update(
 
         return jax.lax.scan(body, state, jnp.arange(batch.lanes.shape[0]))
 
-    @partial(jax.jit, donate_argnums=1, compiler_options=_compiler_options(mesh))
-    def run_batch(params: Params, state: InnerState, batch: InnerBatch):
+    def run(params: Params, state: InnerState, batch: InnerBatch):
         state, losses = _on_shards(run_steps, mesh, config.rules)(params, state, batch)
         return place(state), losses
+
+    run_batch = jax.jit(run, donate_argnums=1, compiler_options=_compiler_options(mesh))
+    # Compiler options are of a whole program: within a caller's own, JAX refuses them.
+    run_batch_within = jax.jit(run)
 
     def inner_update(
         params: Params,
@@ -255,8 +258,9 @@ def make_inner_update(
         show: Callable[[int], None] | None = None,
     ) -> tuple[Adapters, list[jax.Array]]:
         state, losses = start(adapters), []
+        is_traced = isinstance(state.step, jax.core.Tracer)
         for batch in batches:
-            state, loss = run_batch(params, state, batch)
+            state, loss = (run_batch_within if is_traced else run_batch)(params, state, batch)
             losses.append(loss)
             if show is not None:
                 num_steps = (to_host(batch.lanes) >= 0).sum()

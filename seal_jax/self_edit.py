@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seal_jax.models.lora_product import chunk_size
 from seal_jax.sharding import platform
 from seal_jax.tasks.task import Turn
 from seal_jax.types import InnerBatch
@@ -30,9 +29,9 @@ BUCKETS = (
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CPU_LENGTHS = (192, *LENGTHS[1:])
 LONGEST = LENGTHS[-1]
-# Where LoRA is computed, a row takes whole chunks. There are two for every so many tokens, or for a
-# part of a long array row, with half as many slots again as there are tokens. The smaller a chunk,
-# the fewer slots are empty, and the more often an adapter is copied.
+# Where LoRA is computed, a row takes whole chunks of this many tokens, or of a part of a long array
+# row; there are twice as many slots in chunks as tokens. The smaller a chunk, the fewer slots are
+# empty, and the more often an adapter is copied.
 _CHUNK, _CHUNK_PART = 64, 8
 # What a step costs beside its tokens, in tokens, and by how much a token of a long row is dearer:
 # rough figures, which only decide between steps of about the same worth.
@@ -156,7 +155,7 @@ class Shape(NamedTuple):
 
     @property
     def chunk_size(self) -> int:
-        return chunk_size(self.num_tokens, self.num_chunks)
+        return 2 * self.num_tokens // self.num_chunks
 
 
 class Step(NamedTuple):

@@ -183,6 +183,28 @@ def test_a_compiled_decode_step_of_7b_keeps_its_budget(kind):
     assert found["share_of_draw"] < 0.1
 
 
+def test_a_callers_own_program_takes_the_inner_update():
+    """The steps have compiler options of their own on TPUs, which JAX refuses within a program."""
+    mesh, batch = tpu_mesh(), aot.make_batch(8)
+    update = make_inner_update(LLAMA, make_optimizer(), mesh=mesh)
+    num_adapters = len(batch.num_steps)
+
+    def init():
+        keys = jax.random.split(jax.random.key(0), num_adapters)
+        adapters = lora.init_adapters(LLAMA, keys, rank=8, alpha=8.0, targets=("q_proj",))
+        return init_params(LLAMA, jax.random.key(0), jnp.bfloat16), adapters
+
+    with jax.set_mesh(mesh):
+        params, adapters = jax.eval_shape(init)
+        arguments = (
+            shaped(params, NamedSharding(mesh, PartitionSpec())),
+            shaped(adapters, leading(mesh, "adapter", num_adapters)),
+            shaped(batch, batch_sharding(mesh)),
+        )
+        compiled = jax.jit(lambda p, a, b: update(p, a, [b])).lower(*arguments).compile()
+    assert not replica_groups(compiled.as_text())  # no chip waits for another
+
+
 @pytest.mark.parametrize("name", ["v5e:2x4", "v6e:2x4"])
 @pytest.mark.parametrize("tensor", [1, 4])
 def test_reading_and_writing_leave_the_cache_divided(name, tensor):

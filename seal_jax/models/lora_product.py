@@ -23,22 +23,14 @@ class Chunks(NamedTuple):
     has_slot: jax.Array  # bool[M 1] whether somebody's does
 
 
-def chunk_size(num_tokens: int, num_chunks: int) -> int:
-    """Return c, the slots of a chunk: all chunks have half as many slots again as there are tokens.
-
-    Texts end anywhere, so some slots stay empty; every slot is computed.
-    """
-    return 3 * num_tokens // (2 * num_chunks)
-
-
 def make_chunks(spans: jax.Array, num_tokens: int) -> Chunks:
-    """Return the chunks of M = `num_tokens` tokens.
+    """Return the chunks of M = `num_tokens` tokens: twice as many slots as tokens.
 
     Args:
       spans: i32[n 3], each chunk's lane, first token and number of tokens (0: an empty chunk).
     """
     n = spans.shape[0]
-    size = chunk_size(num_tokens, n)
+    size = 2 * num_tokens // n
     lane, first, count = jnp.asarray(spans).T
     offset = jnp.arange(size, dtype=jnp.int32)[None]
     in_use = offset < count[:, None]

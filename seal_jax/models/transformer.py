@@ -214,7 +214,7 @@ def _gate(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
-    """Return activation(gate) * up, of which the backward pass keeps the two alone."""
+    """Return activation(gate) * up; the two are saved for the backward pass, nothing between."""
     return _gate(activation, gate, up)
 
 

@@ -39,12 +39,12 @@ def lane_losses(
 
     Args:
       adapters: U of them, one per lane.
-      batch: one step: lanes [U], chunks [n 3], the rest [W T].
+      batch: one step: lanes [U], chunk_lanes [n], chunk_tokens [n c], the rest [W T].
       rope: see `hidden_states`.
       dropout: how much of an adapter's input to drop, and each lane's key [U] for it.
     """
     num_lanes, num_tokens = adapters.scale.shape[0], batch.tokens.size
-    chunks = make_chunks(batch.chunks, num_tokens)
+    chunks = make_chunks(batch.chunk_lanes, batch.chunk_tokens, num_tokens)
     hidden, _ = hidden_states(
         config,
         params,
@@ -55,7 +55,7 @@ def lane_losses(
         key_segments=batch.segments,  # nobody sees padding, not even itself
         chunks=chunks,
         rope=rope,
-        dropout=None if dropout is None else Partial(_drop, *dropout, chunks, batch.chunks),
+        dropout=None if dropout is None else Partial(_drop, *dropout, chunks),
     )
     finite = jnp.isfinite(hidden).all(axis=-1)
     hidden = jnp.where(finite[..., None], hidden, 0)[:, :-1]
@@ -80,7 +80,6 @@ def _drop(
     rate: jax.Array,
     keys: jax.Array,
     chunks: Chunks,
-    spans: jax.Array,
     x: jax.Array,
     name: jax.Array,
 ) -> jax.Array:
@@ -89,8 +88,8 @@ def _drop(
     What is dropped of a token depends on its adapter's key, its place in the row and the map's
     name, so not on what else is in the step.
     """
-    lane, first, count = spans.T
-    start = jnp.full(keys.shape, x.shape[0]).at[lane].min(jnp.where(count > 0, first, x.shape[0]))
+    first = jnp.where(chunks.in_use[:, 0, 0], chunks.token[:, 0], x.shape[0])
+    start = jnp.full(keys.shape, x.shape[0]).at[chunks.lane].min(first)
     lane = jnp.maximum(token_lanes(chunks), 0)
 
     def keep(key: jax.Array, place: jax.Array) -> jax.Array:
@@ -114,7 +113,7 @@ def inner_step(
     dropout: float = 0.0,
     accumulation: int = 1,
 ) -> tuple[InnerState, jax.Array]:
-    """Take one step: lanes [U], chunks [n 3], tokens [W T], learning_rate, num_steps, seed [A].
+    """Take one step: a batch of lanes [U], tokens [W T], learning_rate, num_steps, seed [A].
 
     Returns:
       The new state, and the losses f32[U] before the step. A lane whose loss or update is not
@@ -231,7 +230,7 @@ def make_inner_update(
         rope = rope_tables(config, batch.positions)
 
         def take_step(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
-            one = InnerBatch(*(x[i] for x in batch[:6]), *batch[6:])
+            one = InnerBatch(*(x[i] for x in batch[:7]), *batch[7:])
             return step(state, one, jax.tree.map(lambda x: x[i], rope))
 
         def skip(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
@@ -318,7 +317,7 @@ def _on_shards(run_steps: Callable, mesh: Mesh | None, rules: ParamRules) -> Cal
 def _batch_specs(axes: tuple[str, ...]) -> InnerBatch:
     """Return how the arrays of a batch are divided over axes of the mesh."""
     by_lane, by_adapter = PartitionSpec(None, axes), PartitionSpec(axes)
-    return InnerBatch(*(by_lane,) * 6, *(by_adapter,) * 3)
+    return InnerBatch(*(by_lane,) * 7, *(by_adapter,) * 3)
 
 
 def num_shards(mesh: Mesh, rules: ParamRules = ()) -> int:

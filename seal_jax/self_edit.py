@@ -22,17 +22,29 @@ BUCKETS = (
     *(16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 512),
     *(768, 1024, 1536, 2048, 4096, 8192, 16384),
 )
-# Tokens that attend to one another lie in one array row of T; attention's cost grows with T, so it
-# is no longer than the texts ask for: one of a few lengths, because each is a program. TPUs compute
-# 128 numbers side by side. On CPUs attention is up to a third of a step, and most passages, the
-# longest texts of a self-edit, fit into 192 tokens.
-LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-CPU_LENGTHS = (192, *LENGTHS[1:])
-LONGEST = LENGTHS[-1]
-# Where LoRA is computed, a row takes whole chunks of this many tokens, or of a part of a long array
-# row; there are twice as many slots in chunks as tokens. The smaller a chunk, the fewer slots are
-# empty, and the more often an adapter is copied.
-_CHUNK, _CHUNK_PART = 64, 8
+
+
+class Layout(NamedTuple):
+    """How the tokens of a step lie in array rows, and in chunks, where LoRA is computed.
+
+    Tokens that attend to one another lie in one array row of T; attention's cost grows with T, so
+    it is no longer than the texts ask for: one of a few lengths, because each is a program.
+    A row of a job takes whole chunks. The smaller a chunk, the fewer of its slots are empty, and
+    the more often an adapter is copied.
+    """
+
+    lengths: tuple[int, ...]  # what T may be, ascending
+    chunk: int = 64  # tokens of a chunk, or a part of a long array row
+    slots: float = 2.0  # in chunks, for each token of a step
+
+
+# TPUs compute 128 numbers side by side. On CPUs attention is up to a third of a step, and most
+# passages, the longest texts of a self-edit, fit into 192 tokens; LoRA's products cost as much for
+# an empty slot as for another, where a TPU rather copies fewer adapters.
+TPU_LAYOUT = Layout((128, 256, 512, 1024, 2048, 4096, 8192, 16384))
+CPU_LAYOUT = Layout((192, *TPU_LAYOUT.lengths[1:]), chunk=40, slots=1.5)
+LONGEST = TPU_LAYOUT.lengths[-1]
+_CHUNK_PART = 8  # how many chunks a long array row has
 # What a step costs beside its tokens, in tokens, and by how much a token of a long row is dearer:
 # rough figures, which only decide between steps of about the same worth.
 STEP_COST = 64
@@ -148,14 +160,11 @@ class Shape(NamedTuple):
     num_rows: int  # W
     length: int  # T
     num_chunks: int  # n; and no more lanes
+    chunk_size: int  # c
 
     @property
     def num_tokens(self) -> int:
         return self.num_rows * self.length
-
-    @property
-    def chunk_size(self) -> int:
-        return 2 * self.num_tokens // self.num_chunks
 
 
 class Step(NamedTuple):
@@ -170,7 +179,7 @@ def schedule(
     *,
     tokens_per_step: int,
     num_shards: int = 1,
-    lengths: Sequence[int] = (),
+    layout: Layout | None = None,
 ) -> Iterator[Step]:
     """Yield steps until every job has taken all its rows, in order.
 
@@ -178,7 +187,7 @@ def schedule(
     with the most text per cost, filled with the rows of the jobs that have the most text left.
 
     Args:
-      lengths: what T may be, ascending; this platform's by default.
+      layout: this platform's by default.
     """
     row_lengths = [[row_length(row) for row in job.rows] for job in jobs]
     left = [sum(x) for x in row_lengths]
@@ -194,7 +203,7 @@ def schedule(
         ]
         options = []
         longest = max(row_lengths[j][at[j]] for js in ready for j in js)
-        for shape in step_shapes(longest, tokens_per_step, lengths):
+        for shape in step_shapes(longest, tokens_per_step, layout):
             shards = tuple(
                 _fill(shape, [(j, at[j], row_lengths[j][at[j]]) for j in js]) for js in ready
             )
@@ -209,9 +218,10 @@ def schedule(
                 at[place.job] += 1
 
 
-def step_shapes(longest: int, tokens_per_step: int, lengths: Sequence[int] = ()) -> list[Shape]:
+def step_shapes(longest: int, tokens_per_step: int, layout: Layout | None = None) -> list[Shape]:
     """Return the shapes that a step may have: few, because each is a program."""
-    lengths = lengths or (CPU_LENGTHS if platform() == "cpu" else LENGTHS)
+    layout = layout or (CPU_LAYOUT if platform() == "cpu" else TPU_LAYOUT)
+    lengths = layout.lengths
     if longest > lengths[-1]:
         raise ValueError(f"a row of {longest} tokens: at most {lengths[-1]} fit into one step")
     sizes = [(1, max(lengths[0], tokens_per_step) // _PART)]
@@ -219,11 +229,14 @@ def step_shapes(longest: int, tokens_per_step: int, lengths: Sequence[int] = ())
         sizes.append((max(1, tokens_per_step // T), T))
         if T >= longest:
             break
-    return [Shape(W, T, _num_chunks(W * T, T)) for W, T in sizes]
+    return [Shape(W, T, *_chunks(layout, W * T, T)) for W, T in sizes]
 
 
-def _num_chunks(num_tokens: int, length: int) -> int:
-    return max(2, 2 * num_tokens // max(_CHUNK, length // _CHUNK_PART))
+def _chunks(layout: Layout, num_tokens: int, length: int) -> tuple[int, int]:
+    """Return how many chunks there are, and of how many slots."""
+    num_slots = int(layout.slots * num_tokens)
+    num_chunks = max(2, num_slots // max(layout.chunk, length // _CHUNK_PART))
+    return num_chunks, num_slots // num_chunks
 
 
 def _fill(shape: Shape, rows: Sequence[tuple[int, int, int]]) -> tuple[Place, ...]:
@@ -247,7 +260,7 @@ def pack(
     steps_per_call: int = 8,
     pad_id: int = 0,
     num_shards: int = 1,
-    lengths: Sequence[int] = (),
+    layout: Layout | None = None,
 ) -> list[InnerBatch]:
     """Return the inner batches (numpy) that train adapter i on jobs[i].
 
@@ -255,7 +268,7 @@ def pack(
       tokens_per_step: the tokens that one step has room for, on each shard.
       steps_per_call: I, the steps of one device call; missing ones are empty, and cost no compute.
       num_shards: over how many parts of the mesh the population is divided.
-      lengths: what T may be, ascending; this platform's by default.
+      layout: this platform's by default.
     """
     learning_rate = np.array([job.learning_rate for job in jobs], np.float32)
     num_steps = np.array([len(job.rows) for job in jobs], np.int32)
@@ -270,7 +283,7 @@ def pack(
             run.clear()
 
     for step in schedule(
-        jobs, tokens_per_step=tokens_per_step, num_shards=num_shards, lengths=lengths
+        jobs, tokens_per_step=tokens_per_step, num_shards=num_shards, layout=layout
     ):
         if run and (run[0].shape != step.shape or len(run) == steps_per_call):
             close()
@@ -283,10 +296,11 @@ def to_arrays(
     jobs: Sequence[Job], run: Sequence[Step], steps_per_call: int, pad_id: int
 ) -> tuple[np.ndarray, ...]:
     shape, num_shards = run[0].shape, len(run[0].shards)
-    W, T, n = shape
+    W, T, n, c = shape
     num_lanes = min(n, -(-len(jobs) // num_shards))
     lanes = np.full((steps_per_call, num_shards * num_lanes), -1, np.int32)
-    chunks = np.zeros((steps_per_call, num_shards * n, 3), np.int32)
+    chunk_lanes = np.zeros((steps_per_call, num_shards * n), np.int32)
+    chunk_tokens = np.full((*chunk_lanes.shape, c), W * T, np.int32)
     tokens = np.full((steps_per_call, num_shards * W, T), pad_id, np.int32)
     segments = np.zeros(tokens.shape, np.int32)
     positions = np.zeros(tokens.shape, np.int32)
@@ -297,9 +311,10 @@ def to_arrays(
             for lane, (job, row, w, t) in enumerate(places):
                 lanes[i, s * num_lanes + lane] = job
                 end = t + row_length(jobs[job].rows[row])
-                for start in range(t, end, shape.chunk_size):
-                    count = min(shape.chunk_size, end - start)
-                    chunks[i, chunk] = lane, w * T + start, count
+                for start in range(t, end, c):
+                    chunk_lanes[i, chunk] = lane
+                    count = min(c, end - start)
+                    chunk_tokens[i, chunk, :count] = w * T + start + np.arange(count)
                     chunk += 1
                 for text in jobs[job].rows[row]:
                     num_texts[w] += 1
@@ -315,7 +330,7 @@ def to_arrays(
                         positions[i, at, span] = text.pads
                         loss_weight[i, at, span] = _pad_weights(text)
                         t = span.stop
-    return lanes, chunks, tokens, segments, positions, loss_weight
+    return lanes, chunk_lanes, chunk_tokens, tokens, segments, positions, loss_weight
 
 
 def _pad_weights(text: Text) -> np.ndarray:

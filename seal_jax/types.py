@@ -43,7 +43,8 @@ class InnerBatch(NamedTuple):
     """
 
     lanes: jax.Array  # i32[I U] which adapter takes the lane
-    chunks: jax.Array  # i32[I n 3] a chunk's lane, first token (of W * T) and number of tokens
+    chunk_lanes: jax.Array  # i32[I n] whose adapter a chunk takes
+    chunk_tokens: jax.Array  # i32[I n c] the token (of W * T) in each slot; W * T in an empty one
     tokens: jax.Array  # i32[I W T]
     # 0 is nothing, 1.. are the texts of the array row, -s is padding that is in the loss: it sees
     # text s, and nobody sees it.

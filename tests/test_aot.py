@@ -19,7 +19,7 @@ from seal_jax.models.config import ModelConfig
 from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
 from seal_jax.optim import make_optimizer
-from seal_jax.self_edit import LENGTHS, Job, pack, text_of
+from seal_jax.self_edit import TPU_LAYOUT, Job, pack, text_of
 from seal_jax.sharding import leading, param_shardings
 
 # No TPU is asked for, so neither is the cloud about it, and several processes may compile at once.
@@ -106,7 +106,7 @@ def compile_inner_update(mesh, config, *, quantize="none", length=256):
     adapters = jax.eval_shape(lambda: lora.init_adapters(config, keys, **options))
     jobs = [Job(((text_of(range(length)),),), learning_rate=1e-3)] * num_adapters
     tokens_per_step = length * num_adapters // shards
-    options = {"steps_per_call": 1, "num_shards": shards, "lengths": LENGTHS}
+    options = {"steps_per_call": 1, "num_shards": shards, "layout": TPU_LAYOUT}
     (batch,) = pack(jobs, tokens_per_step=tokens_per_step, **options)
     with jax.set_mesh(mesh):
         traced = make_inner_update(config, make_optimizer(), mesh=mesh).trace_batch(

@@ -274,7 +274,8 @@ def packed_batch(num_lanes, length):
     positions = np.concatenate([np.arange(50), np.arange(length - 60), np.zeros(10, int)])
     return InnerBatch(
         lanes=np.arange(num_lanes),
-        chunks=np.array([(u, u * length, length) for u in range(num_lanes)], np.int32),
+        chunk_lanes=np.arange(num_lanes),
+        chunk_tokens=np.arange(num_lanes * length).reshape(num_lanes, length),
         tokens=rng.integers(1, WIDE.vocab_size, (num_lanes, length)),
         segments=segments,
         positions=np.broadcast_to(positions, (num_lanes, length)),
@@ -301,7 +302,7 @@ def test_a_model_with_splash_is_that_with_xla(model):
     ]
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-4)
     # And what an inner update makes of it: jit, scan, cond and gradients, on eight devices too.
-    steps = batch._replace(**{k: np.stack([getattr(batch, k)] * 2) for k in batch._fields[:6]})
+    steps = batch._replace(**{k: np.stack([getattr(batch, k)] * 2) for k in batch._fields[:7]})
     trained = {}
     for name, config in {"xla": xla, "splash": splash}.items():
         update = make_inner_update(config, make_optimizer(optax_kwargs={"eps": 1e-4}), "constant")

@@ -20,12 +20,12 @@ from seal_jax.models.transformer import (
     unembed,
 )
 from seal_jax.optim import make_optimizer, scheduled_rate
-from seal_jax.self_edit import PAD_SAMPLES, Job, make_job, pack, row_length, text_of
+from seal_jax.self_edit import PAD_SAMPLES, Job, Layout, make_job, pack, row_length, text_of
 from seal_jax.types import Adapters
 
 A = 4
 T = 32  # the longest row
-PACKING = {"tokens_per_step": A * T, "lengths": (T, 2 * T, 4 * T), "steps_per_call": 4}
+PACKING = {"tokens_per_step": A * T, "layout": Layout((T, 2 * T, 4 * T)), "steps_per_call": 4}
 # Adam divides by the gradient's size: with its own epsilon, where a gradient is nothing but
 # rounding, the two paths would differ by whole steps.
 ADAMW = {"weight_decay": 0.0, "eps": 1e-4}
@@ -171,7 +171,9 @@ def test_alone_as_in_a_population(tiny, adapters, update, trained):
 
 def test_alone_in_programs_of_other_shapes(tiny, adapters, update, trained):
     for j in range(3):
-        new, losses = run(tiny[1], take(adapters, j), [varied_jobs()[j]], update, lengths=(T,))
+        new, losses = run(
+            tiny[1], take(adapters, j), [varied_jobs()[j]], update, layout=Layout((T,))
+        )
         assert relative_error(new, take(trained[0], j)) < 1e-5
         np.testing.assert_allclose(losses[0], trained[1][j], rtol=1e-5)
 
@@ -210,7 +212,7 @@ def test_a_diverging_adapter_harms_nobody(tiny, adapters, update, trained, sick,
 def test_a_sick_adapter_shares_array_rows_and_harms_nobody(tiny, adapters, update, sick, size):
     """What overflows forward or backward stays away from the texts behind and before it."""
     jobs = varied_jobs()
-    packing = {"tokens_per_step": 2 * T, "lengths": (2 * T,)}  # one array row for all
+    packing = {"tokens_per_step": 2 * T, "layout": Layout((2 * T,))}  # one array row for all
     weights = jax.tree.map(np.copy, adapters.weights)
     for ab in weights["attn"].values():
         ab["a"][sick] *= size
@@ -481,7 +483,7 @@ def test_of_the_activation_only_its_inputs_are_kept(tiny):
     config = dataclasses.replace(tiny[0], num_layers=6, mlp_dim=2048)
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     job = make_job(make_texts(0, [(120, 0)]), num_epochs=1, batch_size=1, learning_rate=1, key=(0,))
-    batch = pack([job], tokens_per_step=128, lengths=(128,), steps_per_call=1)[0]
+    batch = pack([job], tokens_per_step=128, layout=Layout((128,)), steps_per_call=1)[0]
     update = make_inner_update(config, make_optimizer(optax_kwargs=ADAMW))
     memory = update.trace_batch(params, init(config, 1), batch).lower().compile().memory_analysis()
     kept = 2 * config.num_layers * batch.tokens.size * config.mlp_dim * 4
@@ -519,7 +521,7 @@ def test_dropout_is_an_adapters_own(tiny, adapters):
     start = adapters._replace(weights=fill)
     trained, losses = run(params, start, jobs, update)
     for j in range(3):
-        alone, own = run(params, take(start, j), [jobs[j]], update, lengths=(2 * T,))
+        alone, own = run(params, take(start, j), [jobs[j]], update, layout=Layout((2 * T,)))
         assert relative_error(alone, take(trained, j)) < 1e-5
         np.testing.assert_allclose(own[0], losses[j], rtol=1e-5)
     (text,) = make_texts(0, [(16, 0)])

@@ -8,7 +8,7 @@ from seal_jax import lora
 from seal_jax.inner import make_inner_update
 from seal_jax.models.weights import save_safetensors
 from seal_jax.optim import make_optimizer
-from seal_jax.self_edit import make_job, pack, text_of
+from seal_jax.self_edit import Layout, make_job, pack, text_of
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -90,7 +90,7 @@ def test_twenty_steps_equal_peft(tiny, tmp_path, targets, padded):
     their_losses = train_with_peft(model, job, padded)
 
     tx = make_optimizer(optax_kwargs={"weight_decay": 0.0}, grad_clip=1.0)
-    batches = pack([job], lengths=(max(32, padded),), steps_per_call=NUM_STEPS)
+    batches = pack([job], layout=Layout((max(32, padded),)), steps_per_call=NUM_STEPS)
     trained, losses = make_inner_update(config, tx, "linear")(params, adapters, batches)
 
     np.testing.assert_allclose(np.concatenate(losses)[:, 0], their_losses, rtol=1e-4)

@@ -156,10 +156,11 @@ def batch_of(config, num_lanes, length, num_steps=None):
     shape = (num_lanes, length) if num_steps is None else (num_steps, num_lanes, length)
     lanes = jnp.broadcast_to(jnp.arange(num_lanes), shape[:-1])
     ones = jnp.ones(shape, jnp.int32)
-    spans = [(u, u * length, length) for u in range(num_lanes)]
+    tokens = jnp.arange(num_lanes * length).reshape(num_lanes, length)  # a chunk for each lane
     return InnerBatch(
         lanes=lanes,
-        chunks=jnp.broadcast_to(jnp.array(spans, jnp.int32), (*lanes.shape, 3)),
+        chunk_lanes=lanes,
+        chunk_tokens=jnp.broadcast_to(tokens, shape),
         tokens=tokens_of(config, shape),
         segments=ones,
         positions=jnp.broadcast_to(jnp.arange(length), shape),

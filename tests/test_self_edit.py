@@ -14,6 +14,7 @@ from seal_jax.self_edit import (
     BUCKETS,
     LONGEST,
     Job,
+    Layout,
     Text,
     bucket_of,
     make_job,
@@ -25,7 +26,8 @@ from seal_jax.self_edit import (
 )
 from seal_jax.tasks.knowledge import training_sequences
 
-LENGTHS = 16, 32, 64  # array rows as short as the tests' texts
+LAYOUT = Layout((16, 32, 64))  # array rows as short as the tests' texts
+SMALL_CHUNKS = LAYOUT._replace(chunk=5, slots=1.5)
 PAD = 99
 
 
@@ -65,10 +67,10 @@ def rows_from(batches, job, num_shards=1):
             (u,) = np.flatnonzero(b.lanes[i] == job)
             shard, lane = divmod(int(u), U // num_shards)
             texts = collections.defaultdict(list)
-            n = b.chunks.shape[1] // num_shards
-            for of_lane, first, count in b.chunks[i, shard * n : (shard + 1) * n]:
-                if count and of_lane == lane:
-                    for at in range(first, first + count):
+            n = b.chunk_lanes.shape[1] // num_shards
+            for k in range(shard * n, (shard + 1) * n):
+                if b.chunk_lanes[i, k] == lane:
+                    for at in b.chunk_tokens[i, k][b.chunk_tokens[i, k] < W // num_shards * T]:
                         w, t = shard * W // num_shards + at // T, at % T
                         token = (b.tokens[i, w, t], b.loss_weight[i, w, t], b.positions[i, w, t])
                         texts[w, int(b.segments[i, w, t])].append(token)
@@ -84,35 +86,44 @@ def rows_from(batches, job, num_shards=1):
 
 
 def check_chunks(b, num_shards):
-    """Every token of text is in one chunk of its shard, and no chunk is longer than its slots."""
-    (num_steps, W, T), n = b.tokens.shape, b.chunks.shape[1] // num_shards
+    """Every token of text is in one chunk of its shard; a chunk's empty slots come last."""
+    (num_steps, W, T), n = b.tokens.shape, b.chunk_lanes.shape[1] // num_shards
     covered = np.zeros(b.tokens.shape, int).reshape(num_steps, num_shards, -1)
     for i in range(num_steps):
-        for k, (_, first, count) in enumerate(b.chunks[i]):
-            assert 0 <= count <= 2 * (W // num_shards) * T // n
-            covered[i, k // n, first : first + count] += 1
+        for k, tokens in enumerate(b.chunk_tokens[i]):
+            used = tokens[tokens < W // num_shards * T]
+            assert used.tolist() == tokens[: len(used)].tolist()
+            covered[i, k // n, used] += 1
     np.testing.assert_array_equal(covered.reshape(b.tokens.shape), b.segments > 0)
 
 
-@given(populations(), st.sampled_from([1, 16, 64, 128]), st.integers(1, 4), st.integers(1, 3))
+@given(
+    populations(),
+    st.sampled_from([1, 16, 64, 128]),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.sampled_from([LAYOUT, SMALL_CHUNKS]),
+)
 @settings(max_examples=60)
-def test_every_job_reads_its_own_rows_in_order_once(jobs, tokens_per_step, steps_per_call, shards):
+def test_every_job_reads_its_own_rows_in_order_once(
+    jobs, tokens_per_step, steps_per_call, shards, layout
+):
     batches = pack(
         jobs,
         tokens_per_step=tokens_per_step,
         steps_per_call=steps_per_call,
         pad_id=PAD,
         num_shards=shards,
-        lengths=LENGTHS,
+        layout=layout,
     )
     for j, job in enumerate(jobs):
         assert rows_from(batches, j, shards) == job.rows
     size = -(-len(jobs) // shards)
     for b in batches:
-        assert b.tokens.shape[0] == b.lanes.shape[0] == b.chunks.shape[0] == steps_per_call
+        assert b.tokens.shape[0] == b.lanes.shape[0] == b.chunk_lanes.shape[0] == steps_per_call
         assert b.tokens.shape == b.segments.shape == b.positions.shape == b.loss_weight.shape
         check_chunks(b, shards)
-        assert [x.dtype for x in b[:6]] == [np.int32] * 5 + [np.float32]
+        assert [x.dtype for x in b[:7]] == [np.int32] * 6 + [np.float32]
         assert set(b.lanes.ravel()) <= {-1, *range(len(jobs))}
         # Padding carries nothing.
         padding = b.segments == 0
@@ -136,10 +147,10 @@ def test_every_job_reads_its_own_rows_in_order_once(jobs, tokens_per_step, steps
 @settings(max_examples=60)
 def test_steps_have_few_shapes(jobs, tokens_per_step, shards):
     """Array rows are of the given lengths, as many as the budget holds, or one of a part of it."""
-    options = {"tokens_per_step": tokens_per_step, "num_shards": shards, "lengths": LENGTHS}
+    options = {"tokens_per_step": tokens_per_step, "num_shards": shards, "layout": LAYOUT}
     for step in schedule(jobs, **options):
-        part = 1, max(LENGTHS[0], tokens_per_step) // 4
-        whole = [(max(1, tokens_per_step // T), T) for T in LENGTHS]
+        part = 1, max(LAYOUT.lengths[0], tokens_per_step) // 4
+        whole = [(max(1, tokens_per_step // T), T) for T in LAYOUT.lengths]
         assert step.shape[:2] in [part, *whole]
         assert len(step.shards) == shards and any(step.shards)
         assert all(len(places) <= step.shape.num_chunks for places in step.shards)
@@ -148,7 +159,7 @@ def test_steps_have_few_shapes(jobs, tokens_per_step, shards):
 @given(populations(), st.sampled_from([16, 64]), st.integers(1, 3))
 @settings(max_examples=30)
 def test_useful_tokens_are_counted_exactly(jobs, tokens_per_step, steps_per_call):
-    options = {"tokens_per_step": tokens_per_step, "lengths": LENGTHS}
+    options = {"tokens_per_step": tokens_per_step, "layout": LAYOUT}
     useful, trained = useful_tokens(pack(jobs, steps_per_call=steps_per_call, **options))
     assert useful == sum(len(text.tokens) for job in jobs for row in job.rows for text in row)
     assert trained == sum(s.shape.num_tokens for s in schedule(jobs, **options))
@@ -158,8 +169,8 @@ def test_useful_tokens_are_counted_exactly(jobs, tokens_per_step, steps_per_call
 @given(populations())
 @settings(max_examples=30)
 def test_neighbors_do_not_change_a_job(jobs):
-    alone = [pack([job], tokens_per_step=64, lengths=LENGTHS) for job in jobs]
-    together = pack(jobs[::-1], tokens_per_step=64, lengths=LENGTHS)
+    alone = [pack([job], tokens_per_step=64, layout=LAYOUT) for job in jobs]
+    together = pack(jobs[::-1], tokens_per_step=64, layout=LAYOUT)
     for j, batches in enumerate(alone):
         assert rows_from(batches, 0) == rows_from(together, len(jobs) - 1 - j)
 
@@ -186,7 +197,8 @@ def test_an_unknown_pad_loss_is_refused():
 def test_padding_in_the_loss_as_arrays():
     options = {"num_epochs": 1, "batch_size": 1, "learning_rate": 0.1, "key": (0,)}
     exact = make_job([text_of([7, 8])], pad_loss="exact", padded=6, **options)
-    (batch,) = pack([exact], tokens_per_step=64, steps_per_call=1, pad_id=PAD, lengths=(64,))
+    packing = {"tokens_per_step": 64, "steps_per_call": 1, "layout": Layout((64,))}
+    (batch,) = pack([exact], pad_id=PAD, **packing)
     assert batch.tokens[0, 0, :7].tolist() == [7, 8, PAD, PAD, PAD, PAD, PAD]
     assert batch.segments[0, 0, :7].tolist() == [1, 1, -1, -1, -1, -1, 0]
     assert batch.positions[0, 0, :7].tolist() == [0, 1, 2, 3, 4, 5, 0]
@@ -196,7 +208,9 @@ def test_padding_in_the_loss_as_arrays():
     sampled = make_job([text_of([7, 8])], pad_loss="sampled", padded=2048, **options)
     (text,) = sampled.rows[0]
     assert len(text.pads) == 9 and text.pads[-1] == 2047 and min(text.pads) >= 2
-    (batch,) = pack([sampled], tokens_per_step=64, steps_per_call=1, pad_id=PAD, lengths=(64,))
+    (batch,) = pack(
+        [sampled], tokens_per_step=64, steps_per_call=1, pad_id=PAD, layout=Layout((64,))
+    )
     assert batch.positions[0, 0, 2:11].tolist() == list(text.pads)
     weights = batch.loss_weight[0, 0]
     assert weights[1:3].tolist() == [1, 1] and set(weights[3:11]) == {np.float32(2045 / 8)}
@@ -240,10 +254,13 @@ def test_text_of_counts_what_follows_the_prompt():
 def test_a_population_of_two_as_arrays():
     first = Job(((text_of([1, 2, 3]), text_of([4, 5])), (text_of([6]),)), 0.1)
     second = Job(((text_of([7, 8, 9, 10], 2),),), 0.2)
-    one, two = pack([first, second], tokens_per_step=32, steps_per_call=2, lengths=(32,))
+    one, two = pack([first, second], tokens_per_step=32, steps_per_call=2, layout=Layout((32,)))
     # Both lie in one array row, job 0's two texts before job 1's, in one chunk each.
     assert one.lanes.tolist() == [[0, 1], [-1, -1]]
-    assert one.chunks.tolist() == [[[0, 0, 5], [1, 5, 4]], [[0, 0, 0]] * 2]
+    assert one.chunk_lanes.tolist() == [[0, 1], [0, 0]]
+    tokens = [[range(5), range(5, 9)], [(), ()]]
+    filled = [[[*x, *[32] * (32 - len(x))] for x in step] for step in tokens]
+    assert one.chunk_tokens.tolist() == filled
     assert one.tokens.shape == (2, 1, 32) and not one.segments[0, 0, 9:].any()
     assert one.tokens[0, 0, :10].tolist() == [1, 2, 3, 4, 5, 7, 8, 9, 10, 0]
     assert one.segments[0, 0, :10].tolist() == [1, 1, 1, 2, 2, 3, 3, 3, 3, 0]
@@ -272,15 +289,15 @@ def published_jobs(path):
 
 
 @pytest.mark.parametrize("num_adapters", [16, 128])
-@pytest.mark.parametrize("lengths", [self_edit.LENGTHS, self_edit.CPU_LENGTHS])
-def test_published_self_edits_waste_little(shared_data, lengths, num_adapters):
+@pytest.mark.parametrize("layout", [self_edit.TPU_LAYOUT, self_edit.CPU_LAYOUT])
+def test_published_self_edits_waste_little(shared_data, layout, num_adapters):
     jobs = published_jobs(shared_data / "self_edits" / "implications_train_round0.json")
     assert len(jobs) == 750
     text = sum(row_length(row) for job in jobs for row in job.rows)
     computed, shapes = 0, set()
     for i in range(0, len(jobs), num_adapters):
         wave = jobs[i : i + num_adapters]
-        for step in schedule(wave, tokens_per_step=512, lengths=lengths):
+        for step in schedule(wave, tokens_per_step=512, layout=layout):
             computed += step.shape.num_tokens
             shapes.add(step.shape)
     print(f"{num_adapters} adapters: {computed / text:.3f} tokens computed per token of text")

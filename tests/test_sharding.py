@@ -28,7 +28,7 @@ from seal_jax.objectives import make_objective
 from seal_jax.optim import make_optimizer
 from seal_jax.policy import init_train_state, make_policy_update
 from seal_jax.sample import generate
-from seal_jax.self_edit import job_losses, make_job, pack, text_of
+from seal_jax.self_edit import Layout, job_losses, make_job, pack, text_of
 from seal_jax.sharding import check_divides, leading, make_mesh, param_shardings, to_device, to_host
 from seal_jax.stages import place_model
 from seal_jax.tokenizer import ByteTokenizer
@@ -88,7 +88,7 @@ def inner_arguments(model, mesh):
         steps_per_call=4,
         pad_id=model.tokenizer.pad_id,
         num_shards=num_shards(mesh, model.config.rules),
-        lengths=(32, 64),
+        layout=Layout((32, 64)),
     )
     init = jax.jit(
         functools.partial(

@@ -36,7 +36,7 @@ from seal_jax.models.config import LINEARS, ModelConfig
 from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
 from seal_jax.optim import make_optimizer
-from seal_jax.self_edit import LENGTHS, Job, pack, text_of, useful_tokens
+from seal_jax.self_edit import TPU_LAYOUT, Job, pack, text_of, useful_tokens
 from seal_jax.sharding import leading, param_shardings, replicated
 from seal_jax.types import InnerBatch
 
@@ -214,7 +214,7 @@ def make_batch(num_chips: int) -> InnerBatch:
         tokens_per_step=TOKENS,
         steps_per_call=STEPS,
         num_shards=num_chips,
-        lengths=LENGTHS,  # a TPU's, wherever this is packed
+        layout=TPU_LAYOUT,  # wherever this is packed
     )
     return batch
 

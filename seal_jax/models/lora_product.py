@@ -23,26 +23,23 @@ class Chunks(NamedTuple):
     has_slot: jax.Array  # bool[M 1] whether somebody's does
 
 
-def make_chunks(spans: jax.Array, num_tokens: int) -> Chunks:
-    """Return the chunks of M = `num_tokens` tokens: twice as many slots as tokens.
+def make_chunks(lane: jax.Array, token: jax.Array, num_tokens: int) -> Chunks:
+    """Return the chunks of M = `num_tokens` tokens.
 
     Args:
-      spans: i32[n 3], each chunk's lane, first token and number of tokens (0: an empty chunk).
+      lane: i32[n], whose adapter a chunk takes.
+      token: i32[n c], the token in each slot, the used slots first; M in an empty one.
     """
-    n = spans.shape[0]
-    size = 2 * num_tokens // n
-    lane, first, count = jnp.asarray(spans).T
-    offset = jnp.arange(size, dtype=jnp.int32)[None]
-    in_use = offset < count[:, None]
-    token = jnp.where(in_use, first[:, None] + offset, num_tokens).reshape(-1)
-    slot = jnp.full(num_tokens, n * size, jnp.int32)
-    slot = slot.at[token].set(jnp.arange(n * size, dtype=jnp.int32), mode="drop")
+    in_use, num_slots = token < num_tokens, token.size
+    slot = jnp.full(num_tokens, num_slots, jnp.int32)
+    slots = jnp.arange(num_slots, dtype=jnp.int32).reshape(token.shape)
+    slot = slot.at[token].set(slots, mode="drop")
     chunks = Chunks(
         lane,
-        jnp.where(in_use, token.reshape(n, size), jnp.minimum(first, num_tokens - 1)[:, None]),
+        jnp.where(in_use, token, jnp.minimum(token[:, :1], num_tokens - 1)),
         in_use[..., None],
-        jnp.minimum(slot, n * size - 1),
-        (slot < n * size)[:, None],
+        jnp.minimum(slot, num_slots - 1),
+        (slot < num_slots)[:, None],
     )
     # Behind a barrier, or each of hundreds of products would compute them for itself.
     return jax.lax.optimization_barrier(chunks)

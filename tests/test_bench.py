@@ -57,9 +57,10 @@ def test_a_population_is_timed_on_its_own_texts(model):
     edits = [[list(range(1, n)) for n in (9, 30, 17)] for _ in range(3)]
     jobs = inner._jobs(edits, 5, num_epochs=1)
     assert len(jobs) == 5 and all(sum(map(row_length, job.rows)) == 53 for job in jobs)
-    call, num_tokens = inner._population(model, edits, 5, num_tokens=200)
+    call, start, num_tokens, of_run = inner._population(model, edits, 5, num_tokens=200)
     _, losses = call()
     assert num_tokens >= 200 and np.isfinite(losses[0]).all()
+    assert start()[1] == [] and of_run == 5 * 10 * 53
 
 
 def test_a_contestant_without_memory_is_left_out(capsys):

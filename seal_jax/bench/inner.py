@@ -12,8 +12,9 @@ Each over a float32 and a bfloat16 base, with float32 adapters; the faster of a 
 counts. On accelerators only over the latter: there a float32 base is never faster. `--quick` leaves
 one at a time over bfloat16 out on processors, to save its compilation. A figure is the median
 seconds per token of text, all in one process and by turns. An optimizer step of `as_published`
-takes as long for any text, so one is timed a turn, and counted as a text of mean length; the
-population's are the first steps of whole runs.
+takes as long for any text, so one is timed a turn, and counted as a text of mean length. The
+population's are the first steps of whole runs; that a run starts its optimizer is timed apart, and
+shared by all of its text.
 
 A share of peak compares the products that text needs, 4 operations per parameter and token (the
 base is frozen: no gradient of its own), with one large product of the same dtype in the same run.
@@ -80,6 +81,7 @@ def run(
     edits = [_tokens(loaded, texts, quarter=source.startswith("random:")) for texts in self_edits()]
     calls: dict[str, Callable[[], Any]] = {}
     text_tokens: dict[str, float] = {}
+    whole: dict[str, int] = {}  # of the runs that a population's calls begin
     product_flops = {}
     for dtype in dtypes:
         calls[f"matmul_{dtype}"], product_flops[dtype] = matmul(dtype)
@@ -87,7 +89,7 @@ def run(
         if quick and size == 1 and dtype != dtypes[0]:
             continue
         name = f"population_{size}_{dtype}"
-        calls[name], text_tokens[name] = _population(
+        calls[name], calls[f"start_{name}"], text_tokens[name], whole[name] = _population(
             models[dtype], edits, size, num_tokens=1000 if size == 1 else 4000
         )
     _add_peers(calls, text_tokens, loaded, edits, quick)
@@ -96,6 +98,9 @@ def run(
         profiled(profile, calls[f"population_{sizes[-1]}_{dtypes[0]}"])
     peaks = {dtype: flops / seconds[f"matmul_{dtype}"] for dtype, flops in product_flops.items()}
     per_token = {name: seconds[name] / text_tokens[name] for name in text_tokens if name in seconds}
+    for name in whole:
+        start = seconds[f"start_{name}"]
+        per_token[name] = (seconds[name] - start) / text_tokens[name] + start / whole[name]
     figures = _figures(loaded, per_token, peaks, sizes)
     jobs = _jobs(edits, len(edits), num_epochs=10)
     rate = figures["text_tokens_per_second"][
@@ -144,10 +149,9 @@ def _jobs(edits: Sequence[Sequence[Sequence[int]]], count: int, num_epochs: int)
 
 def _population(
     model: Model, edits: Sequence, size: int, num_tokens: int
-) -> tuple[Callable[[], Any], int]:
-    """Return device calls of the inner loop for about `num_tokens` of text, and how many they are.
-
-    They are the first of a whole run's, whatever their shapes.
+) -> tuple[Callable[[], Any], Callable[[], Any], int, int]:
+    """Return the inner loop's first device calls, whatever their shapes, for `num_tokens` or more
+    of text; the same with none of them; and their tokens of text and those of the whole run.
     """
     optimizer = make_optimizer(
         optax_name="adamw", optax_kwargs={"weight_decay": 0.0}, grad_clip=1.0
@@ -158,8 +162,10 @@ def _population(
     jobs = _jobs(edits, size, num_epochs=10)
     batches = pack(jobs, tokens_per_step=_budget(size), pad_id=model.tokenizer.pad_id)
     text = np.cumsum([useful_tokens([batch])[0] for batch in batches])
-    batches = jax.device_put(batches[: 1 + int(np.searchsorted(text, num_tokens))])
-    return lambda: update(model.params, adapters, batches), useful_tokens(batches)[0]
+    last = min(int(np.searchsorted(text, num_tokens)), len(batches) - 1)
+    batches = jax.device_put(batches[: last + 1])
+    run = partial(update, model.params, adapters)
+    return lambda: run(batches), lambda: run([]), int(text[last]), int(text[-1])
 
 
 def _add_peers(

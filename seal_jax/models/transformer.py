@@ -80,17 +80,17 @@ def _rope_table(positions: jax.Array, frequency: jax.Array) -> tuple[jax.Array, 
 def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate x [B N T H] by its table's angles; halves are paired as in Hugging Face."""
     cos, sin = table
-    half = x.shape[-1] // 2
+    half, wide = x.shape[-1] // 2, x.astype(jnp.float32)
     if platform() == "cpu":
-        halves = x.reshape(*x.shape[:-1], 2, half)
-        other = jnp.flip(halves, axis=-2).reshape(x.shape).astype(jnp.float32)
+        # Of float32: XLA for CPUs reverses bfloat16 in a pass of its own, number by number.
+        other = jnp.flip(wide.reshape(*x.shape[:-1], 2, half), axis=-2).reshape(x.shape)
     else:
         # In a product: on TPUs the halves lie in one register's lanes. It is exact.
         swap = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=-1)
         other = jnp.einsum(
             "...h,hi->...i", x, swap, precision="highest", preferred_element_type=jnp.float32
         )
-    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
+    return (wide * cos + other * sin).astype(x.dtype)
 
 
 # The gradient is turned back: a product of x's dtype too, where JAX would make one of float32.

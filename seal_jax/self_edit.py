@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 TPU_LAYOUT = Layout((128, 256, 512, 1024, 2048, 4096, 8192, 16384))
 CPU_LAYOUT = Layout((192, *TPU_LAYOUT.lengths[1:]), chunk=40, slots=1.5)
 LONGEST = TPU_LAYOUT.lengths[-1]
-_CHUNK_PART = 8  # how many chunks a long array row has
+_CHUNK_PART = 8  # a chunk is no less than this part of a long array row
 # What a step costs beside its tokens, in tokens, and by how much a token of a long row is dearer:
 # rough figures, which only decide between steps of about the same worth.
 STEP_COST = 64

@@ -208,9 +208,7 @@ def test_padding_in_the_loss_as_arrays():
     sampled = make_job([text_of([7, 8])], pad_loss="sampled", padded=2048, **options)
     (text,) = sampled.rows[0]
     assert len(text.pads) == 9 and text.pads[-1] == 2047 and min(text.pads) >= 2
-    (batch,) = pack(
-        [sampled], tokens_per_step=64, steps_per_call=1, pad_id=PAD, layout=Layout((64,))
-    )
+    (batch,) = pack([sampled], pad_id=PAD, **packing)
     assert batch.positions[0, 0, 2:11].tolist() == list(text.pads)
     weights = batch.loss_weight[0, 0]
     assert weights[1:3].tolist() == [1, 1] and set(weights[3:11]) == {np.float32(2045 / 8)}

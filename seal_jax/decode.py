@@ -119,7 +119,8 @@ def prefill(
     ones = jnp.ones((P, S), jnp.int32)  # causal: nobody looks at what is behind a prompt
     hidden, cache = hidden_states(config, params, prompts, slots, ones, adapters)
     dtype = cache_dtype(params["embed"]["embedding"].dtype, mesh)
-    cache = jax.tree.map(lambda x: x.astype(dtype), cache)
+    keys = tuple(x.swapaxes(2, 3) for x in cache.keys)
+    cache = jax.tree.map(lambda x: x.astype(dtype), KVCache(keys, cache.values))
     last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
     seen = None
     if keep_seen:
@@ -254,8 +255,13 @@ def move(
     Args:
       num_slots: how many tokens of each row its cache has room for then: as now, or more.
     """
-    longer = (0, 0), (0, 0), (0, num_slots - rows.cache.keys[0].shape[2]), (0, 0)
-    cache = jax.tree.map(lambda x: jnp.pad(x[index], longer), rows.cache)
+    more = num_slots - rows.cache.values[0].shape[2]
+
+    def longer(arrays: tuple[jax.Array, ...], axis: int) -> tuple[jax.Array, ...]:
+        width = [(0, more if i == axis else 0) for i in range(4)]
+        return tuple(jnp.pad(x[index], width) for x in arrays)
+
+    cache = KVCache(longer(rows.cache.keys, 3), longer(rows.cache.values, 2))
     prompts = jax.tree.map(lambda x: x[prompt], rows.prompts)
     rest = jax.tree.map(lambda x: x[index], rows._replace(cache=(), prompts=()))
     return _placed(config, mesh, rest._replace(cache=cache, prompts=prompts))
@@ -281,7 +287,7 @@ def decode(
       allowed: bool[B V], the tokens that may be drawn: for one step.
     """
     B, max_tokens = rows.tokens.shape
-    each, last = jnp.arange(B), rows.cache.keys[0].shape[2] - 1
+    each, last = jnp.arange(B), rows.cache.values[0].shape[2] - 1
     ones, prompts = jnp.ones((B, 1), jnp.int32), rows.prompts
 
     def running(carry: tuple) -> jax.Array:

@@ -127,7 +127,8 @@ def test_a_row_with_a_cache_sees_its_prompt_and_what_it_wrote(case, copies):
     prompts = rng.normal(size=(2, 3, K, 40, H)).astype(np.float32)
     own = rng.normal(size=(2, B, K, 16, H)).astype(np.float32)
     local = bool(case.get("window"))
-    found = attend_cached(config, q, tuple(prompts), tuple(own), lengths, slots, local=local)
+    cached = [(k.swapaxes(2, 3), v) for k, v in (prompts, own)]
+    found = attend_cached(config, q, *cached, lengths, slots, local=local)
     for row, (length, slot) in enumerate(zip(lengths, slots, strict=True)):
         k, v = (
             np.concatenate([p[row // copies, :, :length], x[row, :, : slot + 1]], axis=1)[None]

@@ -88,14 +88,14 @@ def attend_cached(
 
     Args:
       q: [B N 1 H].
-      prompts: keys and values [P K S H]; B is a multiple of P.
-      own: keys and values [B K T H] behind the prompt, the token's own among them.
+      prompts: keys [P K H S] and values [P K S H]; B is a multiple of P.
+      own: keys [B K H T] and values [B K T H] behind the prompt, the token's own among them.
       prompt_length: i32[B], so many slots of the prompt are seen.
       slot: i32[B], the token's own; those behind it are not seen.
       local: whether only the last `config.sliding_window` tokens are seen.
     """
     (prompt_k, prompt_v), (own_k, own_v) = prompts, own
-    (B, N, _, H), (P, K, S, _) = q.shape, prompt_k.shape
+    (B, N, _, H), (P, K, S, _) = q.shape, prompt_v.shape
     dtype = jnp.promote_types(q.dtype, own_v.dtype)  # a cache may be finer than what is computed
     q = q.reshape(B, K, -1, H)
 
@@ -107,10 +107,11 @@ def attend_cached(
             x.reshape(P, K, B // P, -1, x.shape[-1]).swapaxes(1, 2).reshape(B, K, -1, x.shape[-1])
         )
 
+    look = partial(jnp.einsum, "bkgh,bkhs->bkgs", preferred_element_type=jnp.float32)
     gather = partial(jnp.einsum, "bkgs,bksh->bkgh", preferred_element_type=jnp.float32)
-    scores = [apart(_scores(together(q), prompt_k)), _scores(q, own_k)]
+    scores = [apart(look(together(q), prompt_k)), look(q, own_k)]
     scores = _capped(jnp.concatenate(scores, axis=-1) * _scale(config), config.attn_softcap)
-    slots, place = jnp.arange(S)[None], jnp.arange(own_k.shape[2])[None]
+    slots, place = jnp.arange(S)[None], jnp.arange(own_v.shape[2])[None]
     ages = slot[:, None] - place, prompt_length[:, None] + slot[:, None] - slots
     seen = jnp.concatenate([slots < prompt_length[:, None], ages[0] >= 0], axis=-1)
     if local and config.sliding_window is not None:

@@ -32,9 +32,9 @@ from seal_jax.types import Adapters, Params
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer."""
+    """Keys and values of every layer; keys as the right side of a product takes them."""
 
-    keys: tuple[jax.Array, ...]  # L x [B K S H]
+    keys: tuple[jax.Array, ...]  # L x [B K H S]
     values: tuple[jax.Array, ...]  # L x [B K S H]
 
 
@@ -48,9 +48,13 @@ class RowCaches(NamedTuple):
 
 
 def init_cache(config: ModelConfig, num_rows: int, length: int, dtype) -> KVCache:
-    shape = (num_rows, config.num_kv_heads, length, config.head_dim)
-    zeros = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
-    return KVCache(zeros, tuple(jnp.zeros_like(x) for x in zeros))
+    """Return an empty cache for `length` tokens of each row."""
+    heads, size = (num_rows, config.num_kv_heads), config.head_dim
+
+    def zeros(*shape: int) -> tuple[jax.Array, ...]:
+        return tuple(jnp.zeros(heads + shape, dtype) for _ in range(config.num_layers))
+
+    return KVCache(zeros(size, length), zeros(length, size))
 
 
 def rope_frequencies(config: ModelConfig, local: bool = False) -> jax.Array:
@@ -172,9 +176,13 @@ def _norm(config: ModelConfig, name: str) -> RMSNorm:
     return RMSNorm(config.norm_eps, config.unit_offset, name=name)
 
 
-def _write_cache(cache: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """Write new [B K 1 H] into each row's own slot [B]."""
-    return cache.at[jnp.arange(len(cache)), :, slot].set(new[:, :, 0].astype(cache.dtype))
+def _write_cache(
+    keys: jax.Array, values: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Write k and v [B K 1 H] into each row's own slot [B] of keys and values."""
+    rows, k, v = jnp.arange(len(keys)), k[:, :, 0], v[:, :, 0]
+    keys = keys.at[rows, :, :, slot].set(k.astype(keys.dtype))
+    return keys, values.at[rows, :, slot].set(v.astype(values.dtype))
 
 
 class Attention(nn.Module):
@@ -194,9 +202,9 @@ class Attention(nn.Module):
         texts = call.segments, call.key_segments
         if cache is not None:
             prompts, own = cache
-            k, v = (_write_cache(*x, call.slot) for x in zip(own, (k, v), strict=True))
+            k, v = own = _write_cache(*own, k, v, call.slot)
             slots = call.prompt_length, call.slot
-            out = flat_heads(attend_cached(c, q, prompts, (k, v), *slots, local=self.local))
+            out = flat_heads(attend_cached(c, q, prompts, own, *slots, local=self.local))
         elif call.lora is not None and call.lora.chunks is not None:
             finite = is_finite(*flat).reshape(B, T)
             out = attend_apart(c, q, k, v, *texts, finite, local=self.local)

@@ -20,6 +20,7 @@ from seal_jax.models.attention import (
     attend_cached,
     flat_heads,
     is_finite,
+    seen_slots,
 )
 from seal_jax.models.config import REMATS, ModelConfig
 from seal_jax.models.transformer import forward, init_params
@@ -126,9 +127,9 @@ def test_a_row_with_a_cache_sees_its_prompt_and_what_it_wrote(case, copies):
     q = rng.normal(size=(B, N, 1, H)).astype(np.float32)
     prompts = rng.normal(size=(2, 3, K, 40, H)).astype(np.float32)
     own = rng.normal(size=(2, B, K, 16, H)).astype(np.float32)
-    local = bool(case.get("window"))
     cached = [(k.swapaxes(2, 3), v) for k, v in (prompts, own)]
-    found = attend_cached(config, q, *cached, lengths, slots, local=local)
+    seen = seen_slots(40, 16, lengths, slots, case.get("window"))
+    found = attend_cached(config, q, *cached, seen)
     for row, (length, slot) in enumerate(zip(lengths, slots, strict=True)):
         k, v = (
             np.concatenate([p[row // copies, :, :length], x[row, :, : slot + 1]], axis=1)[None]

@@ -24,9 +24,6 @@ _SPLASH_FROM = 1024
 # cuDNN is worth it earlier: XLA:GPU writes the scores to memory.
 _CUDNN_FROM = 256
 
-# So few rows are worth being the right side of a product on CPUs (measured with 3 and 15 of them).
-_FEW = 8
-
 # What is added to the score of a key that is not seen: far below any score, half of it still is.
 _UNSEEN = -1e38
 # Where texts of several adapters share a row, a query, key or value that is larger counts as
@@ -76,10 +73,7 @@ def attend_cached(
     q: jax.Array,
     prompts: tuple[jax.Array, jax.Array],
     own: tuple[jax.Array, jax.Array],
-    prompt_length: jax.Array,
-    slot: jax.Array,
-    *,
-    local: bool,
+    seen: jax.Array,
 ) -> jax.Array:
     """Return what one token of each row gathers from its prompt and from its own slots, [B N 1 H].
 
@@ -90,9 +84,7 @@ def attend_cached(
       q: [B N 1 H].
       prompts: keys [P K H S] and values [P K S H]; B is a multiple of P.
       own: keys [B K H T] and values [B K T H] behind the prompt, the token's own among them.
-      prompt_length: i32[B], so many slots of the prompt are seen.
-      slot: i32[B], the token's own; those behind it are not seen.
-      local: whether only the last `config.sliding_window` tokens are seen.
+      seen: bool[B S+T], see `seen_slots`.
     """
     (prompt_k, prompt_v), (own_k, own_v) = prompts, own
     (B, N, _, H), (P, K, S, _) = q.shape, prompt_v.shape
@@ -111,15 +103,33 @@ def attend_cached(
     gather = partial(jnp.einsum, "bkgs,bksh->bkgh", preferred_element_type=jnp.float32)
     scores = [apart(look(together(q), prompt_k)), look(q, own_k)]
     scores = _capped(jnp.concatenate(scores, axis=-1) * _scale(config), config.attn_softcap)
-    slots, place = jnp.arange(S)[None], jnp.arange(own_v.shape[2])[None]
-    ages = slot[:, None] - place, prompt_length[:, None] + slot[:, None] - slots
-    seen = jnp.concatenate([slots < prompt_length[:, None], ages[0] >= 0], axis=-1)
-    if local and config.sliding_window is not None:
-        seen &= jnp.concatenate(ages[::-1], axis=-1) < config.sliding_window
     weights, share = _weigh(scores, seen[:, None, None])
     weights = weights.astype(dtype)
     out = apart(gather(together(weights[..., :S]), prompt_v)) + gather(weights[..., S:], own_v)
     return (out * share).astype(q.dtype).reshape(B, N, 1, H)
+
+
+def seen_slots(
+    num_prompt_slots: int,
+    num_own_slots: int,
+    prompt_length: jax.Array,
+    slot: jax.Array,
+    window: int | None = None,
+) -> jax.Array:
+    """Return which slots of its prompt, and of its own, one token of each row sees, bool[B S+T].
+
+    Args:
+      prompt_length: i32[B], so many slots of the prompt are seen.
+      slot: i32[B], the token's own; those behind it are not seen.
+      window: only so many tokens are seen, its own among them.
+    """
+    in_prompt, in_own = jnp.arange(num_prompt_slots)[None], jnp.arange(num_own_slots)[None]
+    slot, length = slot[:, None], prompt_length[:, None]
+    seen = jnp.concatenate([in_prompt < length, in_own <= slot], axis=-1)
+    if window is not None:
+        ages = jnp.concatenate([length + slot - in_prompt, slot - in_own], axis=-1)
+        seen &= ages < window
+    return seen
 
 
 def attend_apart(
@@ -226,7 +236,6 @@ def xla_attention(
     the values: half as long forward and backward on a CPU as the textbook order. The backward pass
     is written out: it needs no more than the weights and the output, both in q's dtype.
     """
-    v = v.astype(jnp.promote_types(q.dtype, v.dtype))  # a cache may be finer than what is computed
     return _xla_attention(scale, softcap, q, k, v, visible)
 
 
@@ -240,7 +249,7 @@ def _xla_forward(scale, softcap, q, k, v, visible):
     K, S = k.shape[1:3]
     # Scaled here, where there are fewer numbers than scores.
     rows = (q * jnp.asarray(scale, q.dtype)).reshape(B, K, -1, H)  # [B K G*T H]
-    scores = _scores(rows, k)
+    scores = jnp.einsum("bkth,bksh->bkts", rows, k, preferred_element_type=jnp.float32)
     slope = None
     if softcap is not None:
         scores = _capped(scores, softcap)
@@ -251,15 +260,6 @@ def _xla_forward(scale, softcap, q, k, v, visible):
     out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=jnp.float32)
     out = (out * share).astype(q.dtype).reshape(B, N, T, H)
     return out, (rows, k, v, weights, share, slope, out)
-
-
-def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Return f32[B K T S], the products of q [B K T H] with k [B K S H]."""
-    if q.shape[2] < _FEW and platform() == "cpu":
-        # XLA for CPUs packs the right side of a product: of these, that takes longer than the rest.
-        scores = jnp.einsum("bksh,bkth->bkst", k, q, preferred_element_type=jnp.float32)
-        return jax.lax.optimization_barrier(scores).swapaxes(-1, -2)
-    return jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
 
 
 def _capped(scores: jax.Array, softcap: float | None) -> jax.Array:

@@ -23,7 +23,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
-from seal_jax.models.attention import attend, attend_apart, attend_cached, flat_heads, is_finite
+from seal_jax.models.attention import (
+    attend,
+    attend_apart,
+    attend_cached,
+    flat_heads,
+    is_finite,
+    seen_slots,
+)
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.lora_product import Chunks, chunked_product, grouped_product
 from seal_jax.models.quantize import product, take_rows
@@ -119,6 +126,13 @@ def rope_tables(config: ModelConfig, positions: jax.Array) -> tuple:
     return table, _rope_table(positions, rope_frequencies(config, local=True))
 
 
+def _seen(config: ModelConfig, caches: RowCaches) -> tuple:
+    """Return `seen_slots` for a global and for a local layer: once, and not in every layer."""
+    shape = caches.prompts.values[0].shape[2], caches.own.values[0].shape[2]
+    slots = *shape, caches.prompt_length, caches.slot
+    return seen_slots(*slots), seen_slots(*slots, config.sliding_window)
+
+
 class RMSNorm(nn.Module):
     epsilon: float
     unit_offset: bool = False  # multiply by 1 + scale, as Gemma does, and in float32
@@ -203,8 +217,7 @@ class Attention(nn.Module):
         if cache is not None:
             prompts, own = cache
             k, v = own = _write_cache(*own, k, v, call.slot)
-            slots = call.prompt_length, call.slot
-            out = flat_heads(attend_cached(c, q, prompts, own, *slots, local=self.local))
+            out = flat_heads(attend_cached(c, q, prompts, own, call.seen[self.local]))
         elif call.lora is not None and call.lora.chunks is not None:
             finite = is_finite(*flat).reshape(B, T)
             out = attend_apart(c, q, k, v, *texts, finite, local=self.local)
@@ -284,8 +297,8 @@ class _Call(NamedTuple):
     segments: jax.Array  # i32[B T]
     key_segments: jax.Array  # i32[B T]
     lora: "_Lora | None"
-    prompt_length: jax.Array | None = None  # i32[B], and slot: where there is a cache
-    slot: jax.Array | None = None
+    slot: jax.Array | None = None  # i32[B] of the token, where there is a cache
+    seen: tuple | None = None  # there: `seen_slots` of a global and of a local layer
 
 
 def _and_products(policy: Callable) -> Callable:
@@ -444,7 +457,7 @@ def hidden_states(
         segments,
         segments if key_segments is None else key_segments,
         lora,
-        *(() if caches is None else (caches.prompt_length, caches.slot)),
+        *(() if caches is None else (caches.slot, _seen(config, caches))),
     )
     return Transformer(config).apply(variables, tokens, call, caches)
 

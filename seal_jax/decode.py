@@ -119,8 +119,7 @@ def prefill(
     ones = jnp.ones((P, S), jnp.int32)  # causal: nobody looks at what is behind a prompt
     hidden, cache = hidden_states(config, params, prompts, slots, ones, adapters)
     dtype = cache_dtype(params["embed"]["embedding"].dtype, mesh)
-    keys = tuple(x.swapaxes(2, 3) for x in cache.keys)
-    cache = jax.tree.map(lambda x: x.astype(dtype), KVCache(keys, cache.values))
+    cache = jax.tree.map(lambda x: x.astype(dtype), cache)
     last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
     seen = None
     if keep_seen:

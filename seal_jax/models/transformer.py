@@ -372,7 +372,7 @@ class Transformer(nn.Module):
                 variables = {kind: tree[name] for kind, tree in self.variables.items()}
                 layer = functools.partial(_apply_layer, c, local, variables)
             x, (k, v) = layer(x, call, cache)
-            keys.append(k)
+            keys.append(k.swapaxes(2, 3) if caches is None else k)
             values.append(v)
         hidden = _norm(c, "final_norm")(x).reshape(*tokens.shape, -1)
         if self.is_initializing() and not c.tie_embeddings:

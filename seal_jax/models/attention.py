@@ -267,16 +267,23 @@ def _capped(scores: jax.Array, softcap: float | None) -> jax.Array:
 
 
 def _weigh(scores: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the softmax of scores [... S] before its division, and one over its sum [... 1]."""
-    if platform() == "cpu":
+    """Return the softmax of scores [... S], and what its products are still to be multiplied by.
+
+    That is one over the softmax's sum, [... 1], where dividing waits: behind a product there are
+    fewer numbers. XLA for GPUs makes one kernel of a whole softmax, and three of its parts.
+    """
+    if platform() == "tpu":
+        highest = jnp.where(seen, scores, _UNSEEN).max(axis=-1, keepdims=True)
+        weights = jnp.where(seen, jnp.exp(scores - highest), 0)
+    else:
         # XLA for CPUs makes one pass of a sum and what follows, and of a choice several.
         scores += jnp.where(seen, 0.0, _UNSEEN)
         weights = jnp.exp(scores - jnp.maximum(scores.max(axis=-1, keepdims=True), _UNSEEN / 2))
-    else:
-        highest = jnp.where(seen, scores, _UNSEEN).max(axis=-1, keepdims=True)
-        weights = jnp.where(seen, jnp.exp(scores - highest), 0)
     # Who sees nothing has a sum of 0.
-    return weights, 1 / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)
+    total = jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)
+    if platform() == "gpu":
+        return weights / total, jnp.ones_like(total)
+    return weights, 1 / total
 
 
 def _xla_backward(scale, softcap, saved, grads):

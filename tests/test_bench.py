@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic and work; the timings themselves are nobody's to assert."""
 
+import itertools
 import json
 
 import numpy as np
@@ -73,6 +74,24 @@ def test_a_contestant_without_memory_is_left_out(capsys):
     assert interleave(contestants, rounds=2).keys() == {"a", "c"}
     assert calls == ["a", "c"] * 3
     assert "b is left out: CUDA out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("timed", [1, 3])
+def test_an_interrupted_benchmark_keeps_what_all_have(capsys, timed):
+    """Of two contestants: the first round is not timed."""
+    count = itertools.count()
+
+    def call():
+        if next(count) == 2 + timed:
+            raise KeyboardInterrupt
+
+    contestants = {"a": call, "b": call}
+    if timed < 2:
+        with pytest.raises(KeyboardInterrupt):
+            interleave(contestants, rounds=9)
+    else:
+        assert interleave(contestants, rounds=9).keys() == {"a", "b"}
+        assert "interrupted in round 2 of 9" in capsys.readouterr().out
 
 
 def test_an_unknown_benchmark_is_refused(capsys):

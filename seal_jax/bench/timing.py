@@ -26,26 +26,32 @@ def interleave(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dic
     """Return the median seconds of each contestant's call, after one call each to warm up.
 
     They take turns, so that what else the machine does hits all alike. One that is too large is
-    left out, and the others' figures are not lost with it.
+    left out, and the others' figures are not lost with it. Interrupted, once all have been timed,
+    it returns what there is.
     """
     contestants = dict(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     bar = progress((rounds + 1) * len(contestants), "bench", "call")
-    for turn in range(rounds + 1):
-        for name, call in list(contestants.items()):
-            start = time.perf_counter()
-            try:
-                jax.block_until_ready(call())
-            except TooLarge as error:
-                say(f"bench: {name} is left out: {error}")
-                del contestants[name], seconds[name]
-                continue
-            taken = time.perf_counter() - start
-            if turn:
-                seconds[name].append(taken)
-            elif taken > _LONG:
-                say(f"bench: {name}: {taken:.0f} s to compile and run once")
-            bar.update(1)
+    try:
+        for turn in range(rounds + 1):
+            for name, call in list(contestants.items()):
+                start = time.perf_counter()
+                try:
+                    jax.block_until_ready(call())
+                except TooLarge as error:
+                    say(f"bench: {name} is left out: {error}")
+                    del contestants[name], seconds[name]
+                    continue
+                taken = time.perf_counter() - start
+                if turn:
+                    seconds[name].append(taken)
+                elif taken > _LONG:
+                    say(f"bench: {name}: {taken:.0f} s to compile and run once")
+                bar.update(1)
+    except KeyboardInterrupt:
+        if not all(seconds.values()):
+            raise
+        say(f"bench: interrupted in round {turn} of {rounds}: the figures are those until then")
     bar.close()
     return {name: statistics.median(found) for name, found in seconds.items()}
 

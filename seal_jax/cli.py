@@ -192,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _end_others(str(error), 2)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command resumes the run", file=sys.stderr)
+        resumes = ": the same command resumes the run" if arguments.command == "train" else ""
+        print(f"seal-jax {arguments.command}: interrupted{resumes}", file=sys.stderr)
         return 130
     except Exception as error:
         traceback.print_exc()

@@ -6,15 +6,13 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
 from seal_jax.bench.aot import compile_decode, compile_inner_update, make_batch
 from seal_jax.models.attention import attend
 from seal_jax.models.known import KNOWN
-from seal_jax.sharding import replicated
+from seal_jax.sharding import make_mesh, replicated
 
 pytestmark = pytest.mark.skipif(
     not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))),
@@ -44,8 +42,7 @@ def h100():
     devices = topologies.get_topology_desc(
         platform="cuda", topology_name="", topology="1x1x1", target_config=H100
     ).devices
-    types = (AxisType.Auto,) * 3
-    return Mesh(np.reshape(devices, (1, 1, 1)), ("data", "fsdp", "tensor"), axis_types=types)
+    return make_mesh(devices=list(devices))
 
 
 def instructions(text):

@@ -1,4 +1,4 @@
-"""What is written differently for CPUs, GPUs and TPUs computes the same: all of it is run here."""
+"""What the decoder writes differently for CPUs, GPUs and TPUs computes the same: all is run here."""
 
 import dataclasses
 
@@ -38,10 +38,10 @@ def on(monkeypatch):
     platforms apart.
     """
 
-    def choose(platform, config=CONFIG):
+    def choose(platform):
         for module in ("attention", "transformer"):
             monkeypatch.setattr(f"seal_jax.models.{module}.platform", lambda: platform)
-        return dataclasses.replace(config, max_length=1000 + PLATFORMS.index(platform))
+        return dataclasses.replace(CONFIG, max_length=1000 + PLATFORMS.index(platform))
 
     return choose
 

@@ -1,4 +1,4 @@
-"""What the decoder writes differently for CPUs, GPUs and TPUs computes the same: all is run here."""
+"""What the decoder writes differently for CPUs, GPUs and TPUs computes the same; it is run here."""
 
 import dataclasses
 

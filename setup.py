@@ -31,7 +31,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["seal_jax", "seal_jax.*"]),
     package_data={"seal_jax": ["**/*.json", "**/*.html", "**/*.css", "**/*.js", "**/*.txt"]},
-    entry_points={"console_scripts": ["seal-jax = seal_jax.cli:main"]},
+    entry_points={"console_scripts": ["seal-jax = seal_jax.commands.main:main"]},
     python_requires=">=3.11",
     # No framework but JAX: neither torch nor tensorflow comes in, not through a dependency either.
     install_requires=[

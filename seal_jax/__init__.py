@@ -4,7 +4,13 @@ Public names are imported when they are first used, so that `import seal_jax` (a
 and the config's checks) touches no accelerator.
 """
 
+import functools
 import importlib
+import importlib.abc
+import importlib.util
+import sys
+import types
+import warnings
 
 __version__ = "0.1.0"
 
@@ -19,42 +25,114 @@ _HOME = {
     "make_task": "tasks",
     # the model
     "ModelConfig": "models.config",
-    "load_model": "models",
+    "load_model": "sources",
     "forward": "models.transformer",
     # adapters and the inner loop
     "Adapters": "types",
     "InnerBatch": "types",
-    "init_adapters": "lora",
-    "merge": "lora",
-    "concatenate": "lora",
-    "make_job": "self_edit",
-    "pack": "self_edit",
-    "text_of": "self_edit",
-    "make_inner_update": "inner",
+    "init_adapters": "models.lora",
+    "merge": "models.lora",
+    "concatenate": "models.lora",
+    "make_job": "inner.texts",
+    "pack": "inner.packing",
+    "text_of": "inner.texts",
+    "make_inner_update": "inner.update",
     "make_optimizer": "optim",
     # taking it elsewhere
-    "export_run": "export",
-    "load_peft": "peft",
-    "save_peft": "peft",
+    "export_run": "runs.export",
+    "load_peft": "runs.peft",
+    "save_peft": "runs.peft",
     # sampling
-    "generate": "sample",
+    "generate": "sampling.generate",
     # rewards and the outer loop
-    "make_objective": "objectives",
-    "rest_em": "objectives",
-    "random_em": "objectives",
-    "reinforce": "objectives",
-    "rloo": "objectives",
-    "grpo": "objectives",
-    "ppo": "objectives",
-    "make_policy_update": "policy",
+    "make_objective": "objectives.objective",
+    "rest_em": "objectives.objective",
+    "random_em": "objectives.objective",
+    "reinforce": "objectives.objective",
+    "rloo": "objectives.objective",
+    "grpo": "objectives.objective",
+    "ppo": "objectives.objective",
+    "make_policy_update": "outer.policy",
     "TrainState": "types",
     "default_config": "config",
     "load_config": "config",
 }
 __all__ = sorted(_HOME)
+# Modules that had another name: the old name gives what the new ones hold, with a warning.
+_MOVED = {
+    "adapters": "runs.adapters",
+    "cache_plan": "sampling.cache_plan",
+    "checkpoint": "runs.checkpoint",
+    "cli": "commands.main",
+    "compare": "outer.comparison",
+    "config_table": "config.table",
+    "decode": "sampling.decode",
+    "doctor": "commands.doctor",
+    "draw": "sampling.draw",
+    "export": "runs.export",
+    "gguf_tokenizer": "models.gguf_tokenizer",
+    "lora": "models.lora",
+    "memory": "inner.population hosts.memory sharding",
+    "metrics": "hosts.files hosts.console",
+    "peft": "runs.peft",
+    "peft_config": "runs.peft_config",
+    "policy": "outer.policy",
+    "preemption": "hosts.preemption",
+    "pretrain": "models.toys.pretrain",
+    "problems": "outer.problems",
+    "processes": "hosts.processes",
+    "reliability": "outer.reliability",
+    "rewards": "outer.rewards",
+    "sample": "sampling.generate sampling.written",
+    "self_edit": "inner.texts inner.packing models.lengths",
+    "start": "hosts.start_jax",
+    "tasks.fit_grading": "tasks.knowledge.fit_grading",
+    "tasks.grading": "tasks.knowledge.grading",
+    "tasks.grading_features": "tasks.knowledge.grading_features",
+    "tasks.grading_params": "tasks.knowledge.grading_params",
+    "tasks.grading_rules": "tasks.knowledge.grading_rules",
+    "tasks.grading_text": "tasks.knowledge.grading_text",
+    "tasks.judge": "outer.judge",
+    "tasks.sources": "tasks.knowledge.passages",
+    "tokenizer": "models.tokenizer",
+    "verify": "runs.verify",
+}
 
 
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'seal_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"seal_jax.{_HOME[name]}"), name)
+
+
+class _Moved(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Find modules by the names in _MOVED, which the usual finders do not know any more."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        known = fullname.removeprefix("seal_jax.") in _MOVED
+        return importlib.util.spec_from_loader(fullname, self) if known else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        homes = _homes(module.__name__)
+        message = f"{module.__name__} is now {' and '.join(homes)}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        module.__getattr__ = functools.partial(_find, list(map(importlib.import_module, homes)))
+
+    def get_source(self, fullname: str) -> str:
+        """Return the program that `python -m OLD_NAME` runs."""
+        new = _homes(fullname)[0]
+        return f"import runpy\nrunpy.run_module({new!r}, run_name='__main__', alter_sys=True)"
+
+
+def _homes(fullname: str) -> list[str]:
+    return [f"seal_jax.{new}" for new in _MOVED[fullname.removeprefix("seal_jax.")].split()]
+
+
+def _find(modules: list[types.ModuleType], name: str):
+    for module in modules:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"none of {', '.join(m.__name__ for m in modules)} has {name!r}")
+
+
+sys.meta_path.append(_Moved())

@@ -6,13 +6,13 @@ they are explicit, so the loop runs under `jax.transfer_guard('disallow')`.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from seal_jax.models.config import ModelConfig, ParamRules
-from seal_jax.types import Params
+from seal_jax.types import ParamRules, Params
 
 # Logical axis -> axes of the mesh, as in the config's section `sharding`, which may have others:
 # they are a ModelConfig's `rules`. Models never name the mesh.
@@ -87,33 +87,6 @@ def auto_axes(mesh: AbstractMesh) -> set[str]:
     """Return the axes over which the compiler divides: all, but within a `shard_map`."""
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in types if kind == AxisType.Auto}
-
-
-def check_divides(mesh: Mesh, config: ModelConfig) -> None:
-    """Raise ValueError where an axis of the mesh does not divide what it is there to divide.
-
-    Fewer key and value heads than `tensor` are no mistake: they are divided within a head.
-    """
-    for logical, what, size in (
-        ("embed", "dimensions of the model", config.embed_dim),
-        ("heads", "heads", config.num_heads),
-        ("mlp", "dimensions of the MLP", config.mlp_dim),
-    ):
-        axes = mesh_axes(logical, config.rules)
-        if size % num_parts(mesh, logical, config.rules):
-            found = " x ".join(f"mesh.{axis} = {mesh.shape[axis]}" for axis in axes)
-            raise ValueError(f"{found} does not divide the {size} {what}")
-
-
-def undivided(mesh: Mesh, config: ModelConfig) -> str:
-    """Return what to say where the vocabulary, which `check_divides` lets pass, stays whole, or ''.
-
-    Vocabularies have odd sizes, and an embedding that every device has is no mistake.
-    """
-    parts, size = num_parts(mesh, "vocab", config.rules), config.vocab_size
-    if size % parts == 0:
-        return ""
-    return f"every device has the whole vocabulary: {parts} parts do not divide its {size:,} tokens"
 
 
 def param_shardings(mesh: Mesh, params: Params, rules: ParamRules = ()):
@@ -209,3 +182,19 @@ def _put_parts(leaf, sharding: NamedSharding) -> jax.Array:
 def _broadcast(prefix, tree):
     """Return `prefix` with each of its leaves repeated for the part of `tree` below it."""
     return jax.tree.map(lambda one, part: jax.tree.map(lambda _: one, part), prefix, tree)
+
+
+def shaped(tree: Any, shardings: Any) -> Any:
+    """Return the tree as ShapeDtypeStructs; `shardings` is one for all, or a tree of them."""
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
+def tree_bytes(tree: Any) -> int:
+    """Return the bytes of arrays, or of ShapeDtypeStructs with a sharding, on each device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )

@@ -27,39 +27,28 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from seal_jax import checkpoint, keys
-from seal_jax.adapters import (
-    delete_adapters,
-    drop_beyond,
-    inner_id,
-    policy_id,
-    policy_parents,
-    save_adapter,
-)
-from seal_jax.compare import compare, mean_reliability
-from seal_jax.config import diff, to_json
-from seal_jax.evaluate import Run
-from seal_jax.evidence import Evaluated, check_rewards, drop_pending, evaluate_edits
-from seal_jax.lora import merge
-from seal_jax.metrics import (
+from seal_jax import keys, sources
+from seal_jax.config.load import diff, to_json
+from seal_jax.config.setup import settings_of
+from seal_jax.hosts.console import say
+from seal_jax.hosts.files import (
     append_json,
     append_metrics,
     read_json,
     read_jsonl,
-    say,
     truncate_after,
     write_json,
     write_text,
 )
-from seal_jax.objectives import Objective, Past, Rewards, make_objective, random_em
-from seal_jax.optim import make_optimizer
-from seal_jax.peft import is_peft, load_peft
-from seal_jax.plan import describe
-from seal_jax.policy import init_train_state, make_policy_update
-from seal_jax.preemption import stop_if_told
-from seal_jax.problems import split_problems, take_problems
-from seal_jax.processes import ask_first, exchange, timeout_seconds
-from seal_jax.record import (
+from seal_jax.hosts.preemption import stop_if_told
+from seal_jax.hosts.processes import ask_first, exchange, timeout_seconds
+from seal_jax.objectives.objective import Objective, Past, Rewards, make_objective, random_em
+from seal_jax.outer.comparison import compare, mean_reliability
+from seal_jax.outer.evaluate import Run
+from seal_jax.outer.evidence import Evaluated, check_rewards, drop_pending, evaluate_edits
+from seal_jax.outer.policy import init_train_state, make_policy_update
+from seal_jax.outer.problems import split_problems, take_problems
+from seal_jax.outer.record import (
     Clock,
     held_out_metrics,
     log_edits,
@@ -70,19 +59,28 @@ from seal_jax.record import (
     trust,
     written_lengths,
 )
-from seal_jax.runs import claim_model
-from seal_jax.sharding import param_shardings, replicated, to_device, to_host
-from seal_jax.stages import (
+from seal_jax.outer.stages import (
     Stages,
     check_prompts,
     make_stages,
-    optimizer_arguments,
+    optimizer_of,
     parse,
-    place_model,
     write_edits,
 )
+from seal_jax.planning.run_estimate import describe
+from seal_jax.runs import checkpoint
+from seal_jax.runs.adapters import (
+    delete_adapters,
+    drop_beyond,
+    inner_id,
+    policy_id,
+    policy_parents,
+    save_adapter,
+)
+from seal_jax.runs.folder import claim_model
+from seal_jax.sharding import to_host
 from seal_jax.tasks.task import Exam, Problem
-from seal_jax.types import Adapters, Params, TrainState
+from seal_jax.types import Adapters, Params, Settings, TrainState
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -101,10 +99,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
       ValueError: the folder belongs to another config, or the data do not fit the config.
     """
     ask_first("workdir", lambda: check_workdir(config, workdir))
-    objective = configured_objective(config)
-    stages = make_stages(config)
+    settings = settings_of(config)
+    objective = configured_objective(settings)
+    stages = make_stages(settings)
     check_rewards(stages)
-    train_problems, eval_problems = split_problems(config, stages.task)
+    train_problems, eval_problems = split_problems(settings, stages.task)
     check_prompts(stages, [*train_problems, *eval_problems])
     claim_workdir(config, workdir)
     claim_model(workdir, stages.model, config.model.dtype)
@@ -123,17 +122,17 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         return compare(stages, arms, eval_problems, workdir, mean_reliability(rows))
 
 
-def configured_objective(config: ConfigDict) -> Objective:
+def configured_objective(settings: Settings) -> Objective:
     """Return the config's objective.
 
     Raises:
       ValueError: its options are wrong, or there are too few self-edits per problem for it.
     """
-    name = config.outer.objective
-    objective = make_objective(name, **config.outer.objective_kwargs)
-    if config.sample.num_edits < objective.min_edits:
+    name = settings.outer.objective
+    objective = make_objective(name, **settings.outer.objective_kwargs)
+    if settings.sample.num_edits < objective.min_edits:
         raise ValueError(
-            f"sample.num_edits = {config.sample.num_edits}: {name} compares the self-edits of a"
+            f"sample.num_edits = {settings.sample.num_edits}: {name} compares the self-edits of a"
             f" problem with each other and needs at least {objective.min_edits}"
         )
     return objective
@@ -156,11 +155,11 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> dict[str, 
       policy: a folder of checkpoints, a PEFT adapter of the config's model, or any model source.
     """
     ask_first("workdir", lambda: check_workdir(config, workdir))
-    stages = make_stages(config)
-    _, held_out = split_problems(config, stages.task)
+    stages = make_stages(settings_of(config))
+    _, held_out = split_problems(stages.settings, stages.task)
     with jax.transfer_guard("disallow"):
         base = stages.model.params
-        policies = {"base": base, "seal": load_policy(stages, base, policy)}
+        policies = {"base": base, "seal": load_policy(stages, policy)}
         claim_workdir(config, workdir)
         claim_policy(workdir, policy, checkpoint.tree_hash(policies["seal"]))
         return compare(stages, policies, held_out, workdir)
@@ -178,29 +177,13 @@ def claim_policy(workdir: str, policy: str, policy_hash: str) -> None:
     write_json(path, claim)
 
 
-def load_policy(stages: Stages, base: Params, policy: str) -> Params:
+def load_policy(stages: Stages, policy: str) -> Params:
     """Return the params of checkpoints or one of them, a PEFT adapter, or a model of the same
     architecture."""
-    if is_checkpoints(policy):
-        return checkpoint.restore(policy, {"policy": base})[1]["policy"]
-    folder, step = os.path.split(os.path.normpath(policy))
-    if step.isdigit() and is_checkpoints(folder):
-        return checkpoint.restore(folder, {"policy": base}, int(step))[1]["policy"]
-    if is_peft(policy):
-        adapters = to_device(load_peft(policy, stages.model.config), replicated(stages.mesh))
-        where = param_shardings(stages.mesh, base, stages.model.config.rules)
-        return jax.jit(merge, out_shardings=where)(base, adapters)
-    model = place_model(stages.config, policy, stages.mesh)
-    if model.config != stages.model.config:
-        raise ValueError(
-            f"{policy} is another architecture than {stages.config.model.source}:"
-            f" found {model.config}, expected {stages.model.config}"
-        )
-    return model.params
-
-
-def is_checkpoints(folder: str) -> bool:
-    return os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder))
+    config = stages.settings
+    return sources.load_policy(
+        policy, stages.model, config.model.source, config.model.dtype, stages.mesh
+    )
 
 
 def generate_edits(
@@ -209,11 +192,11 @@ def generate_edits(
     """Write `sample.num_edits` self-edits for each problem, to `out` as JSON lines or to stdout."""
     if out is not None and ask_first("out", lambda: os.path.exists(out)):
         raise ValueError(f"{out} exists: choose another --out")
-    stages = make_stages(config)
+    stages = make_stages(settings_of(config))
     params = stages.model.params
     if adapter is not None:
         # Of checkpoints it is not the adapter in them, which is what the last outer step added.
-        params = load_policy(stages, params, adapter)
+        params = load_policy(stages, adapter)
     batch = [(problem, None) for problem in problems]
     num_edits = config.sample.num_edits
     _, texts = write_edits(stages, params, batch, 0, num_edits, "generate")
@@ -248,8 +231,8 @@ def run_outer_loop(
       FloatingPointError: more than `outer.max_skipped` updates were not finite.
       Stopped: a process was told to end; what is saved is on disk.
     """
-    config, outer = stages.config, stages.config.outer
-    update = outer["update"]  # outer.update would be ConfigDict's method of that name
+    config, outer = stages.settings, stages.settings.outer
+    update = outer.update
     policy_update, state = make_update(stages, objective, base)
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "checkpoints")
@@ -316,8 +299,8 @@ def run_outer_loop(
 
 def make_update(stages: Stages, objective: Objective, base: Params) -> tuple[Callable, TrainState]:
     """Return the policy update that the config asks for, and the state before the first step."""
-    config, outer = stages.config, stages.config.outer.to_dict()
-    optimizer = make_optimizer(**optimizer_arguments(outer))
+    config, outer = stages.settings, stages.settings.outer._asdict()
+    optimizer = optimizer_of(config.outer)
     lora = {name: outer[name] for name in ("update", "rank", "alpha", "targets")}
     names = ("schedule", "learning_rate", "num_epochs", "batch_size", "microbatch_size")
     penalties = ("kl_coef", "kl_target", "entropy_coef")
@@ -354,14 +337,14 @@ def examine(
 
     The randomness is that of the final comparison, the same in every step.
     """
-    step, num_edits = keys.EVAL_STEP, stages.config.eval.num_edits
+    step, num_edits = keys.EVAL_STEP, stages.settings.eval.num_edits
     rollout, texts = write_edits(stages, params, problems, step, num_edits, label)
     edits = parse(stages, problems, texts)
     evaluated = evaluate_edits(
         stages, params, problems, (), rollout, edits, step, folder=folder, label=label
     )
     drop_pending(folder, step)
-    values = tabulate(edits, evaluated, stages.config.reward).values
+    values = tabulate(edits, evaluated, stages.settings.reward).values
     return held_out_metrics(values)
 
 
@@ -371,7 +354,7 @@ def keep_adapter(folder: str, parents: list[str] | None, run: Run, adapter: Adap
 
 
 def drop_adapters(
-    config: ConfigDict, folder: str, batch: Sequence, evaluated: Evaluated, advantages: np.ndarray
+    config: Settings, folder: str, batch: Sequence, evaluated: Evaluated, advantages: np.ndarray
 ) -> None:
     """Delete the adapters of inner runs that checkpoint.adapters and adapters_gb do not want."""
     what, runs = config.checkpoint.adapters, evaluated.runs

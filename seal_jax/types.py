@@ -1,4 +1,4 @@
-"""The axis letters, and the NamedTuples that cross from one stage of the loop to the next.
+"""The axis letters, the NamedTuples that cross from stage to stage, and the settings.
 
 Axis letters, used in every einsum and shape comment:
   P problems, R self-edits per problem, E seeds per self-edit, A adapters, U lanes (adapters that
@@ -7,11 +7,14 @@ Axis letters, used in every einsum and shape comment:
   vocabulary, L layers, r LoRA rank.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 Params = dict[str, Any]  # the base model or the policy: nested dict of arrays
+# Pairs of a logical axis and the mesh axes that divide it, with spaces between; see sharding.py.
+ParamRules = tuple[tuple[str, str], ...]
 
 
 class Adapters(NamedTuple):
@@ -73,3 +76,137 @@ class TrainState(NamedTuple):
     adapters: Adapters | None  # the LoRA that the last outer step merged into params; None if full
     opt_state: Any
     value_head: Params | None = None  # {'kernel': f32[D], 'bias': f32[]} where an objective has one
+
+
+# The sections of a config, key by key; config/table.py has defaults and meanings.
+
+
+class ModelSettings(NamedTuple):
+    source: str
+    dtype: str
+    attention: str
+    chat: bool  # whether prompts go through the model's chat template
+
+
+class SampleSettings(NamedTuple):
+    """How the policy writes self-edits."""
+
+    num_edits: int  # R
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    max_tokens: int
+    stop: tuple[str, ...]
+    constrained: bool
+    max_rows: int
+
+
+class AnswerSettings(NamedTuple):
+    """How adapted models answer: greedily."""
+
+    max_tokens: int
+    stop: tuple[str, ...]
+    max_rows: int
+
+
+class InnerSettings(NamedTuple):
+    """The inner loop."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    learning_rate: float
+    num_epochs: int
+    batch_size: int
+    accumulation: int
+    dropout: float
+    num_seeds: int
+    optax_name: str
+    optax_kwargs: Mapping[str, Any]
+    optimizer: Any  # learning_rate -> GradientTransformation, or None
+    schedule: str
+    warmup_steps: int
+    pad_loss: str
+    grad_clip: float
+    quantize: str
+    remat: str
+    max_adapters: int
+    tokens_per_step: int
+    steps_per_call: int
+
+
+class RewardSettings(NamedTuple):
+    """Grades to rewards."""
+
+    weights: Mapping[str, float]
+    rejected: float
+    adaptive_seeds: bool
+    num_questions: int
+    num_earlier: int
+    judge_url: str
+    judge_model: str
+    judge_tries: int
+
+
+class OuterSettings(NamedTuple):
+    """The outer loop and its policy update."""
+
+    objective: str
+    objective_kwargs: Mapping[str, Any]
+    kl_coef: float
+    kl_target: float
+    entropy_coef: float
+    max_skipped: int
+    num_steps: int
+    problems_per_step: int  # P
+    update: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    learning_rate: float
+    num_epochs: int
+    batch_size: int
+    remat: str
+    microbatch_size: int
+    optax_name: str
+    optax_kwargs: Mapping[str, Any]
+    optimizer: Any  # learning_rate -> GradientTransformation, or None
+    schedule: str
+    grad_clip: float
+
+
+class EvalSettings(NamedTuple):
+    """Held-out problems."""
+
+    num_problems: int
+    num_edits: int
+    num_seeds: int
+    every: int
+    random_control: bool
+    num_bootstrap: int
+
+
+class CheckpointSettings(NamedTuple):
+    keep: int
+    best: int
+    adapters: str
+    adapters_gb: float
+
+
+class Settings(NamedTuple):
+    """A whole config as values, past the door."""
+
+    seed: int
+    model: ModelSettings
+    task: Mapping[str, Any]  # its name, and its own fields
+    sample: SampleSettings
+    answer: AnswerSettings
+    inner: InnerSettings
+    reward: RewardSettings
+    outer: OuterSettings
+    eval: EvalSettings
+    checkpoint: CheckpointSettings
+    mesh: Mapping[str, int]
+    rules: ParamRules  # the section `sharding`

@@ -10,16 +10,17 @@ import pytest
 from collectives import replica_groups
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from seal_jax import lora
 from seal_jax.bench import aot
-from seal_jax.decode import cache_sharding
-from seal_jax.inner import batch_sharding, make_inner_update, num_shards
+from seal_jax.inner.packing import TPU_LAYOUT, pack
+from seal_jax.inner.texts import Job, text_of
+from seal_jax.inner.update import batch_sharding, make_inner_update, num_shards
+from seal_jax.models import lora
 from seal_jax.models.attention import attend
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
 from seal_jax.optim import make_optimizer
-from seal_jax.self_edit import TPU_LAYOUT, Job, pack, text_of
+from seal_jax.sampling.decode import cache_sharding
 from seal_jax.sharding import leading, param_shardings
 
 # No TPU is asked for, so neither is the cloud about it, and several processes may compile at once.

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seal_jax.self_edit import encode_text
+from seal_jax.inner.texts import encode_text
+from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.tasks.arc import voting
 from seal_jax.tasks.arc.augmentations import AUGMENTATIONS
 from seal_jax.tasks.arc.format import (
@@ -16,7 +17,6 @@ from seal_jax.tasks.arc.format import (
 )
 from seal_jax.tasks.arc.grids import ArcTask, Example, same
 from seal_jax.tasks.arc.queries import TRANSFORMS, make_queries, read_answers
-from seal_jax.tokenizer import ByteTokenizer
 
 
 def grid(rows):

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.tasks.arc.grammar import allowed_tokens, load_vocabulary, self_edit_pattern
 from seal_jax.tasks.arc.self_edit import MAX_STEPS, ArcSelfEdit, parse_self_edit
-from seal_jax.tokenizer import ByteTokenizer
 
 TOKENIZER, PATTERN = ByteTokenizer(), self_edit_pattern(MAX_STEPS)
 

@@ -12,12 +12,12 @@ import pytest
 from tiny_run import run_loop
 
 from seal_jax.bench.timing import count_compiles
-from seal_jax.cli import main
+from seal_jax.commands.main import main
 from seal_jax.config import load_config
-from seal_jax.metrics import read_jsonl
-from seal_jax.models import load_model
-from seal_jax.problems import split_problems
-from seal_jax.stages import (
+from seal_jax.config.setup import settings_of
+from seal_jax.hosts.files import read_jsonl
+from seal_jax.outer.problems import split_problems
+from seal_jax.outer.stages import (
     baseline_accuracy,
     check_prompts,
     inner_runs,
@@ -26,6 +26,7 @@ from seal_jax.stages import (
     parse,
     write_edits,
 )
+from seal_jax.sources import load_model
 from seal_jax.tasks.arc.augmentations import GROUPS
 from seal_jax.tasks.arc.small import CHOICES, self_edit_text
 from seal_jax.tasks.task import Rejected, SelfEdit
@@ -48,8 +49,8 @@ RANDOM = (
 @pytest.fixture
 def arc(one_device):
     """Return the stages of configs/arc_tiny.py with a random model, and its training problems."""
-    stages = make_stages(load_config(CONFIG, RANDOM))
-    return stages, split_problems(stages.config, stages.task)[0]
+    stages = make_stages(settings_of(load_config(CONFIG, RANDOM)))
+    return stages, split_problems(stages.settings, stages.task)[0]
 
 
 def settings(count):
@@ -103,17 +104,17 @@ def test_the_ledger_tells_settings_apart(arc, tmp_path):
 
 def test_one_long_text_takes_no_more_than_its_budget(arc):
     stages, problems = arc
-    config = stages.config
+    config = stages.settings
     longest = longest_row(stages, problems[:3])
-    assert longest == config.inner.batch_size * config.task.max_tokens
+    assert longest == config.inner.batch_size * config.task["max_tokens"]
     for problem, _ in problems[:3]:
         texts = stages.task.passage_only(problem).training_texts
         assert max(len(stages.encode(text, True).tokens) for text in texts) <= 192
 
 
 def test_texts_beyond_the_model_are_refused_at_the_door(one_device):
-    stages = make_stages(load_config(CONFIG, [*RANDOM, "task.max_tokens=1025"]))
-    problems, _ = split_problems(stages.config, stages.task)
+    stages = make_stages(settings_of(load_config(CONFIG, [*RANDOM, "task.max_tokens=1025"])))
+    problems, _ = split_problems(stages.settings, stages.task)
     with pytest.raises(ValueError, match="task.max_tokens = 1,025: expected at most 1,024"):
         check_prompts(stages, problems)
 
@@ -121,8 +122,8 @@ def test_texts_beyond_the_model_are_refused_at_the_door(one_device):
 def test_constrained_self_edits_are_all_valid(one_device):
     pytest.importorskip("llguidance")
     options = [*RANDOM, "sample.constrained=True", "sample.max_tokens=320"]
-    stages = make_stages(load_config(CONFIG, options))
-    batch = split_problems(stages.config, stages.task)[0][:2]
+    stages = make_stages(settings_of(load_config(CONFIG, options)))
+    batch = split_problems(stages.settings, stages.task)[0][:2]
     with jax.transfer_guard("disallow"):
         _, texts = write_edits(stages, stages.model.params, batch, 0, 3, "constrained")
     edits = [edit for row in parse(stages, batch, texts) for edit in row]
@@ -133,7 +134,7 @@ def test_constrained_self_edits_are_all_valid(one_device):
 def test_only_a_task_with_a_grammar_can_be_constrained(one_device):
     tiny = str(Path(__file__).parent / "tiny_config.py")
     with pytest.raises(ValueError, match="self-edits of task 'facts' have no grammar"):
-        make_stages(load_config(tiny, ["sample.constrained=True"]))
+        make_stages(settings_of(load_config(tiny, ["sample.constrained=True"])))
 
 
 def test_unknown_tiny_model():
@@ -150,7 +151,7 @@ def test_a_step_is_logged_without_hundreds_of_texts(one_device, tmp_path):
     assert all(row["num_training_texts"] == 0 and row["training_texts"] == [] for row in rows)
     (metrics,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert metrics["edits/rejected"] == 4
-    problems, _ = split_problems(stages.config, stages.task)
+    problems, _ = split_problems(stages.settings, stages.task)
     with jax.transfer_guard("disallow"):
         assert baseline_accuracy(stages, stages.model.params, problems[:2]) == [0.0, 0.0]
 
@@ -160,7 +161,7 @@ def test_the_policy_learns_to_choose_settings_that_work(tmp_path):
     """A run of configs/arc_tiny.py as it is, as a user would start it."""
     # Compiling with optimizations takes longer, and minutes of computing less.
     environment = {name: os.environ[name] for name in os.environ if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "seal_jax.cli", "train", "--config", CONFIG]
+    command = [sys.executable, "-m", "seal_jax.commands", "train", "--config", CONFIG]
     command += ["--workdir", str(tmp_path / "run")]
     run = subprocess.run(command, env=environment | {"HOME": str(tmp_path)}, capture_output=True)
     assert run.returncode == 0, run.stderr.decode()

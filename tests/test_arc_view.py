@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from seal_jax.cli import main
+from seal_jax.commands.main import main
 
 TASK = {
     "train": [{"input": [[1, 0]], "output": [[0, 1]]}],

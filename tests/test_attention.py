@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from seal_jax import lora
-from seal_jax.inner import lane_losses, make_inner_update
+from seal_jax.inner.update import lane_losses, make_inner_update
+from seal_jax.models import lora
 from seal_jax.models.attention import (
     _choose,
     attend,

@@ -8,9 +8,9 @@ import pytest
 
 from seal_jax.bench import inner, sample
 from seal_jax.bench.timing import TooLarge, interleave, matmul_params
-from seal_jax.cli import main
-from seal_jax.models import load_model
-from seal_jax.self_edit import row_length
+from seal_jax.commands.main import main
+from seal_jax.inner.texts import row_length
+from seal_jax.sources import load_model
 
 
 @pytest.fixture(scope="module")

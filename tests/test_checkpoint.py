@@ -18,8 +18,8 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from seal_jax import checkpoint
-from seal_jax.checkpoint import CheckpointError, make_manager, restore, save, tree_hash, wait
+from seal_jax.runs import checkpoint
+from seal_jax.runs.checkpoint import CheckpointError, make_manager, restore, save, tree_hash, wait
 
 pytest_plugins = ["tiny_fixtures"]
 

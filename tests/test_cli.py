@@ -8,10 +8,10 @@ import sys
 import pytest
 from tiny_run import CONFIG, TESTS, train_arguments
 
-from seal_jax import cli
-from seal_jax.metrics import read_jsonl
-from seal_jax.models import TINY
+from seal_jax.commands import main as cli
+from seal_jax.hosts.files import read_jsonl
 from seal_jax.models.config import config_to_hf
+from seal_jax.models.known import TINY
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -62,7 +62,7 @@ def test_a_bad_override_names_key_value_and_what_is_allowed(tmp_path, capsys, ov
 
 def test_a_bad_config_stops_before_jax_is_imported(tmp_path):
     program = (
-        "import sys; from seal_jax.cli import main; code = main(sys.argv[1:]);"
+        "import sys; from seal_jax.commands.main import main; code = main(sys.argv[1:]);"
         "assert 'jax' not in sys.modules; sys.exit(code)"
     )
     arguments = train_arguments(tmp_path / "run", "inner.lerning_rate=1")

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from seal_jax import compare
-from seal_jax.rewards import Outcome
+from seal_jax.outer import comparison as compare
+from seal_jax.outer.rewards import Outcome
 from seal_jax.tasks.task import Exam, Problem, Question, Rejected, SelfEdit
 
 

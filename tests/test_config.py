@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from seal_jax import config as config_lib
-from seal_jax.config import ConfigError, default_config, load_config, validate
-from seal_jax.config_table import FIELDS
+from seal_jax.config import load as config_lib
+from seal_jax.config.load import ConfigError, default_config, load_config, validate
+from seal_jax.config.table import FIELDS
 from seal_jax.tasks import make_task
 
 HEADER = """

@@ -12,8 +12,11 @@ import pytest
 from loopback import finish, launch
 from tiny_run import CONFIG, TESTS
 
-from seal_jax import cli, doctor, processes, start
-from seal_jax.config import load_config, to_json
+from seal_jax.commands import doctor
+from seal_jax.commands import main as cli
+from seal_jax.config.load import load_config, to_json
+from seal_jax.hosts import processes
+from seal_jax.hosts import start_jax as start
 
 DOCTOR = [sys.executable, str(TESTS / "tiny_run.py"), "doctor", "--config", CONFIG]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from seal_jax.draw import Settings, draw, make_settings
+from seal_jax.sampling.draw import Settings, draw, make_settings
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 from tiny_run import CONFIG, TESTS, run_loop, train_arguments
 
-from seal_jax import adapters, checkpoint, cli, lora
+from seal_jax.commands import main as cli
 from seal_jax.config import load_config
-from seal_jax.evaluate import Run
-from seal_jax.evidence import Evaluated
-from seal_jax.metrics import read_jsonl
-from seal_jax.models import load_model
+from seal_jax.hosts.files import read_jsonl
+from seal_jax.models import lora
 from seal_jax.models.transformer import forward
 from seal_jax.models.weights import save_safetensors
-from seal_jax.rewards import Outcome
-from seal_jax.runs import claim_model
-from seal_jax.sample import write_self_edits
+from seal_jax.outer.evaluate import Run
+from seal_jax.outer.evidence import Evaluated
+from seal_jax.outer.rewards import Outcome
+from seal_jax.runs import adapters, checkpoint
+from seal_jax.runs.folder import claim_model
+from seal_jax.sampling.written import write_self_edits
+from seal_jax.sources import load_model
 from seal_jax.tasks.task import Exam, Problem
 from seal_jax.train import claim_workdir, drop_adapters
 

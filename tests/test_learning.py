@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from tiny_run import run_process
 
-from seal_jax import cli
 from seal_jax.bench import facts_model, learning
-from seal_jax.models import load_model
+from seal_jax.commands import main as cli
+from seal_jax.models.tokenizer import ByteTokenizer
+from seal_jax.sources import load_model
 from seal_jax.tasks.facts import Facts
 from seal_jax.tasks.task import SelfEdit
-from seal_jax.tokenizer import ByteTokenizer
 
 pytest_plugins = ["tiny_fixtures"]
 

@@ -18,9 +18,9 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seal_jax.models import TINY, load_model, placing, weights
+from seal_jax.models import placing, weights
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.known import KNOWN, config_of
+from seal_jax.models.known import KNOWN, TINY
 from seal_jax.models.names import param_table
 from seal_jax.models.tensor_file import (
     BLOCK_BYTES,
@@ -30,9 +30,10 @@ from seal_jax.models.tensor_file import (
     read_slice,
     write_file,
 )
+from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.models.weights import load_safetensors, save_safetensors
 from seal_jax.sharding import make_mesh, param_shardings
-from seal_jax.tokenizer import ByteTokenizer
+from seal_jax.sources import config_of, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPE_NAMES = [str(dtype) for dtype in DTYPES.values()]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seal_jax import lora
+from seal_jax.models import lora
 from seal_jax.models.transformer import forward
 
 pytestmark = pytest.mark.usefixtures("strict")

@@ -9,25 +9,24 @@ import pytest
 from tiny_run import CONFIG as TINY_CONFIG
 from tiny_run import run_loop
 
-from seal_jax.config import ConfigError, load_config
-from seal_jax.inner import batch_sharding, make_inner_update, num_shards
-from seal_jax.lora import init_adapters
-from seal_jax.memory import (
-    device_bytes,
+from seal_jax.config.load import ConfigError, load_config
+from seal_jax.config.setup import settings_of
+from seal_jax.hosts.files import read_jsonl
+from seal_jax.hosts.memory import device_bytes
+from seal_jax.inner.population import (
     empty_batch,
     fit_adapters,
     largest_shapes,
     make_at_once,
     program_bytes,
-    shaped,
-    tree_bytes,
 )
-from seal_jax.metrics import read_jsonl
+from seal_jax.inner.update import batch_sharding, make_inner_update, num_shards
+from seal_jax.models.lora import init_adapters
 from seal_jax.optim import make_optimizer
-from seal_jax.plan import describe
-from seal_jax.problems import split_problems
-from seal_jax.sharding import leading, make_mesh, param_shardings
-from seal_jax.stages import make_stages
+from seal_jax.outer.problems import split_problems
+from seal_jax.outer.stages import make_stages
+from seal_jax.planning.run_estimate import describe
+from seal_jax.sharding import leading, make_mesh, param_shardings, shaped, tree_bytes
 
 pytest_plugins = ["tiny_fixtures"]
 # Every test below waits for a compiler: one layer, and often the smallest optimizer.
@@ -182,8 +181,8 @@ def test_a_run_that_counts_for_itself_gives_what_a_fixed_number_gives(
     finished, one_device, tmp_path, capsys
 ):
     config = load_config(TINY_CONFIG, ("inner.max_adapters=-1", "outer.num_steps=1"))
-    stages = make_stages(config)
-    problems = split_problems(config, stages.task)
+    stages = make_stages(settings_of(config))
+    problems = split_problems(stages.settings, stages.task)
     assert "8 inner runs, up to 8 at once" in describe(stages, *problems)
     assert "inner loop: 8 adapters at once" in capsys.readouterr().out
     run_loop(config, tmp_path)

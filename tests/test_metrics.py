@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from seal_jax import metrics
+from seal_jax.hosts import files as metrics
 
 
 def test_metrics_round_trip_and_nonfinite_is_null(tmp_path):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from one_device import one_device_mesh
 
-from seal_jax import lora
-from seal_jax.draw import make_settings
+from seal_jax.models import lora
 from seal_jax.models.config import config_from_hf, config_to_hf
 from seal_jax.models.transformer import forward, hidden_states, token_logp
 from seal_jax.models.weights import load_folder_config, load_safetensors, save_safetensors
-from seal_jax.peft import load_peft, save_peft
-from seal_jax.sample import generate
+from seal_jax.runs.peft import load_peft, save_peft
+from seal_jax.sampling.draw import make_settings
+from seal_jax.sampling.generate import generate
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seal_jax import config_table
-from seal_jax.objectives import (
+from seal_jax.config import table as config_table
+from seal_jax.objectives.objective import (
     AVERAGES,
     OBJECTIVES,
     Gae,

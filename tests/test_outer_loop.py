@@ -10,11 +10,11 @@ import pytest
 from judge_server import GOOD, completion
 from tiny_run import CONFIG, run_loop
 
-from seal_jax import cli
+from seal_jax.commands import main as cli
 from seal_jax.config import load_config
-from seal_jax.metrics import read_jsonl
+from seal_jax.hosts.files import read_jsonl
 from seal_jax.tasks.facts import Facts
-from seal_jax.tasks.knowledge import Knowledge
+from seal_jax.tasks.knowledge.task import Knowledge
 from seal_jax.tasks.task import Problem, Question
 
 pytest_plugins = ["tiny_fixtures", "judge_server"]

@@ -1,4 +1,4 @@
-"""Checks on the package's own passages: seal_jax/tasks/passages.json."""
+"""Checks on the package's own passages: seal_jax/tasks/knowledge/passages.json."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).resolve().parents[1] / "seal_jax" / "tasks" / "passages.json"
+PATH = Path(__file__).resolve().parents[1] / "seal_jax" / "tasks" / "knowledge" / "passages.json"
 DATA = json.loads(PATH.read_text(encoding="utf-8"))
 TRAIN, EVAL = DATA["train"], DATA["eval"]
 PASSAGES = TRAIN + EVAL

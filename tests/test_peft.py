@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from seal_jax import lora
-from seal_jax.inner import make_inner_update
+from seal_jax.inner.packing import Layout, pack
+from seal_jax.inner.texts import make_job, text_of
+from seal_jax.inner.update import make_inner_update
+from seal_jax.models import lora
 from seal_jax.models.weights import save_safetensors
 from seal_jax.optim import make_optimizer
-from seal_jax.self_edit import Layout, make_job, pack, text_of
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from seal_jax import lora, peft
+from seal_jax.models import lora
 from seal_jax.models.transformer import forward
 from seal_jax.models.weights import save_safetensors
+from seal_jax.runs import peft
 
 CONFIGS = {
     "list": {"target_modules": ["q_proj", "v_proj"]},

@@ -9,13 +9,14 @@ import pytest
 from conftest import TINY
 from one_device import one_device_mesh
 
-from seal_jax import lora
-from seal_jax.draw import make_settings
-from seal_jax.inner import make_inner_update
+from seal_jax.inner.packing import TPU_LAYOUT, pack
+from seal_jax.inner.texts import Job, text_of
+from seal_jax.inner.update import make_inner_update
+from seal_jax.models import lora
 from seal_jax.models.transformer import apply_rope, init_params, rope_tables
 from seal_jax.optim import make_optimizer
-from seal_jax.sample import generate
-from seal_jax.self_edit import TPU_LAYOUT, Job, pack, text_of
+from seal_jax.sampling.draw import make_settings
+from seal_jax.sampling.generate import generate
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 PROMPTS = [list(range(3, 12)), list(range(20, 40))]

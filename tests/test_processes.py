@@ -10,8 +10,9 @@ from loopback import finish, launch
 from test_train import assert_same_run
 from tiny_run import TESTS, run_process, train_arguments
 
-from seal_jax import checkpoint, processes
-from seal_jax.metrics import read_jsonl
+from seal_jax.hosts import processes
+from seal_jax.hosts.files import read_jsonl
+from seal_jax.runs import checkpoint
 from seal_jax.sharding import leading, make_mesh
 
 pytest_plugins = ["tiny_fixtures"]

@@ -13,19 +13,19 @@ from one_device import one_device_mesh
 from tiny_run import CONFIG as TINY_CONFIG
 from tiny_run import run_loop
 
-from seal_jax import lora
 from seal_jax.config import load_config
-from seal_jax.config_table import FIELDS
-from seal_jax.draw import make_settings
-from seal_jax.inner import inner_step, lane_losses, make_inner_update
-from seal_jax.metrics import read_jsonl
-from seal_jax.models import load_model
+from seal_jax.config.table import FIELDS
+from seal_jax.hosts.files import read_jsonl
+from seal_jax.inner.update import inner_step, lane_losses, make_inner_update
+from seal_jax.models import lora
 from seal_jax.models.config import ATTENTIONS, REMATS
 from seal_jax.models.quantize import LEVELS, QUANTIZATIONS, quantize_params, take_rows
 from seal_jax.models.transformer import forward, init_params
 from seal_jax.optim import make_optimizer
-from seal_jax.sample import generate
+from seal_jax.sampling.draw import make_settings
+from seal_jax.sampling.generate import generate
 from seal_jax.sharding import leading, make_mesh, param_shardings, replicated, to_device
+from seal_jax.sources import load_model
 from seal_jax.types import Adapters, InnerBatch, InnerState
 
 qwix = pytest.importorskip("qwix")

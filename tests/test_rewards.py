@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seal_jax.reliability import reliability, seed_rounds
-from seal_jax.rewards import EARLIER, OWN, REWARDS, Evidence, Outcome, copying, reward_of
+from seal_jax.outer.reliability import reliability, seed_rounds
+from seal_jax.outer.rewards import EARLIER, OWN, REWARDS, Evidence, Outcome, copying, reward_of
 
 NAN = float("nan")
 

@@ -11,16 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from one_device import one_device_mesh
 
-from seal_jax import cache_plan, lora, sample
 from seal_jax.bench.peft_peer import torch_model
 from seal_jax.bench.timing import count_compiles
-from seal_jax.cache_plan import check_lengths
-from seal_jax.decode import decode, no_rows
-from seal_jax.draw import make_settings
-from seal_jax.models import load_model
+from seal_jax.models import lora
 from seal_jax.models.transformer import forward
-from seal_jax.sample import generate, make_stop, text_before, texts_of, write_self_edits
-from seal_jax.tasks.sources import load_problems
+from seal_jax.sampling import cache_plan
+from seal_jax.sampling import generate as sample
+from seal_jax.sampling.cache_plan import check_lengths
+from seal_jax.sampling.decode import decode, no_rows
+from seal_jax.sampling.draw import make_settings
+from seal_jax.sampling.generate import generate
+from seal_jax.sampling.written import make_stop, text_before, texts_of, write_self_edits
+from seal_jax.sources import load_model
+from seal_jax.tasks.knowledge.passages import load_problems
 
 pytestmark = pytest.mark.usefixtures("strict")
 

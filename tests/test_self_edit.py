@@ -9,22 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seal_jax import self_edit
-from seal_jax.self_edit import (
-    BUCKETS,
-    LONGEST,
-    Job,
-    Layout,
-    Text,
-    bucket_of,
-    make_job,
-    pack,
-    row_length,
-    schedule,
-    text_of,
-    useful_tokens,
-)
-from seal_jax.tasks.knowledge import training_sequences
+from seal_jax.inner import packing as self_edit
+from seal_jax.inner.packing import LONGEST, Layout, pack, schedule, useful_tokens
+from seal_jax.inner.texts import Job, Text, make_job, row_length, text_of
+from seal_jax.models.lengths import BUCKETS, bucket_of
+from seal_jax.tasks.knowledge.task import training_sequences
 
 LAYOUT = Layout((16, 32, 64))  # array rows as short as the tests' texts
 SMALL_CHUNKS = LAYOUT._replace(chunk=5, slots=1.5)

@@ -13,25 +13,29 @@ from one_device import one_device_mesh
 from tiny_run import CONFIG as TINY_CONFIG
 from tiny_run import run_loop
 
-from seal_jax import keys, lora, sharding
+from seal_jax import keys, sharding
 from seal_jax.bench.timing import count_compiles
-from seal_jax.cache_plan import make_plan
 from seal_jax.config import load_config
-from seal_jax.draw import make_settings
-from seal_jax.evaluate import answer, mean_logp
-from seal_jax.inner import batch_sharding, make_inner_update, num_shards
-from seal_jax.metrics import read_jsonl
-from seal_jax.models import Model
+from seal_jax.config.setup import settings_of
+from seal_jax.hosts.files import read_jsonl
+from seal_jax.inner.packing import Layout, job_losses, pack
+from seal_jax.inner.texts import make_job, text_of
+from seal_jax.inner.update import batch_sharding, make_inner_update, num_shards
+from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
+from seal_jax.models.divisible import check_divides
+from seal_jax.models.model import Model
+from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.models.transformer import forward, init_params
-from seal_jax.objectives import make_objective
+from seal_jax.objectives.objective import make_objective
 from seal_jax.optim import make_optimizer
-from seal_jax.policy import init_train_state, make_policy_update
-from seal_jax.sample import generate
-from seal_jax.self_edit import Layout, job_losses, make_job, pack, text_of
-from seal_jax.sharding import check_divides, leading, make_mesh, param_shardings, to_device, to_host
-from seal_jax.stages import place_model
-from seal_jax.tokenizer import ByteTokenizer
+from seal_jax.outer.evaluate import answer, mean_logp
+from seal_jax.outer.policy import init_train_state, make_policy_update
+from seal_jax.outer.stages import place_model
+from seal_jax.sampling.cache_plan import make_plan
+from seal_jax.sampling.draw import make_settings
+from seal_jax.sampling.generate import generate
+from seal_jax.sharding import leading, make_mesh, param_shardings, to_device, to_host
 from seal_jax.types import Rollout
 
 pytest_plugins = ["tiny_fixtures"]
@@ -221,7 +225,7 @@ def test_who_shares_a_base_does_the_same_work_on_fewer_devices(model, sizes):
 def test_the_configs_rules_place_the_model():
     config = load_config(TINY_CONFIG, ("mesh.fsdp=2", "mesh.tensor=2", "sharding.heads="))
     mesh = make_mesh(**config.mesh)
-    layer = place_model(config, config.model.source, mesh).params["layers_0"]
+    layer = place_model(settings_of(config), config.model.source, mesh).params["layers_0"]
     assert layer["attn"]["q_proj"]["kernel"].sharding.spec == PartitionSpec("fsdp", None)
     assert layer["mlp"]["up_proj"]["kernel"].sharding.spec == PartitionSpec("fsdp", "tensor")
 

@@ -9,16 +9,18 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from tiny_run import CONFIG
 
-from seal_jax import cli, slice_plan
-from seal_jax.chips import CHIPS, find_slice
+from seal_jax.commands import main as cli
 from seal_jax.config import load_config
-from seal_jax.count import collective_bytes, executed, moved_bytes, product_flops
-from seal_jax.models import TINY
+from seal_jax.config.setup import settings_of
 from seal_jax.models.config import config_to_hf
-from seal_jax.models.known import KNOWN, config_of
+from seal_jax.models.known import KNOWN, TINY
 from seal_jax.models.transformer import init_params
-from seal_jax.programs import Lengths, Program, model_shapes, programs
+from seal_jax.planning import slice_plan
+from seal_jax.planning.chips import CHIPS, find_slice
+from seal_jax.planning.program_costs import collective_bytes, executed, moved_bytes, product_flops
+from seal_jax.planning.stage_programs import Lengths, Program, model_shapes, programs
 from seal_jax.sharding import make_mesh, replicated
+from seal_jax.sources import config_of
 
 pytest_plugins = ["tiny_fixtures"]
 SMALL = ("inner.steps_per_call=1", "sample.max_tokens=8", "outer.batch_size=2")
@@ -194,11 +196,11 @@ def test_without_libtpu_a_slice_is_one_message():
 def costs():
     """Return what the tiny config's programs cost on eight CPU devices, by name."""
     config, mesh = load_config(CONFIG, SMALL), make_mesh(fsdp=2)
-    model = model_shapes(config, config_of(config.model.source), mesh)
+    model = model_shapes(settings_of(config), config_of(config.model.source), mesh)
     chip = CHIPS["v5e"]
     return {
         program.name: slice_plan.measure(program, mesh, chip, 1e6)
-        for program in programs(config, model, mesh, SHORT)
+        for program in programs(settings_of(config), model, mesh, SHORT)
     }
 
 
@@ -239,9 +241,9 @@ def test_every_program_does_half_on_twice_the_devices(sizes):
     for data in (1, 2):
         config = load_config(CONFIG, (*SMALL, *wide, *sizes, f"mesh.data={data}"))
         mesh = make_mesh(**config.mesh, devices=jax.devices()[: 4 * data])
-        model = model_shapes(config, config_of(config.model.source), mesh)
+        model = model_shapes(settings_of(config), config_of(config.model.source), mesh)
         flops.append({})
-        for program in programs(config, model, mesh, SHORT):
+        for program in programs(settings_of(config), model, mesh, SHORT):
             with jax.set_mesh(mesh):
                 flops[-1][program.name] = program.lower().compile().cost_analysis()["flops"]
     one, two = flops
@@ -276,8 +278,10 @@ def test_what_every_device_repeats_counts_for_each(axis):
 
 def test_a_row_more_needs_a_cache_more(one_device):
     config = load_config(CONFIG)
-    model = model_shapes(config, TINY, one_device)
-    decode = next(p for p in programs(config, model, one_device, Lengths()) if p.name == "decode")
+    model = model_shapes(settings_of(config), TINY, one_device)
+    decode = next(
+        p for p in programs(settings_of(config), model, one_device, Lengths()) if p.name == "decode"
+    )
     kv_heads, head_dim, slots = TINY.num_kv_heads, TINY.head_dim, 768 + config.sample.max_tokens
     assert decode.each > 2 * TINY.num_layers * kv_heads * head_dim * slots * 4
 
@@ -319,8 +323,10 @@ def test_writing_compiles_for_a_slice(topology):
     chip, devices = find_slice(topology)
     config, mesh = load_config(CONFIG, SMALL), make_mesh(devices=devices)
     assert mesh.size == 4
-    model = model_shapes(config, config_of(config.model.source), mesh)
-    (program,) = [x for x in programs(config, model, mesh, SHORT) if x.name == "prefill"]
+    model = model_shapes(settings_of(config), config_of(config.model.source), mesh)
+    (program,) = [
+        x for x in programs(settings_of(config), model, mesh, SHORT) if x.name == "prefill"
+    ]
     cost = slice_plan.measure(program, mesh, chip, 0)
     assert 1.5e6 < cost.memory["arguments"] < 2e6  # 0.4 M parameters in float32
 

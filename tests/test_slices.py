@@ -8,10 +8,11 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from seal_jax.config import load_config
-from seal_jax.models.known import config_of
-from seal_jax.programs import Lengths
-from seal_jax.sharding import check_divides
-from seal_jax.slice_plan import plan_slice
+from seal_jax.config.setup import settings_of
+from seal_jax.models.divisible import check_divides
+from seal_jax.planning.slice_plan import plan_slice
+from seal_jax.planning.stage_programs import Lengths
+from seal_jax.sources import config_of
 
 AXES = ("data", "fsdp", "tensor")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -36,7 +37,7 @@ def slices():
 def test_a_config_fits_the_slices_that_it_names(path, name, overrides):
     pytest.importorskip("libtpu")
     config = load_config(str(path), overrides)
-    lines, complaints = plan_slice(config, name, LENGTHS.get(path.stem, Lengths()))
+    lines, complaints = plan_slice(settings_of(config), name, LENGTHS.get(path.stem, Lengths()))
     print("\n".join(lines))
     assert not complaints
 

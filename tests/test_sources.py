@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from seal_jax.tasks.sources import load_passages, load_problems, make_problem
+from seal_jax.tasks.knowledge.passages import load_passages, load_problems, make_problem
 from seal_jax.tasks.task import Exam, Problem, Question, join_shares
 
 LAKE = {

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seal_jax.gguf_tokenizer import gguf_tokenizer
 from seal_jax.models.gguf import gguf_metadata, open_gguf
+from seal_jax.models.gguf_tokenizer import gguf_tokenizer
 from seal_jax.models.packages import packaged_gguf
-from seal_jax.tokenizer import ByteTokenizer, HFTokenizer, load_tokenizer
+from seal_jax.models.tokenizer import ByteTokenizer, HFTokenizer, load_tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"

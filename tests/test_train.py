@@ -10,16 +10,17 @@ import optax
 import pytest
 from tiny_run import CONFIG, run_loop, run_process, train_arguments
 
-from seal_jax import adapters, checkpoint, cli
-from seal_jax.config import load_config, to_json
-from seal_jax.evidence import Evaluated
-from seal_jax.metrics import read_jsonl
-from seal_jax.models import load_model
-from seal_jax.optim import make_optimizer
-from seal_jax.policy import init_train_state
-from seal_jax.record import tabulate, why
-from seal_jax.rewards import Evidence, Outcome
-from seal_jax.stages import make_stages, optimizer_arguments
+from seal_jax.commands import main as cli
+from seal_jax.config.load import load_config, to_json
+from seal_jax.config.setup import settings_of
+from seal_jax.hosts.files import read_jsonl
+from seal_jax.outer.evidence import Evaluated
+from seal_jax.outer.policy import init_train_state
+from seal_jax.outer.record import tabulate, why
+from seal_jax.outer.rewards import Evidence, Outcome
+from seal_jax.outer.stages import make_stages, optimizer_of
+from seal_jax.runs import adapters, checkpoint
+from seal_jax.sources import load_model
 from seal_jax.tasks.task import Rejected, SelfEdit
 from seal_jax.train import train
 
@@ -52,12 +53,12 @@ def without_times(rows):
 def restore_final(folder, *overrides):
     """Return the pytrees of the newest checkpoint: policy, opt_state, and adapters if there are."""
     config = load_config(CONFIG, overrides)
-    stages, outer = make_stages(config), config.outer
+    stages, outer = make_stages(settings_of(config)), config.outer
     base = stages.model.params
     state = init_train_state(
         stages.model.config,
         base,
-        make_optimizer(**optimizer_arguments(outer.to_dict())),
+        optimizer_of(stages.settings.outer),
         mesh=stages.mesh,
         update=outer["update"],
         rank=outer.rank,
@@ -321,7 +322,10 @@ def test_one_seed_that_overflows_rejects_its_self_edit_and_no_other():
         for found, edit in zip((seeds[:2], seeds[2:], []), edits[0], strict=True)
     ]
     evaluated = Evaluated([evidence], [], outcomes, [0.0])
-    rewards = tabulate(edits, evaluated, {"weights": {"accuracy": 1.0}, "rejected": -1.0})
+    reward = settings_of(load_config(CONFIG)).reward._replace(
+        weights={"accuracy": 1.0}, rejected=-1.0
+    )
+    rewards = tabulate(edits, evaluated, reward)
     np.testing.assert_array_equal(rewards.values, [[-1.0, 0.25, -1.0]])
     np.testing.assert_array_equal(rewards.keepable, [[False, True, False]])
     assert why(edit, seeds[:2], False).startswith("not finite")

@@ -7,8 +7,8 @@ import subprocess
 from test_train import assert_same_run
 from tiny_run import run_process, train_arguments
 
-from seal_jax import cli
-from seal_jax.verify import verify_run
+from seal_jax.commands import main as cli
+from seal_jax.runs.verify import verify_run
 
 pytest_plugins = ["tiny_fixtures"]
 

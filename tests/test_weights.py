@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from seal_jax.models import TINY, load_model
 from seal_jax.models.config import ModelConfig, RopeScaling, config_from_hf, config_to_hf
+from seal_jax.models.known import TINY
 from seal_jax.models.names import param_table
 from seal_jax.models.placing import build_params
+from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.models.weights import (
     load_folder_config,
     load_safetensors,
     save_safetensors,
 )
-from seal_jax.tokenizer import ByteTokenizer
+from seal_jax.sources import load_model
 
 CONFIG = ModelConfig(
     vocab_size=32, num_layers=2, embed_dim=12, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=20

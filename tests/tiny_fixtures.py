@@ -8,8 +8,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tiny_run import run_process, train_arguments
 
-from seal_jax import stages
-from seal_jax.start import start_jax
+from seal_jax.hosts.start_jax import start_jax
+from seal_jax.outer import stages
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -34,7 +34,8 @@ def hide_torch() -> None:
 
 def before_line(file: str, line: int, happens) -> None:
     """Let something happen before that line (counted from 1) enters the file."""
-    from seal_jax import evaluate, metrics, record
+    from seal_jax.hosts import files as metrics
+    from seal_jax.outer import evaluate, record
 
     num_lines = 0  # of those that this process has; of several, the first alone writes
 
@@ -51,7 +52,7 @@ def before_line(file: str, line: int, happens) -> None:
 
 
 def _count_lines(path) -> int:
-    from seal_jax import metrics
+    from seal_jax.hosts import files as metrics
 
     return len(metrics.read_jsonl(path)) if os.path.exists(path) else 0
 
@@ -65,7 +66,7 @@ def fill_disk(file: str, left: int = 100_000) -> None:
 
 def main() -> int:
     hide_torch()
-    from seal_jax.cli import main as seal_jax
+    from seal_jax.commands.main import main as seal_jax
 
     for name, happens in {
         "KILL": lambda file: os.kill(os.getpid(), signal.SIGKILL),
@@ -113,12 +114,13 @@ def run_loop(config, folder):
     """Run the outer loop in this process, without the final comparison; returns its stages."""
     import jax
 
-    from seal_jax.problems import split_problems
-    from seal_jax.stages import make_stages
+    from seal_jax.config.setup import settings_of
+    from seal_jax.outer.problems import split_problems
+    from seal_jax.outer.stages import make_stages
     from seal_jax.train import configured_objective, run_outer_loop
 
-    stages, objective = make_stages(config), configured_objective(config)
-    problems, held_out = split_problems(stages.config, stages.task)
+    stages, objective = make_stages(settings_of(config)), configured_objective(settings_of(config))
+    problems, held_out = split_problems(stages.settings, stages.task)
     with jax.transfer_guard("disallow"):
         base = stages.model.params
         run_outer_loop(

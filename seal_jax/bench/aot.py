@@ -26,18 +26,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from seal_jax import lora
 from seal_jax.bench.timing import matmul_params
-from seal_jax.count import cycles_of, executed
-from seal_jax.decode import decode, prefill, rows_shapes
-from seal_jax.inner import batch_sharding, make_inner_update
-from seal_jax.memory import shaped
+from seal_jax.inner.packing import TPU_LAYOUT, pack, useful_tokens
+from seal_jax.inner.texts import Job, text_of
+from seal_jax.inner.update import batch_sharding, make_inner_update
+from seal_jax.models import lora
 from seal_jax.models.config import LINEARS, ModelConfig
 from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
 from seal_jax.optim import make_optimizer
-from seal_jax.self_edit import TPU_LAYOUT, Job, pack, text_of, useful_tokens
-from seal_jax.sharding import leading, param_shardings, replicated
+from seal_jax.planning.program_costs import cycles_of, executed
+from seal_jax.sampling.decode import decode, prefill, rows_shapes
+from seal_jax.sharding import leading, param_shardings, replicated, shaped
 from seal_jax.types import InnerBatch
 
 QWEN_7B = ModelConfig(

@@ -13,11 +13,17 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from seal_jax.models import TINY
-from seal_jax.pretrain import Batch, Document, pad_documents, pretrain, pretrained_folder
+from seal_jax.models.known import TINY
+from seal_jax.models.tokenizer import ByteTokenizer
+from seal_jax.models.toys.pretrain import (
+    Batch,
+    Document,
+    pad_documents,
+    pretrain,
+    pretrained_folder,
+)
 from seal_jax.tasks.facts import ATTRIBUTES, Facts, facts_of
 from seal_jax.tasks.task import Problem
-from seal_jax.tokenizer import ByteTokenizer
 
 NUM_STEPS, NUM_ROWS, LENGTH = 350, 32, 168
 

@@ -32,23 +32,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from seal_jax import keys, lora
+from seal_jax import keys
 from seal_jax.bench.peft_peer import has_peft, make_peft_steps
 from seal_jax.bench.timing import base_dtypes, interleave, machine, matmul, matmul_params, profiled
-from seal_jax.inner import make_inner_update
-from seal_jax.models import Model, load_model
+from seal_jax.inner.packing import pack, schedule, useful_tokens
+from seal_jax.inner.texts import PADDED, Job, make_job, num_trained, text_of
+from seal_jax.inner.update import make_inner_update
+from seal_jax.models import lora
+from seal_jax.models.model import Model
 from seal_jax.optim import make_optimizer
-from seal_jax.self_edit import (
-    PADDED,
-    Job,
-    make_job,
-    num_trained,
-    pack,
-    schedule,
-    text_of,
-    useful_tokens,
-)
-from seal_jax.tasks.sources import load_problems
+from seal_jax.sources import load_model
+from seal_jax.tasks.knowledge.passages import load_problems
 
 PAPER = {"rank": 32, "alpha": 64.0, "targets": ("q_proj", "v_proj")}
 LEARNING_RATE = 1e-3

@@ -21,11 +21,12 @@ from ml_collections import ConfigDict
 
 from seal_jax.bench.facts_model import STYLES, model_folder, notes
 from seal_jax.bench.timing import machine
-from seal_jax.config import default_config, validate
+from seal_jax.config.load import default_config, validate
+from seal_jax.config.setup import settings_of
+from seal_jax.hosts.files import read_jsonl, write_json
 from seal_jax.keys import EVAL_STEP
-from seal_jax.metrics import read_jsonl, write_json
-from seal_jax.problems import split_problems
-from seal_jax.stages import Stages, inner_base, inner_runs, make_stages
+from seal_jax.outer.problems import split_problems
+from seal_jax.outer.stages import Stages, inner_base, inner_runs, make_stages
 from seal_jax.tasks.task import Exam, Problem
 from seal_jax.train import (
     check_workdir,
@@ -123,8 +124,8 @@ def run(
     best = []
     for seed in seeds:
         make = partial(make_config, source, seed=seed, num_steps=num_steps)
-        stages = make_stages(make(algorithms[0]))
-        training, held_out = split_problems(stages.config, stages.task)
+        stages = make_stages(settings_of(make(algorithms[0])))
+        training, held_out = split_problems(stages.settings, stages.task)
         with jax.transfer_guard("disallow"):
             before = _start(stages, held_out, folder / f"start_{seed}.json")
             best.append(before["best_possible"])
@@ -151,7 +152,7 @@ def _start(stages: Stages, held_out: Sequence[tuple[Problem, Exam]], path: Path)
         params, label = stages.model.params, "base policy"
         found: dict[str, float] = examine(stages, params, held_out, str(path.parent), label)
         edits = [[stages.task.parse(p, notes(p, "asked"))] for p, _ in held_out]
-        runs = inner_runs(held_out, edits, EVAL_STEP, range(stages.config.inner.num_seeds))
+        runs = inner_runs(held_out, edits, EVAL_STEP, range(stages.settings.inner.num_seeds))
         ledger = path.with_suffix(".jsonl")
         outcomes = stages.evaluate(inner_base(stages, params), runs, str(ledger), "best notes")
         found["best_possible"] = float(np.mean([o.accuracy for o in outcomes.values()]))

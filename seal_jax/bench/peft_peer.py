@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from seal_jax.bench.timing import TooLarge
-from seal_jax.models import Model
 from seal_jax.models.config import FAMILIES, config_to_hf
+from seal_jax.models.model import Model
 from seal_jax.models.names import param_table
 
 

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 
-from seal_jax import keys, lora
+from seal_jax import keys
 from seal_jax.bench.peft_peer import has_peft, make_peft_generate
 from seal_jax.bench.timing import (
     base_dtypes,
@@ -45,10 +45,12 @@ from seal_jax.bench.timing import (
     matmul_params,
     profiled,
 )
-from seal_jax.draw import draw, make_settings
-from seal_jax.models import Model, load_model
-from seal_jax.sample import STOP_CHUNK, Samples, generate
-from seal_jax.tasks.sources import load_problems
+from seal_jax.models import lora
+from seal_jax.models.model import Model
+from seal_jax.sampling.draw import draw, make_settings
+from seal_jax.sampling.generate import STOP_CHUNK, Samples, generate
+from seal_jax.sources import load_model
+from seal_jax.tasks.knowledge.passages import load_problems
 from seal_jax.types import Adapters
 
 LORA = {"rank": 32, "alpha": 64.0, "targets": ("q_proj", "v_proj")}

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seal_jax.metrics import progress, say
+from seal_jax.hosts.console import progress, say
 from seal_jax.models.config import ModelConfig
 
 _LONG = 10.0  # seconds of a first call that are worth a line

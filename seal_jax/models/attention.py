@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from seal_jax.models.config import ModelConfig, ParamRules
+from seal_jax.models.config import ModelConfig
 from seal_jax.sharding import auto_axes, divided, mesh_axes, platform
+from seal_jax.types import ParamRules
 
 # Splash attention's smallest tile, and the length from which it is worth its overhead: at 512
 # tokens attention is about 1 % of a 7B model's operations.

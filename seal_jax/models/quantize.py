@@ -21,10 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from seal_jax.models.config import ParamRules
 from seal_jax.models.turned import Turned, at_least_two, turned_product
 from seal_jax.sharding import auto_axes, divided, num_parts
-from seal_jax.types import Params
+from seal_jax.types import ParamRules, Params
 
 QUANTIZATIONS = ("none", "int8", "nf4")
 TILE = 64  # inputs that share a scale under nf4

@@ -23,7 +23,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from seal_jax.metrics import progress, write_json
+from seal_jax.hosts.console import progress
+from seal_jax.hosts.files import write_json
 from seal_jax.models import tensor_file
 from seal_jax.models.config import ModelConfig, config_from_hf, config_to_hf
 from seal_jax.models.names import Param, check_depth, check_names, param_table, text_name

@@ -6,7 +6,7 @@ from typing import Any
 
 from seal_jax.tasks.arc.task import Arc
 from seal_jax.tasks.facts import Facts
-from seal_jax.tasks.knowledge import Knowledge
+from seal_jax.tasks.knowledge.task import Knowledge
 from seal_jax.tasks.task import Exam, Problem, Question, Rejected, SelfEdit, Task
 
 __all__ = [

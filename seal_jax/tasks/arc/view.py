@@ -122,7 +122,7 @@ def run_predictions(run: str, arm: str, name: str) -> tuple[str, list[list[dict]
         ValueError: not a run on ARC, or it has no such arm or task.
         FileNotFoundError: no such run.
     """
-    from seal_jax.config import from_json, task_arguments
+    from seal_jax.config.load import from_json, task_arguments
     from seal_jax.tasks import make_task
 
     config = from_json(Path(run, "config.json").read_text("utf-8"))

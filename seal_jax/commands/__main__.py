@@ -1,0 +1,7 @@
+"""`python -m seal_jax.commands` is `seal-jax`."""
+
+import sys
+
+from seal_jax.commands.main import main
+
+sys.exit(main())

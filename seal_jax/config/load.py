@@ -1,0 +1,332 @@
+"""The config's door: every key with its default and what it may hold, and the checks at the door.
+
+A config file is one experiment, a short Python function:
+
+    from seal_jax.config import default_config
+
+    def get_config():
+      config = default_config()
+      config.inner.learning_rate = 2e-3
+      return config
+
+`load_config` runs it, applies `inner.rank=16` overrides and validates. Everything wrong with a
+config stops the run here, in well under a second: this module imports no jax, so no device is
+touched. Past the door nobody sees a ConfigDict: sections are splatted as keyword arguments.
+"""
+
+import difflib
+import hashlib
+import inspect
+import json
+import os
+import re
+import sys
+import traceback
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from seal_jax.config.table import FIELDS, Allowed, Field, choice, rule_like, to_plain
+from seal_jax.tasks import GIVEN, TASKS
+
+
+class ConfigError(ValueError):
+    """A config that cannot run; the message names the key, its value and what it may hold."""
+
+
+_FREE = tuple(key for key in FIELDS if key.endswith(("_kwargs", ".weights")))
+
+
+def default_config() -> ConfigDict:
+    """Return every key with its default, locked, so that assigning an unknown key raises.
+
+    Only the sections with free keys, `task`, `reward.weights` and those named `*_kwargs`, take new
+    ones; `validate` checks the first two.
+    """
+    config = ConfigDict(_nest({key: field.default for key, field in FIELDS.items()}))
+    config.lock()
+    for key in ("task", *_FREE):
+        _lookup(config, key).unlock()
+    return config
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Run the config file at `path`, apply overrides in order, validate, and lock.
+
+    Args:
+      path: a Python file with `get_config() -> ConfigDict`.
+      overrides: 'inner.learning_rate=1e-3' strings, read by the type of the key; a tuple is
+        'q_proj,v_proj', a function 'module:name', a dict a Python literal.
+
+    Raises:
+      ConfigError: the file is missing or fails (with file and line), or the config is invalid.
+    """
+    config = _run_file(path)
+    validate(config)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r}: needs KEY=VALUE")
+        _override(config, key.strip(), text.strip())
+    validate(config)
+    config.lock()
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Raise a ConfigError that lists everything wrong with `config`; return if nothing is."""
+    values = dict(_flatten(config))
+    complaints = []
+    missing = [key for key in FIELDS if key not in values]
+    if missing:
+        complaints.append(f"missing keys: {', '.join(missing)}")
+    fields = _fields_for(values.get("task.name"))
+    for key, value in values.items():
+        if key not in fields:
+            complaints.append(_unknown_key(key, fields))
+        elif not fields[key].allowed.test(value):
+            complaints.append(f"{key} = {value!r}: needs {fields[key].allowed.text}")
+    if not complaints:
+        complaints += _conflicts(values)
+    if complaints:
+        raise ConfigError("\n".join(complaints))
+
+
+def task_arguments(config: ConfigDict) -> dict[str, Any]:
+    """Return the `task` section as the keyword arguments of `tasks.make_task`.
+
+    A default that the task does not take (facts have no `style`) is left out; `validate` refuses
+    any other value of such a key.
+    """
+    taken = {"name", *_task_defaults(config.task.name)}
+    return {key: value for key, value in config.task.items() if key in taken}
+
+
+def to_json(config: ConfigDict) -> str:
+    """Return `config` as JSON: sorted, one text per config, a function as 'module:qualname'."""
+    return json.dumps(to_plain(config), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """Return the locked, validated config that `to_json` wrote.
+
+    Raises:
+      ConfigError: not JSON, invalid, or a function cannot be imported (one defined in a config
+        file can be only after `load_config` ran that file).
+    """
+    values = _parse_json(text)
+    for key, field in FIELDS.items():
+        if field.default is None and isinstance(values.get(key), str):
+            values[key] = _parse(key, field.allowed, values[key])
+    config = ConfigDict(_nest(values))
+    validate(config)
+    config.lock()
+    return config
+
+
+def fingerprint(config: ConfigDict | str) -> str:
+    """Return 16 hex digits that name the experiment; keys of mere placement do not count."""
+    text = json.dumps(_experiment(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def diff(old: ConfigDict | str, new: ConfigDict | str) -> str:
+    """Return one line 'key: old -> new' for each key that makes another experiment, or ''.
+
+    Args:
+      old: a config, or the text that `to_json` wrote (possibly by another version).
+      new: the same.
+    """
+    before, after = _experiment(old), _experiment(new)
+    return "\n".join(
+        f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    )
+
+
+# --- the table's reading of a config ---
+
+
+def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, leaf = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[leaf] = value
+    return nested
+
+
+def _flatten(config: ConfigDict | Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, ConfigDict | Mapping) and key not in FIELDS:
+            yield from _flatten(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _lookup(config: ConfigDict, key: str) -> Any:
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
+def _fields_for(task_name: Any) -> dict[str, Field]:
+    """Return the table with the task's own keys added."""
+    own = {
+        f"task.{name}": Field(default, rule_like(default))
+        for name, default in _task_defaults(task_name).items()
+    }
+    return {**own, **FIELDS, "task.name": Field("knowledge", choice(*sorted(TASKS)))}
+
+
+def _task_defaults(task_name: Any) -> dict[str, Any]:
+    """Return a task's keys and their defaults; none for a name that is no task's."""
+    known = isinstance(task_name, str) and task_name in TASKS
+    parameters = inspect.signature(TASKS[task_name]).parameters if known else {}
+    return {name: p.default for name, p in parameters.items() if name not in GIVEN}
+
+
+# Two axes of one array: of a kernel, of logits, of a cache.
+_MEETING = (
+    *(("embed", other) for other in ("vocab", "heads", "mlp")),
+    *(("rows", other) for other in ("vocab", "heads")),
+)
+
+
+def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong between keys that are right one by one."""
+    axes = [key for key in FIELDS if key.startswith("mesh.") and values[key] == -1]
+    if len(axes) > 1:
+        yield f"{' and '.join(axes)} = -1: only one axis can take the devices that are left"
+    for one, other in _MEETING:
+        one, other = f"sharding.{one}", f"sharding.{other}"
+        for axis in sorted(set(values[one].split()) & set(values[other].split())):
+            yield f"{one} and {other} = {axis!r}: one axis cannot divide both axes of an array"
+    if values["inner.pad_loss"] == "exact" and values["inner.batch_size"] > 8:
+        size = values["inner.batch_size"]
+        yield (
+            f"inner.batch_size = {size}: with inner.pad_loss = 'exact' at most 8, as {size} texts "
+            f"of 2,048 tokens do not fit into a step of 16,384"
+        )
+    if values["checkpoint.best"] and not values["eval.every"]:
+        yield (
+            f"checkpoint.best = {values['checkpoint.best']}: the best are those of the highest"
+            " eval/reward, which is measured only with eval.every > 0"
+        )
+    name = values["task.name"]
+    taken = _task_defaults(name)
+    given = {k.removeprefix("task."): v for k, v in values.items() if k.startswith("task.")}
+    for leaf, value in given.items():
+        if leaf not in {"name", *taken} and value != FIELDS[f"task.{leaf}"].default:
+            yield f"task.{leaf} = {value!r}: task {name!r} takes only {', '.join(taken)}"
+    try:
+        TASKS[name](**{leaf: value for leaf, value in given.items() if leaf in taken})
+    except ValueError as error:
+        yield f"task: {error}"
+
+
+def _unknown_key(key: str, valid: Mapping[str, Any]) -> str:
+    leaf = key.rpartition(".")[2]
+    same = [other for other in valid if other.rpartition(".")[2] == leaf]
+    pool = same or list(valid)
+    if not same and "." not in key:
+        leaves = {other.rpartition(".")[2]: other for other in reversed(valid)}
+        pool = [leaves[name] for name in difflib.get_close_matches(key, leaves, 1, 0.0)]
+    nearest = difflib.get_close_matches(key, pool, 1, 0.0)[0]
+    return f"unknown key {key!r}; nearest valid key: {nearest!r}"
+
+
+# --- overrides and config files ---
+
+
+def _override(config: ConfigDict, key: str, text: str) -> None:
+    section, _, leaf = key.rpartition(".")
+    if section in _FREE:
+        allowed = rule_like(inspect.Parameter.empty)
+    else:
+        fields = _fields_for(config.task.name)
+        if key not in fields:
+            raise ConfigError(f"override {key}={text}: {_unknown_key(key, fields)}")
+        allowed = fields[key].allowed
+    parent = _lookup(config, section) if section else config
+    with parent.unlocked(), parent.ignore_type():
+        parent[leaf] = _parse(key, allowed, text)
+
+
+def _parse(key: str, allowed: Allowed, text: str) -> Any:
+    try:
+        return allowed.parse(text)
+    except (ValueError, SyntaxError) as error:
+        raise ConfigError(f"{key} = {text}: needs {allowed.text} ({error})") from error
+
+
+def _run_file(path: str) -> ConfigDict:
+    try:
+        with open(path, "rb") as file:
+            source = file.read()
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {path}: {error.strerror}") from error
+    # In sys.modules, so that a function of the file can be found again by its name.
+    name = f"seal_jax_config_{os.path.splitext(os.path.basename(path))[0]}"
+    module = types.ModuleType(name)
+    module.__file__ = path
+    sys.modules[name] = module
+    try:
+        exec(compile(source, path, "exec"), module.__dict__)
+        if not callable(getattr(module, "get_config", None)):
+            raise ConfigError(f"{path}: has no function get_config()")
+        config = module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(_explain(error, path)) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not ConfigDict")
+    return config
+
+
+def _explain(error: Exception, path: str) -> str:
+    """Word an exception of a config file: file, line, the line's text, and what is wrong."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [(frame.lineno, frame.line) for frame in frames if frame.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+        lines = [(error.lineno, (error.text or "").strip())]
+    number, line = lines[-1] if lines else (1, "")
+    what = f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
+    if isinstance(error, AttributeError | KeyError) and "ml_collections" in frames[-1].filename:
+        known = {*FIELDS, *(key.rpartition(".")[0] for key in FIELDS)}
+        keys = [key for key in re.findall(r"\b[A-Za-z_]\w*\.([\w.]+)", line) if key not in known]
+        if keys:
+            what = _unknown_key(keys[0], FIELDS)
+    return f"{path}:{number}: {line}\n  {what}"
+
+
+# --- plain values, JSON ---
+
+
+def _parse_json(text: str) -> dict[str, Any]:
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: tuples(item) for key, item in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    try:
+        parsed = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"not a config's JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"not a config's JSON: {type(parsed).__name__}, not an object")
+    return {key: tuples(value) for key, value in _flatten(parsed)}
+
+
+def _experiment(config: ConfigDict | str) -> dict[str, str]:
+    values = _parse_json(config if isinstance(config, str) else to_json(config))
+    placement = {key for key, field in FIELDS.items() if field.placement}
+    return {
+        key: json.dumps(value, sort_keys=True)
+        for key, value in values.items()
+        if key not in placement
+    }

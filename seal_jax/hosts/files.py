@@ -1,0 +1,177 @@
+"""Metrics as JSON lines, progress for people, and files that are whole or absent.
+
+Of several processes all call these functions, and the first one writes, shows and says.
+
+`metrics.jsonl` is the source of truth of a run: one object per line, in the order of the steps. A
+kill can tear only its last line; reading skips it, and the next append removes it.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seal_jax.hosts.processes import is_first
+
+_RESERVED = ("step", "time", "nonfinite")
+
+
+def append_metrics(path: str | os.PathLike, step: int, metrics: Mapping[str, Any]) -> None:
+    """Append one line: step, wall time and flat numbers.
+
+    A NaN or infinity is written as null and its name listed under 'nonfinite', since bare NaN is
+    not JSON. The file is opened for each line, so that nothing waits in a buffer when a run is
+    killed.
+
+    Args:
+      path: the file; created if absent.
+      step: the outer step that the numbers belong to.
+      metrics: numbers, or arrays of one number, by name.
+
+    Raises:
+      ValueError: a name is reserved ('step', 'time', 'nonfinite').
+      TypeError: a value is not one number.
+    """
+    line: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
+    nonfinite = []
+    for name, value in metrics.items():
+        if name in _RESERVED:
+            raise ValueError(f"metric {name!r}: the name is reserved")
+        number = _to_number(name, value)
+        if not math.isfinite(number):
+            nonfinite.append(name)
+        line[name] = number if math.isfinite(number) else None
+    if nonfinite:
+        line["nonfinite"] = nonfinite
+    append_json(path, line)
+
+
+def append_json(path: str | os.PathLike, line: Mapping[str, Any]) -> None:
+    """Append one object as a line of JSON, after dropping a last line that a kill tore."""
+    if not is_first():
+        return
+    with open(path, "ab+") as file:
+        _drop_torn_line(file)
+        file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return the objects of a JSON-lines file, without a last line that a kill tore.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a whole line is not a JSON object; the message names file and line.
+    """
+    with open(path, "rb") as file:
+        whole, _, _ = file.read().rpartition(b"\n")
+    rows = []
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: not a JSON object: {line[:80]!r}")
+        rows.append(row)
+    return rows
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Return what a JSON file holds; None where there is no file."""
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def truncate_after(path: str | os.PathLike, step: int) -> None:
+    """Drop the lines of every step above `step`, which a resumed run will redo.
+
+    The file is replaced in one move; one that does not exist is left so.
+    """
+    if not is_first() or not os.path.exists(path):
+        return
+    kept = [row for row in read_jsonl(path) if row["step"] <= step]
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a file that is, after a kill at any moment, either the old one or the whole new one."""
+    if not is_first():
+        return
+    folder, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+    _sync_folder(folder)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as sorted JSON, atomically; NaN and infinity raise ValueError."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def remove(path: str | os.PathLike) -> None:
+    """Delete a file, if there is one."""
+    if is_first() and os.path.exists(path):
+        os.remove(path)
+
+
+def _to_number(name: str, value: Any) -> float | int:
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise TypeError(f"metric {name!r}: needs one number, got {value!r}")
+    return int(array.item()) if array.dtype.kind in "biu" else float(array.item())
+
+
+def _drop_torn_line(file) -> None:
+    """Cut a file, open for 'ab+', back to the end of its last whole line."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that takes its name at the end: whole, or absent.
+
+    `path` may be an empty folder.
+    """
+    path = Path(path).absolute()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if temporary.exists():  # of a killed process with the same number, as in a container
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)

@@ -1,0 +1,1 @@
+"""Tiny models that are trained on the spot, for examples and benchmarks."""

@@ -1,0 +1,218 @@
+"""The paper's comparison on held-out problems, with the control that it lacks, as one table.
+
+Every arm answers the same questions without the passage:
+  base       the base model as it is
+  passage    trained on the passage
+  own edit   passage + the base policy's own self-edit
+  seal       passage + the self-edit of the SEAL-trained policy, applied to that policy
+  random     the same for the policy that was trained on randomly chosen self-edits
+
+Intervals are of a paired bootstrap: problems are drawn with replacement, and all arms share each
+draw.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from seal_jax.hosts.files import write_json, write_text
+from seal_jax.keys import EVAL_STEP
+from seal_jax.outer.evidence import outcomes_of
+from seal_jax.outer.stages import (
+    Edit,
+    Stages,
+    baseline_accuracy,
+    inner_base,
+    inner_runs,
+    parse,
+    write_edits,
+)
+from seal_jax.tasks.task import Exam, Problem, Rejected
+from seal_jax.types import Params
+
+# What the table calls the arms, and what was asked; a task may have `titles` of its own.
+TITLES = {
+    "base": "base model",
+    "passage": "trained on the passage",
+    "own": "passage + own self-edit",
+    "seal": "passage + self-edit of the SEAL policy",
+    "random": "passage + self-edit of the random-control policy",
+    "problems": "passages",
+    "questions": "questions asked without the passage",
+}
+
+
+def compare(
+    stages: Stages,
+    policies: Mapping[str, Params],
+    problems: Sequence[tuple[Problem, Exam]],
+    workdir: str,
+    reliability: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Test every arm on the problems; write summary.json and summary.md, and return the former.
+
+    Args:
+      policies: 'base', and where they exist 'seal' and 'random'.
+      reliability: of the rewards that 'seal' was trained on, see `mean_reliability`.
+    """
+    settings, base = stages.settings, policies["base"]
+    titles = titles_of(stages)
+    accuracy = {"base": np.array(baseline_accuracy(stages, inner_base(stages, base), problems))}
+    edits = [[stages.task.passage_only(problem)] for problem, _ in problems]
+    accuracy["passage"], _ = run_arm(stages, base, problems, edits, "passage", workdir)
+    num_rejected = {}
+    for name, params in policies.items():
+        arm = "own" if name == "base" else name
+        label = f"held-out, {titles[arm]}"
+        _, texts = write_edits(stages, params, problems, EVAL_STEP, settings.eval.num_edits, label)
+        edits = parse(stages, problems, texts)
+        accuracy[arm], num_rejected[arm] = run_arm(stages, params, problems, edits, arm, workdir)
+    summary = {
+        "num_problems": len(problems),
+        "num_questions": sum(len(exam.questions) for _, exam in problems),
+        "titles": titles,
+        "num_edits": settings.eval.num_edits,
+        "num_seeds": settings.eval.num_seeds,
+        "rejected_self_edits": num_rejected,
+        "reward_reliability": dict(reliability or {}),
+        "arms": bootstrap(accuracy, settings.eval.num_bootstrap, settings.seed),
+        "accuracy_by_problem": {
+            problem.id: {arm: float(values[p]) for arm, values in accuracy.items()}
+            for p, (problem, _) in enumerate(problems)
+        },
+    }
+    # summary.json last: where it is, the run is done.
+    write_text(os.path.join(workdir, "summary.md"), to_markdown(summary))
+    write_json(os.path.join(workdir, "summary.json"), summary)
+    return summary
+
+
+def titles_of(stages: Stages) -> dict[str, str]:
+    """Return what the table calls things in this task."""
+    return TITLES | getattr(stages.task, "titles", {})
+
+
+def run_arm(
+    stages: Stages,
+    params: Params,
+    problems: Sequence[tuple[Problem, Exam]],
+    edits: Sequence[Sequence[Edit]],
+    arm: str,
+    workdir: str,
+) -> tuple[np.ndarray, int]:
+    """Return the accuracy of each problem, f64[P], and how many self-edits were rejected.
+
+    A rejected self-edit, or one whose training was not finite, answered nothing: it counts as 0.
+    """
+    runs = inner_runs(problems, edits, EVAL_STEP, range(stages.settings.eval.num_seeds))
+    ledger = os.path.join(workdir, f"eval_{arm}.jsonl")
+    frozen = inner_base(stages, params)
+    outcomes = stages.evaluate(frozen, runs, ledger, f"held-out, {titles_of(stages)[arm]}")
+    accuracy = np.zeros(len(problems))
+    for p, (problem, _) in enumerate(problems):
+        for r in range(len(edits[p])):
+            found = [o.accuracy if o.finite else 0.0 for o in outcomes_of(problem.id, r, outcomes)]
+            accuracy[p] += float(np.mean(found or [0.0])) / len(edits[p])
+    return accuracy, sum(isinstance(edit, Rejected) for row in edits for edit in row)
+
+
+def bootstrap(
+    accuracy: Mapping[str, np.ndarray], num_samples: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Return each arm's mean accuracy and its difference to 'own', with 95 % intervals.
+
+    And the difference of 'seal' to 'random': what selection by reward is worth.
+
+    Args:
+      accuracy: f64[P] for each arm, of the same problems in the same order.
+    """
+    num_problems = len(next(iter(accuracy.values())))
+    rng = np.random.default_rng([seed, num_samples])
+    draws = rng.integers(num_problems, size=(num_samples, num_problems))
+
+    def interval(values: np.ndarray) -> list[float]:
+        return np.percentile(values[draws].mean(axis=1), [2.5, 97.5]).tolist()
+
+    arms = {}
+    for arm, values in accuracy.items():
+        arms[arm] = {"accuracy": float(values.mean()), "interval": interval(values)}
+        if arm != "own":
+            difference = values - accuracy["own"]
+            arms[arm] |= {
+                "minus_own": float(difference.mean()),
+                "minus_own_interval": interval(difference),
+            }
+    if "seal" in accuracy and "random" in accuracy:
+        difference = accuracy["seal"] - accuracy["random"]
+        arms["seal"] |= {
+            "minus_random": float(difference.mean()),
+            "minus_random_interval": interval(difference),
+        }
+    return arms
+
+
+def mean_reliability(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean over outer steps of the reliability report in their metrics."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith("reliability/"):
+                found.setdefault(name.removeprefix("reliability/"), []).append(value)
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def describe_reliability(report: Mapping[str, float]) -> list[str]:
+    """Return a line on how far the training rewards could be trusted; none without a report."""
+    parts = []
+    if "reliability_of_mean" in report:
+        parts.append(f"reliability {report['reliability_of_mean']:.2f}")
+        parts.append(f"{report['reliability_of_one']:.2f} of one seed")
+    if "gain_apparent" in report:
+        gain = f"the best self-edit looks {report['gain_apparent']:+.3f} better than the mean"
+        if "gain_cross_validated" in report:
+            gain += f" and is {report['gain_cross_validated']:+.3f}, cross-validated"
+        parts.append(gain)
+    return [f"Rewards in training (mean over outer steps): {'; '.join(parts)}."] if parts else []
+
+
+def to_markdown(summary: Mapping[str, Any]) -> str:
+    """Return the table, with what it can and cannot show."""
+    titles = TITLES | summary.get("titles", {})
+
+    def percent(value: float, interval: Sequence[float], sign: str = "") -> str:
+        low, high = (f"{100 * x:{sign}.1f}" for x in interval)
+        return f"{100 * value:{sign}.1f} [{low}, {high}]"
+
+    lines = [
+        "| method | accuracy, % [95 % interval] | minus own self-edit, points |",
+        "|---|---|---|",
+    ]
+    for arm, row in summary["arms"].items():
+        versus = ""
+        if "minus_own" in row:
+            versus = percent(row["minus_own"], row["minus_own_interval"], "+")
+        lines.append(f"| {titles[arm]} | {percent(row['accuracy'], row['interval'])} | {versus} |")
+    num, seal = summary["num_problems"], summary["arms"].get("seal", {})
+    if "minus_random" in seal:
+        versus = percent(seal["minus_random"], seal["minus_random_interval"], "+")
+        lines += [
+            "",
+            f"SEAL policy minus random control (what selection is worth): {versus} points",
+        ]
+    lines += [
+        "",
+        f"{num} held-out {titles['problems']}, {summary['num_questions']} {titles['questions']};"
+        f" {summary['num_edits']} self-edit(s) x {summary['num_seeds']} seed(s) for each."
+        f" Intervals: paired bootstrap over {titles['problems']}.",
+    ]
+    if num < 50:
+        lines.append(
+            f"With {num} {titles['problems']} the intervals are wide, and a bootstrap over so few"
+            " still makes them too narrow: a difference whose interval includes 0, or barely not,"
+            " is not shown."
+        )
+    lines += describe_reliability(summary.get("reward_reliability", {}))
+    lines.append(f"Rejected self-edits (counted as 0): {summary['rejected_self_edits']}")
+    return "\n".join(lines) + "\n"

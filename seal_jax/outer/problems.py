@@ -1,0 +1,70 @@
+"""The problems of a run: read once, by as many processes as there are, and the same on all."""
+
+from collections.abc import Sequence
+
+import xxhash
+
+from seal_jax.hosts.processes import exchange, exchange_shares, num_processes
+from seal_jax.tasks.task import Exam, Problem, Question, Task, join_shares
+from seal_jax.types import Settings
+
+Pair = tuple[Problem, Exam]
+
+
+def split_problems(settings: Settings, task: Task) -> tuple[list[Pair], list[Pair]]:
+    """Return train and evaluation problems, as many as the config asks for.
+
+    Raises:
+      ValueError: the source has fewer.
+    """
+    training, held_out = (read_problems(task, split) for split in ("train", "eval"))
+    wanted = settings.outer.problems_per_step * settings.outer.num_steps
+    if len(training) < wanted:
+        raise ValueError(
+            f"outer.num_steps x outer.problems_per_step asks for {wanted} training problems;"
+            f" the task has {len(training)}"
+        )
+    if len(held_out) < settings.eval.num_problems:
+        raise ValueError(
+            f"eval.num_problems = {settings.eval.num_problems}; the task has {len(held_out)}"
+        )
+    return training[:wanted], held_out[: settings.eval.num_problems]
+
+
+def read_problems(task: Task, split: str) -> list[Pair]:
+    """Return the problems of a split, on every process the same.
+
+    Each reads its share and tells the others, where the task reads by shares; else all read all.
+
+    Raises:
+      ValueError: they read different ones.
+    """
+    if num_processes() == 1:
+        return task.load(split)
+    if hasattr(task, "load_share"):
+        everybody = range(num_processes())
+        shares = exchange_shares(
+            f"problems of {split}",
+            everybody,
+            lambda mine: [task.load_share(split, (i, len(everybody))) for i in mine],
+        )
+        return join_shares([map(_problem_of, share) for share in shares])
+    problems = task.load(split)
+    found = exchange(f"problems of {split}", xxhash.xxh64_hexdigest(repr(problems).encode()))
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"{task}: processes read different {split!r} problems: their hashes are"
+            f" {', '.join(f'{one} on process {i}' for i, one in enumerate(found))}"
+        )
+    return problems
+
+
+def _problem_of(pair: Sequence) -> Pair:
+    """Return a pair as it was before it was JSON."""
+    problem, (problem_id, questions) = pair
+    return Problem(*problem), Exam(problem_id, tuple(Question(*one) for one in questions))
+
+
+def take_problems(problems: Sequence, step: int, count: int) -> Sequence:
+    """Return the problems of an outer step: fresh ones in each."""
+    return problems[step * count : (step + 1) * count]

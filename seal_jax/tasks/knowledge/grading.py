@@ -1,0 +1,129 @@
+"""The offline grader: does a prediction answer the question as the gold answer does?
+
+    grade(question, gold, prediction) = exact match, or
+                                        no rule rejects it, and the fitted probability is over 1/2
+
+The rules (`grading_rules.py`) reject what a policy might try instead of answering. The probability
+is a sum of points, read off `grading_params.py` feature by feature, which imitates GPT-4.1
+(`fit_grading.py`). It knows words, not meaning: a paraphrase that shares no word with the gold is
+wrong here, and a right word in a false sentence can pass.
+
+`exact_match` and `token_f1` are SQuAD's (https://arxiv.org/abs/1606.05250). The judge that asks an
+OpenAI-compatible endpoint belongs in `judge.py`, with the signature of `grade`.
+"""
+
+import bisect
+import collections
+import math
+import re
+import string
+
+from seal_jax.tasks.knowledge.grading_features import Key, features, read_key
+from seal_jax.tasks.knowledge.grading_params import INTERCEPT, POINTS
+from seal_jax.tasks.knowledge.grading_rules import MAX_CHARS, answer_part, rejection
+from seal_jax.tasks.knowledge.grading_text import NEGATIONS, Text, read
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+
+
+def normalize(text: str) -> str:
+    """Lower `text` and drop punctuation, articles and extra whitespace, as SQuAD does."""
+    return " ".join(_ARTICLE.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def exact_match(gold: str, prediction: str) -> bool:
+    """Return whether the two are equal after `normalize`."""
+    return normalize(gold) == normalize(prediction)
+
+
+def token_f1(gold: str, prediction: str) -> float:
+    """Return SQuAD's F1 between the two bags of words; two empty ones score 1."""
+    gold_words, words = normalize(gold).split(), normalize(prediction).split()
+    if not gold_words or not words:
+        return float(gold_words == words)
+    shared = sum((collections.Counter(gold_words) & collections.Counter(words)).values())
+    return 2 * shared / (len(gold_words) + len(words))
+
+
+def grade(question: str, gold: str, prediction: str) -> bool:
+    """Return whether `prediction` answers `question` as `gold` does.
+
+    Raises:
+      ValueError: `gold` is empty, so nothing could be right.
+    """
+    return grade_probability(question, gold, prediction) > 0.5
+
+
+def grade_probability(question: str, gold: str, prediction: str) -> float:
+    """Return the estimated probability that GPT-4.1 says yes: 0 where a rule rejects.
+
+    Raises:
+      ValueError: `gold` is empty, so nothing could be right.
+    """
+    settled = settle(question, gold, prediction)
+    if settled is not None:
+        return settled
+    answer = answer_part(prediction)
+    values = features(read_key(question[:MAX_CHARS], gold[:MAX_CHARS]), read(answer), answer)
+    score = round(INTERCEPT + sum(map(_points, values.items())), 2)  # a tie is exactly 0
+    return 1 / (1 + math.exp(-score))
+
+
+def settle(question: str, gold: str, prediction: str) -> float | None:
+    """Return 1 or 0 where no table is needed, else None.
+
+    Raises:
+      ValueError: `gold` is empty, so nothing could be right.
+    """
+    if not gold.strip():
+        raise ValueError(f"the gold answer to {question!r} is empty: nothing could be right")
+    answer = answer_part(prediction)
+    if exact_match(gold, answer[:MAX_CHARS]) and (normalize(answer) or answer == gold.strip()):
+        return 1.0
+    if rejection(question, gold, prediction) is not None:
+        return 0.0
+    key = read_key(question[:MAX_CHARS], gold[:MAX_CHARS])
+    if not key.targets:  # a gold of symbols only
+        return 0.0
+    text = read(answer)
+    if key.gold.words[0] in ("yes", "no"):
+        return _settle_yes_no(key, text)
+    return 1.0 if _is_family_name(key, text) else None
+
+
+def _settle_yes_no(key: Key, text: Text) -> float | None:
+    """Return 1 or 0 where the polarity alone decides: the gold begins with yes or no."""
+    expected = key.gold.words[0]
+    if len(key.gold.words) == 1:
+        return float(_says_yes(key, text) == (expected == "yes"))
+    if text.words[0] in ("yes", "no") and text.words[0] != expected:
+        return 0.0
+    return 1.0 if text.words == (expected,) else None
+
+
+def _is_family_name(key: Key, text: Text) -> bool:
+    """Return whether `text` is the last word of a gold that names one person."""
+    asks_who = not {"who", "whom", "whose"}.isdisjoint(key.question.words)
+    is_name = len(key.names) == len(key.gold.words) and len(key.items) == 1
+    return asks_who and is_name and text.stems == key.gold.stems[-1:]
+
+
+def _points(feature: tuple[str, float]) -> float:
+    name, value = feature
+    edges, points = POINTS[name]
+    return points[bisect.bisect_right(edges, value)]
+
+
+def _says_yes(key: Key, text: Text) -> bool | None:
+    """Return the polarity of an answer to a yes-no question, or None where it has none."""
+    if {"yes", "no"} <= set(text.words):
+        return None
+    if text.words[0] in ("yes", "yeah", "yep", "true", "correct"):
+        return True
+    if text.words[0] in ("no", "nope", "false", "incorrect"):
+        return False
+    about = len(key.question_content.intersection(text.stems))
+    if 2 * about < len(key.question_content):
+        return None
+    return NEGATIONS.isdisjoint(text.words)

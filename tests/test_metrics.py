@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from seal_jax.hosts import console
 from seal_jax.hosts import files as metrics
 
 
@@ -92,11 +93,11 @@ def test_write_json_is_whole_sorted_and_never_nan(tmp_path):
 
 @pytest.mark.parametrize("total", [1, 7, 1000])
 def test_progress_without_a_terminal_is_a_few_plain_lines(capsys, total):
-    assert sum(1 for _ in metrics.progress(range(total), "answer", "question")) == total
-    with metrics.progress(total, "decode", "token") as bar:
+    assert sum(1 for _ in console.progress(range(total), "answer", "question")) == total
+    with console.progress(total, "decode", "token") as bar:
         for _ in range(total):
             bar.update(1)
-    with metrics.progress((n for n in range(total)), "stream") as bar:
+    with console.progress((n for n in range(total)), "stream") as bar:
         assert len(list(bar)) == total
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) <= 6 and all(lines) and "\r" not in "".join(lines)

@@ -1,4 +1,4 @@
-"""TODO seal_jax/hosts/console.py."""
+"""What people see of a run: lines, and how far it is. The first of several processes speaks."""
 
 import sys
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
-"""Metrics as JSON lines, progress for people, and files that are whole or absent.
+"""Files that are whole or absent: JSON, JSON lines, and folders.
 
-Of several processes all call these functions, and the first one writes, shows and says.
+Of several processes all call these functions, and the first one writes.
 
 `metrics.jsonl` is the source of truth of a run: one object per line, in the order of the steps. A
 kill can tear only its last line; reading skips it, and the next append removes it.

@@ -1,4 +1,4 @@
-"""TODO seal_jax/hosts/memory.py."""
+"""How many bytes each device of this host has."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""TODO seal_jax/inner/texts.py."""
+"""Training texts as tokens, and inner runs as batches of them in order."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

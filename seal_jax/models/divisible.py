@@ -1,4 +1,4 @@
-"""TODO seal_jax/models/divisible.py."""
+"""Whether a mesh divides a model."""
 
 from jax.sharding import Mesh
 

@@ -1,4 +1,4 @@
-"""TODO seal_jax/models/lengths.py."""
+"""The lengths that texts are padded to: few, because each is a program."""
 
 from collections.abc import Sequence
 

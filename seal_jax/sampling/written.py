@@ -1,4 +1,4 @@
-"""TODO seal_jax/sampling/written.py."""
+"""What was written: as text, as a rollout, and where it stops."""
 
 from collections.abc import Callable, Sequence
 

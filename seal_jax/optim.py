@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from seal_jax.types import InnerSettings, OuterSettings
+
 Optimizer = Callable[[jax.Array], optax.GradientTransformation]
 
 
@@ -79,6 +81,16 @@ def make_optimizer(
         return optax.chain(optax.clip_by_global_norm(grad_clip), tx)
 
     return clipped
+
+
+def optimizer_of(section: InnerSettings | OuterSettings) -> Optimizer:
+    """Return the optimizer that a loop's settings name."""
+    return make_optimizer(
+        optax_name=section.optax_name,
+        optax_kwargs=section.optax_kwargs,
+        optimizer=section.optimizer,
+        grad_clip=section.grad_clip,
+    )
 
 
 def accumulate(

@@ -16,10 +16,8 @@ lacks, a policy trained on randomly chosen self-edits, is the same loop with ano
 WORKDIR/random.
 """
 
-import dataclasses
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,60 +25,39 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from seal_jax import keys, sources
-from seal_jax.config.load import diff, to_json
-from seal_jax.config.setup import settings_of
+from seal_jax import keys
+from seal_jax.config.setup import configured_objective, make_stages, make_update, settings_of
+from seal_jax.config.workdir import check_workdir, claim_workdir
 from seal_jax.hosts.console import say
-from seal_jax.hosts.files import (
-    append_json,
-    append_metrics,
-    read_json,
-    read_jsonl,
-    truncate_after,
-    write_json,
-    write_text,
-)
+from seal_jax.hosts.files import append_metrics, read_jsonl
 from seal_jax.hosts.preemption import stop_if_told
-from seal_jax.hosts.processes import ask_first, exchange, timeout_seconds
-from seal_jax.objectives.objective import Objective, Past, Rewards, make_objective, random_em
+from seal_jax.hosts.processes import ask_first
+from seal_jax.models import lora
+from seal_jax.objectives.objective import Objective, random_em
+from seal_jax.outer.answers import answer, gold_logp, grade
 from seal_jax.outer.comparison import compare, mean_reliability
-from seal_jax.outer.evaluate import Run
-from seal_jax.outer.evidence import Evaluated, check_rewards, drop_pending, evaluate_edits
-from seal_jax.outer.policy import init_train_state, make_policy_update
-from seal_jax.outer.problems import split_problems, take_problems
-from seal_jax.outer.record import (
-    Clock,
-    held_out_metrics,
-    log_edits,
-    logged_texts,
-    number,
-    summarize,
-    tabulate,
-    trust,
-    written_lengths,
+from seal_jax.outer.examination import (
+    Evaluated,
+    check_rewards,
+    drop_pending,
+    examination_of,
+    gather,
+    look_up,
+    reward,
 )
-from seal_jax.outer.stages import (
-    Stages,
-    check_prompts,
-    make_stages,
-    optimizer_of,
-    parse,
-    write_edits,
-)
+from seal_jax.outer.ledger import Outcomes, append_outcome, outcomes_of_wave, read_ledger
+from seal_jax.outer.problems import Batch, OuterStep, split_problems, take_problems
+from seal_jax.outer.stages import Stages, check_prompts, inner_base, parse, sample
+from seal_jax.outer.step_log import Clock, describe_step, held_out_metrics, log_edits
+from seal_jax.outer.waves import Examination, InnerRun, fresh_adapters, on_devices, pack, waves
 from seal_jax.planning.run_estimate import describe
 from seal_jax.runs import checkpoint
-from seal_jax.runs.adapters import (
-    delete_adapters,
-    drop_beyond,
-    inner_id,
-    policy_id,
-    policy_parents,
-    save_adapter,
-)
+from seal_jax.runs.adapters import policy_id, policy_parents, save_adapter
 from seal_jax.runs.folder import claim_model
+from seal_jax.runs.kept_adapters import drop_adapters, keep_adapter
+from seal_jax.runs.train_state import extend, restore_state, save_state
 from seal_jax.sharding import to_host
-from seal_jax.tasks.task import Exam, Problem
-from seal_jax.types import Adapters, Params, Settings, TrainState
+from seal_jax.types import Adapters, Params, TrainState
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -89,7 +66,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     The same call resumes what was interrupted, and returns at once where everything is done.
 
     Args:
-      config: see config_table.py.
+      config: see config/table.py.
       workdir: the run's folder; it holds everything the run writes.
 
     Returns:
@@ -103,344 +80,159 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     objective = configured_objective(settings)
     stages = make_stages(settings)
     check_rewards(stages)
-    train_problems, eval_problems = split_problems(settings, stages.task)
-    check_prompts(stages, [*train_problems, *eval_problems])
+    training, held_out = split_problems(settings, stages.task)
+    check_prompts(stages, [*training, *held_out])
     claim_workdir(config, workdir)
-    claim_model(workdir, stages.model, config.model.dtype)
-    say(describe(stages, train_problems, eval_problems))
+    claim_model(workdir, stages.model, settings.model.dtype)
+    say(describe(stages, training, held_out))
     with jax.transfer_guard("disallow"):
-        base = stages.model.params
-        arms = {"base": base}
-        given = {"base": base, "problems": train_problems, "held_out": eval_problems}
-        run_loop = partial(run_outer_loop, stages, **given)
-        arms["seal"] = run_loop(objective, folder=workdir, label="SEAL").params
-        if config.eval.random_control:
-            arms["random"] = run_loop(
-                random_em(), folder=os.path.join(workdir, "random"), label="random control"
-            ).params
+        policies = {"base": stages.model.params}
+        loop = partial(outer_loop, stages, training=training, held_out=held_out)
+        policies["seal"] = loop(objective, folder=workdir, label="SEAL").params
+        if settings.eval.random_control:
+            folder = os.path.join(workdir, "random")
+            control = loop(random_em(), folder=folder, label="random control")
+            policies["random"] = control.params
         rows = ask_first("metrics", lambda: read_jsonl(os.path.join(workdir, "metrics.jsonl")))
-        return compare(stages, arms, eval_problems, workdir, mean_reliability(rows))
+        return compare(stages, evaluate, policies, held_out, workdir, mean_reliability(rows))
 
 
-def configured_objective(settings: Settings) -> Objective:
-    """Return the config's objective.
-
-    Raises:
-      ValueError: its options are wrong, or there are too few self-edits per problem for it.
-    """
-    name = settings.outer.objective
-    objective = make_objective(name, **settings.outer.objective_kwargs)
-    if settings.sample.num_edits < objective.min_edits:
-        raise ValueError(
-            f"sample.num_edits = {settings.sample.num_edits}: {name} compares the self-edits of a"
-            f" problem with each other and needs at least {objective.min_edits}"
-        )
-    return objective
-
-
-def is_done(config: ConfigDict, workdir: str) -> bool:
-    """Return whether `workdir` holds the finished run of this config; no device is touched.
-
-    Raises:
-      ValueError: the folder belongs to another config.
-    """
-    ask_first("workdir", lambda: check_workdir(config, workdir))
-    return ask_first("is done", lambda: os.path.exists(os.path.join(workdir, "summary.json")))
-
-
-def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> dict[str, Any]:
-    """Compare a policy with the base model; see `compare` for what is written.
-
-    Args:
-      policy: a folder of checkpoints, a PEFT adapter of the config's model, or any model source.
-    """
-    ask_first("workdir", lambda: check_workdir(config, workdir))
-    stages = make_stages(settings_of(config))
-    _, held_out = split_problems(stages.settings, stages.task)
-    with jax.transfer_guard("disallow"):
-        base = stages.model.params
-        policies = {"base": base, "seal": load_policy(stages, policy)}
-        claim_workdir(config, workdir)
-        claim_policy(workdir, policy, checkpoint.tree_hash(policies["seal"]))
-        return compare(stages, policies, held_out, workdir)
-
-
-def claim_policy(workdir: str, policy: str, policy_hash: str) -> None:
-    """Write policy.json into a new folder; refuse one whose results are another policy's."""
-    path, claim = os.path.join(workdir, "policy.json"), {"policy": policy, "hash": policy_hash}
-    found = ask_first("policy", lambda: read_json(path))
-    if found is not None and found["hash"] != policy_hash:
-        raise ValueError(
-            f"{workdir} holds the evaluation of another policy: found {found}, asked for"
-            f" {claim}. Choose another --workdir."
-        )
-    write_json(path, claim)
-
-
-def load_policy(stages: Stages, policy: str) -> Params:
-    """Return the params of checkpoints or one of them, a PEFT adapter, or a model of the same
-    architecture."""
-    config = stages.settings
-    return sources.load_policy(
-        policy, stages.model, config.model.source, config.model.dtype, stages.mesh
-    )
-
-
-def generate_edits(
-    config: ConfigDict, problems: Sequence[Problem], *, adapter: str | None, out: str | None
-) -> None:
-    """Write `sample.num_edits` self-edits for each problem, to `out` as JSON lines or to stdout."""
-    if out is not None and ask_first("out", lambda: os.path.exists(out)):
-        raise ValueError(f"{out} exists: choose another --out")
-    stages = make_stages(settings_of(config))
-    params = stages.model.params
-    if adapter is not None:
-        # Of checkpoints it is not the adapter in them, which is what the last outer step added.
-        params = load_policy(stages, adapter)
-    batch = [(problem, None) for problem in problems]
-    num_edits = config.sample.num_edits
-    _, texts = write_edits(stages, params, batch, 0, num_edits, "generate")
-    for (problem, _), edits in zip(batch, parse(stages, batch, texts), strict=True):
-        for r, edit in enumerate(edits):
-            entry = {"title": problem.title, "problem": problem.id, "edit": r, "text": edit.text}
-            entry["rejected"] = getattr(edit, "reason", None)
-            entry |= logged_texts(edit)
-            if out is not None:
-                append_json(out, entry)
-            else:
-                say(f"=== {problem.title}, self-edit {r + 1}\n{edit.text.strip()}\n")
-
-
-def run_outer_loop(
+def outer_loop(
     stages: Stages,
     objective: Objective,
-    base: Params,
-    problems: Sequence[tuple[Problem, Exam]],
+    training: Batch,
+    held_out: Batch = (),
     *,
     folder: str,
     label: str,
-    held_out: Sequence[tuple[Problem, Exam]] = (),
 ) -> TrainState:
     """Run the outer loop from its last good checkpoint in `folder` on; returns the final state.
 
+    Training starts from the stages' model, which is the reference of the KL penalty, too.
+
     Args:
-      base: the policy that training starts from, and the reference of the KL penalty.
       held_out: problems that the policy is examined on every `eval.every` steps.
 
     Raises:
       FloatingPointError: more than `outer.max_skipped` updates were not finite.
       Stopped: a process was told to end; what is saved is on disk.
     """
-    config, outer = stages.settings, stages.settings.outer
-    update = outer.update
-    policy_update, state = make_update(stages, objective, base)
+    settings, outer, base = stages.settings, stages.settings.outer, stages.model.params
+    policy_update, state = make_update(stages, objective)
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "checkpoints")
-    keep, best = config.checkpoint.keep, config.checkpoint.best
-    with checkpoint.make_manager(path, keep, best) as manager:
+    keeps, path = settings.checkpoint, os.path.join(folder, "checkpoints")
+    with checkpoint.make_manager(path, keeps.keep, keeps.best) as manager:
         state, past = restore_state(manager, state, folder)
-        for step in range(int(to_host(state.step)), outer.num_steps):
+        for number in range(int(to_host(state.step)), outer.num_steps):
             stop_if_told()
-            clock, name = Clock(), f"{label} step {step}"
-            batch = take_problems(problems, step, outer.problems_per_step)
-            rollout, texts = write_edits(
-                stages, state.params, batch, step, config.sample.num_edits, name
-            )
-            edits = parse(stages, batch, texts)
+            clock, parents = Clock(), policy_parents(number, outer.update)
+            step = take_problems(training, number, outer.problems_per_step, label, folder)
+            rollout, texts = sample(stages, state.params, step, settings.sample.num_edits)
+            edits = parse(stages, step.batch, texts)
             clock.lap("sample")
             evaluated = None
             if objective.needs_rewards:
-                earlier = problems[: step * outer.problems_per_step]
-                keep = partial(keep_adapter, folder, policy_parents(step, update))
-                evaluated = evaluate_edits(
-                    stages,
-                    state.params,
-                    batch,
-                    earlier,
-                    rollout,
-                    edits,
-                    step,
-                    folder=folder,
-                    label=name,
-                    keep=None if config.checkpoint.adapters == "none" else keep,
+                known = look_up(stages, state.params, step, rollout, edits)
+                examination = examination_of(settings, step, edits, known)
+                keep = partial(keep_adapter, folder, parents) if keeps.adapters != "none" else None
+                outcomes = evaluate(stages, inner_base(stages, state.params), examination, keep)
+                evaluated = Evaluated(
+                    gather(step, edits, known, outcomes), outcomes, known.baseline
                 )
             clock.lap("inner")
-            rewards = tabulate(edits, evaluated, config.reward)
-            rng = np.random.default_rng([config.seed, keys.SELECT, step])
+            rewards = reward(edits, evaluated, settings.reward)
+            rng = np.random.default_rng([settings.seed, keys.SELECT, number])
             advantages = objective.advantages(rewards, past, rng)
-            state, metrics = policy_update(state, rollout, advantages.reshape(-1), name, past, base)
+            state, metrics = policy_update(
+                state, rollout, advantages.reshape(-1), step.label, past, base
+            )
             clock.lap("policy")
             past = extend(past, rewards, metrics)
-            metrics |= summarize(edits, evaluated, rewards, advantages)
-            metrics |= written_lengths(rollout, stages.model.tokenizer.stop_ids)
-            if evaluated is not None:
-                metrics |= trust(evaluated, config.reward)
-            if held_out and config.eval.every and (step + 1) % config.eval.every == 0:
-                metrics |= examine(stages, state.params, held_out, folder, f"{name}: held-out")
+            metrics |= describe_step(stages, rollout, edits, evaluated, rewards, advantages)
+            if held_out and settings.eval.every and (number + 1) % settings.eval.every == 0:
+                held_out_label = f"{step.label}: held-out"
+                metrics |= examine(stages, state.params, held_out, folder, held_out_label)
                 clock.lap("eval")
-            append_metrics(os.path.join(folder, "metrics.jsonl"), step, metrics | clock.laps)
-            log_edits(folder, step, batch, edits, evaluated, rewards, advantages)
-            if config.checkpoint.adapters != "none" and evaluated is not None:
-                drop_adapters(config, folder, batch, evaluated, advantages)
+            append_metrics(os.path.join(folder, "metrics.jsonl"), number, metrics | clock.laps)
+            log_edits(step, edits, evaluated, rewards, advantages)
+            if evaluated is not None:
+                drop_adapters(keeps, step, evaluated, advantages)
             if state.adapters is not None:
-                save_adapter(folder, policy_id(step), state.adapters, policy_parents(step, update))
+                save_adapter(folder, policy_id(number), state.adapters, parents)
             # Returns before it is on disk ...
-            save_state(manager, state, step, rewards, past, metrics.get("eval/reward"))
-            drop_pending(folder, step - 1)  # ... but the one before it is
+            save_state(manager, state, number, rewards, past, metrics.get("eval/reward"))
+            drop_pending(folder, number - 1)  # ... but the one before it is
             if past.num_skipped > outer.max_skipped:
                 raise FloatingPointError(
-                    f"{name}: {past.num_skipped} updates were not finite and were skipped; at most"
-                    f" outer.max_skipped = {outer.max_skipped} may be: lower outer.learning_rate"
+                    f"{step.label}: {past.num_skipped} updates were not finite and were skipped; at"
+                    f" most outer.max_skipped = {outer.max_skipped} may be: lower"
+                    " outer.learning_rate"
                 )
         checkpoint.wait(manager)
         drop_pending(folder, outer.num_steps - 1)
     return state
 
 
-def make_update(stages: Stages, objective: Objective, base: Params) -> tuple[Callable, TrainState]:
-    """Return the policy update that the config asks for, and the state before the first step."""
-    config, outer = stages.settings, stages.settings.outer._asdict()
-    optimizer = optimizer_of(config.outer)
-    lora = {name: outer[name] for name in ("update", "rank", "alpha", "targets")}
-    names = ("schedule", "learning_rate", "num_epochs", "batch_size", "microbatch_size")
-    penalties = ("kl_coef", "kl_target", "entropy_coef")
-    policy_update = make_policy_update(
-        dataclasses.replace(stages.model.config, remat=outer["remat"]),
-        objective,
-        optimizer,
-        mesh=stages.mesh,
-        seed=config.seed,
-        **{name: outer[name] for name in (*names, *penalties)},
-        **lora,
-    )
-    value_head = objective.gae is not None
-    state = init_train_state(
-        stages.model.config, base, optimizer, mesh=stages.mesh, value_head=value_head, **lora
-    )
-    return policy_update, state
+def evaluate(
+    stages: Stages,
+    params: Params,
+    examination: Examination,
+    keep: Callable[[InnerRun, Adapters], None] | None = None,
+) -> Outcomes:
+    """Apply self-edits and examine what becomes of the model, wave by wave.
 
+    Args:
+      params: the frozen base of inner loop and answers.
+      keep: takes each trained adapter (A = 1, numpy) before the ledger has its outcome, so that no
+        outcome is without its adapter after a kill.
 
-def extend(past: Past, rewards: Rewards, metrics: Mapping[str, float]) -> Past:
-    """Return the past with one step more."""
-    known = rewards.values[~np.isnan(rewards.values)]
-    return Past(
-        (*past.mean_rewards, float(known.mean())) if len(known) else past.mean_rewards,
-        (*past.kls, metrics["policy/kl"]) if "policy/kl" in metrics else past.kls,
-        past.num_skipped + metrics["policy/skipped"],
-    )
+    Returns:
+      The outcome of every inner run, by its name.
+
+    Raises:
+      Stopped: a process was told to end; the ledger has what is finished.
+    """
+    outcomes: Outcomes = {}
+    while runs := examination.runs_to_make(outcomes):
+        outcomes |= read_ledger(examination.ledger, runs)
+        for wave in waves(stages, runs, outcomes, examination.label):
+            batches = pack(stages, wave)
+            fresh, placed = fresh_adapters(stages, wave), on_devices(stages, batches)
+            with jax.set_mesh(stages.mesh):  # for the attention kernels
+                adapters, losses = stages.inner_update(params, fresh, placed, wave.show)
+            answers = answer(stages, params, adapters, wave)
+            logps = gold_logp(stages, params, adapters, wave)
+            marks = grade(stages, wave, answers)
+            num_epochs = stages.settings.inner.num_epochs
+            found = outcomes_of_wave(
+                wave, batches, to_host(losses), answers, marks, logps, num_epochs
+            )
+            kept = None if keep is None else to_host(adapters)
+            for i, place in enumerate(wave.places):
+                if place is None or place.run.name in outcomes:
+                    continue
+                if keep is not None:
+                    keep(place.run, lora.take(kept, slice(i, i + 1)))
+                append_outcome(examination.ledger, place.run, found[place.run.name])
+            outcomes |= found
+            stop_if_told()
+    return outcomes
 
 
 def examine(
-    stages: Stages, params: Params, problems: Sequence, folder: str, label: str
+    stages: Stages, params: Params, problems: Batch, folder: str, label: str
 ) -> dict[str, float]:
     """Return the policy's mean reward on held-out problems, one self-edit each, as metrics.
 
     The randomness is that of the final comparison, the same in every step.
     """
-    step, num_edits = keys.EVAL_STEP, stages.settings.eval.num_edits
-    rollout, texts = write_edits(stages, params, problems, step, num_edits, label)
+    settings = stages.settings
+    step = OuterStep(keys.EVAL_STEP, label, folder, problems)
+    rollout, texts = sample(stages, params, step, settings.eval.num_edits)
     edits = parse(stages, problems, texts)
-    evaluated = evaluate_edits(
-        stages, params, problems, (), rollout, edits, step, folder=folder, label=label
-    )
-    drop_pending(folder, step)
-    values = tabulate(edits, evaluated, stages.settings.reward).values
-    return held_out_metrics(values)
-
-
-def keep_adapter(folder: str, parents: list[str] | None, run: Run, adapter: Adapters) -> None:
-    """Save what an inner run made."""
-    save_adapter(folder, inner_id(run.step, run.name), adapter, parents)
-
-
-def drop_adapters(
-    config: Settings, folder: str, batch: Sequence, evaluated: Evaluated, advantages: np.ndarray
-) -> None:
-    """Delete the adapters of inner runs that checkpoint.adapters and adapters_gb do not want."""
-    what, runs = config.checkpoint.adapters, evaluated.runs
-
-    def accuracy(run: Run) -> float:
-        return float(np.nan_to_num(evaluated.outcomes[run.name].accuracy, nan=-1.0))
-
-    wanted = {run.name for run in runs}
-    if what == "kept":  # of the self-edits that were reinforced
-        kept = {(batch[p][0].id, r) for p, r in np.argwhere(advantages > 0).tolist()}
-        wanted = {run.name for run in runs if run.name[:2] in kept}
-    if what == "best":  # of each problem
-        of_problem = [[run for run in runs if run.name[0] == problem.id] for problem, _ in batch]
-        wanted = {max(found, key=accuracy).name for found in of_problem if found}
-    delete_adapters(folder, [inner_id(r.step, r.name) for r in runs if r.name not in wanted])
-    limit = config.checkpoint.adapters_gb
-    if dropped := drop_beyond(folder, 1e9 * limit):
-        say(f"checkpoint.adapters_gb = {limit:g}: dropped the {len(dropped)} worst adapters")
-
-
-def check_workdir(config: ConfigDict, workdir: str) -> None:
-    """Refuse a folder that belongs to another config, or to something else."""
-    path = os.path.join(workdir, "config.json")
-    if os.path.exists(path):
-        with open(path) as file:
-            difference = diff(file.read(), config)
-        if difference:
-            raise ValueError(
-                f"{workdir} belongs to another config; this one differs in\n{difference}\n"
-                "Choose another --workdir, or go back to that config."
-            )
-    elif os.path.exists(workdir) and os.listdir(workdir):
-        raise ValueError(f"{workdir} is not empty and has no config.json: choose another --workdir")
-
-
-def claim_workdir(config: ConfigDict, workdir: str) -> None:
-    """Write config.json into the folder, once model and data are known to be good.
-
-    Raises:
-      ValueError: not every process sees it there.
-    """
-    os.makedirs(workdir, exist_ok=True)
-    path = os.path.join(workdir, "config.json")
-    patience = time.monotonic() + timeout_seconds() / 10
-    write_text(path, to_json(config))
-    ask_first("config.json", lambda: None)  # it is written
-    while not os.path.exists(path) and time.monotonic() < patience:  # a bucket is seen late
-        time.sleep(0.2)
-    seen = exchange("workdir", "yes" if os.path.exists(path) else "no")
-    if apart := [str(i) for i, word in enumerate(seen) if word == "no"]:
-        raise ValueError(
-            f"--workdir {workdir}: process {', '.join(apart)} does not see what process 0 writes"
-            " there; all need the same folder (NFS, or a mounted bucket)"
-        )
-
-
-def save_state(
-    manager, state: TrainState, step: int, rewards: Rewards, past: Past, value: float | None
-) -> None:
-    """Save the state after `step`; `adapters` is what this step merged into `policy`."""
-    position = {"next_step": step + 1, "past": past._asdict()}
-    position["rewards"] = [[number(value) for value in row] for row in rewards.values]
-    checkpoint.save(manager, step + 1, _trees(state), position, value)
-
-
-def restore_state(manager, state: TrainState, folder: str) -> tuple[TrainState, Past]:
-    """Return the newest good checkpoint's state, or `state`; drop the log of steps to be redone."""
-    restored = checkpoint.restore(manager, _trees(state))
-    next_step = restored[2]["next_step"] if restored else 0
-    for name in ("metrics.jsonl", "edits.jsonl"):
-        truncate_after(os.path.join(folder, name), next_step - 1)
-    if restored is None:
-        return state, Past()
-    _, trees, position = restored
-    past = {k: tuple(v) if isinstance(v, list) else v for k, v in position["past"].items()}
-    state = TrainState(
-        jax.device_put(np.int32(next_step)),
-        trees["policy"],
-        trees.get("adapters"),
-        trees["opt_state"],
-        trees.get("value_head"),
-    )
-    return state, Past(**past)
-
-
-def _trees(state: TrainState) -> dict[str, Any]:
-    trees = {"policy": state.params, "opt_state": state.opt_state}
-    optional = {"adapters": state.adapters, "value_head": state.value_head}
-    return trees | {name: tree for name, tree in optional.items() if tree is not None}
+    known = look_up(stages, params, step, rollout, edits)
+    examination = examination_of(settings, step, edits, known)
+    outcomes = evaluate(stages, inner_base(stages, params), examination)
+    evaluated = Evaluated(gather(step, edits, known, outcomes), outcomes, known.baseline)
+    drop_pending(folder, step.number)
+    return held_out_metrics(reward(edits, evaluated, settings.reward).values)

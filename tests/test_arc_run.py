@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,22 +15,17 @@ from tiny_run import run_loop
 from seal_jax.bench.timing import count_compiles
 from seal_jax.commands.main import main
 from seal_jax.config import load_config
-from seal_jax.config.setup import settings_of
+from seal_jax.config.setup import longest_row, make_stages, settings_of
 from seal_jax.hosts.files import read_jsonl
-from seal_jax.outer.problems import split_problems
-from seal_jax.outer.stages import (
-    baseline_accuracy,
-    check_prompts,
-    inner_runs,
-    longest_row,
-    make_stages,
-    parse,
-    write_edits,
-)
+from seal_jax.outer.answers import baseline_accuracy
+from seal_jax.outer.problems import OuterStep, split_problems
+from seal_jax.outer.stages import check_prompts, parse, sample
+from seal_jax.outer.waves import Examination, all_of, inner_runs
 from seal_jax.sources import load_model
 from seal_jax.tasks.arc.augmentations import GROUPS
 from seal_jax.tasks.arc.small import CHOICES, self_edit_text
 from seal_jax.tasks.task import Rejected, SelfEdit
+from seal_jax.train import evaluate
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -53,6 +49,11 @@ def arc(one_device):
     return stages, split_problems(stages.settings, stages.task)[0]
 
 
+def evaluated(stages, runs, ledger):
+    """Return the outcomes of inner runs."""
+    return evaluate(stages, stages.model.params, Examination(partial(all_of, runs), ledger, "runs"))
+
+
 def settings(count):
     """Return self-edits that differ in all that there is to choose."""
     rng = np.random.default_rng(0)
@@ -72,18 +73,16 @@ def test_15_settings_are_one_population(arc, tmp_path):
     runs = inner_runs(batch, [edits], 0, [0])
     others = [edit._replace(learning_rate=1e-3 / (1 + i)) for i, edit in enumerate(edits)]
     with jax.transfer_guard("disallow"), count_compiles() as compiled:
-        outcomes = stages.evaluate(stages.model.params, runs, str(tmp_path / "a"), "15 settings")
+        outcomes = evaluated(stages, runs, str(tmp_path / "a"))
         first = len(compiled)
-        again = stages.evaluate(
-            stages.model.params, inner_runs(batch, [others], 0, [0]), str(tmp_path / "b"), "other"
-        )
+        again = evaluated(stages, inner_runs(batch, [others], 0, [0]), str(tmp_path / "b"))
         assert len(compiled) == first  # rates are data
     # Of another strategy, rate or number of epochs, another adapter comes out.
     losses = [outcome.loss_after for outcome in outcomes.values()]
     assert len(set(losses)) == 15 and np.isfinite(losses).all()
     assert losses != [outcome.loss_after for outcome in again.values()]
     # Each loss is as if its run were alone.
-    alone = stages.evaluate(stages.model.params, runs[3:4], str(tmp_path / "c"), "alone")
+    alone = evaluated(stages, runs[3:4], str(tmp_path / "c"))
     found = alone[runs[3].name]
     assert found.loss_after == pytest.approx(outcomes[runs[3].name].loss_after, rel=1e-5)
 
@@ -97,7 +96,7 @@ def test_the_ledger_tells_settings_apart(arc, tmp_path):
     ledger, losses = str(tmp_path / "ledger.jsonl"), []
     for edit in edits:
         runs = inner_runs(problems[:1], [[edit]], 0, [0])
-        (outcome,) = stages.evaluate(stages.model.params, runs, ledger, "x").values()
+        (outcome,) = evaluated(stages, runs, ledger).values()
         losses.append(outcome.loss_before)
     assert len(read_jsonl(ledger)) == 2 and losses[0] != losses[1]
 
@@ -125,7 +124,8 @@ def test_constrained_self_edits_are_all_valid(one_device):
     stages = make_stages(settings_of(load_config(CONFIG, options)))
     batch = split_problems(stages.settings, stages.task)[0][:2]
     with jax.transfer_guard("disallow"):
-        _, texts = write_edits(stages, stages.model.params, batch, 0, 3, "constrained")
+        step = OuterStep(0, "constrained", "", batch)
+        _, texts = sample(stages, stages.model.params, step, 3)
     edits = [edit for row in parse(stages, batch, texts) for edit in row]
     assert [edit.reason for edit in edits if isinstance(edit, Rejected)] == []
     assert len({edit.text for edit in edits}) > 3

@@ -139,9 +139,9 @@ def test_what_was_rejected_or_overflowed_counts_as_0():
     edits = [[edit, rejected], [edit, edit]]
     ran = []
 
-    def evaluate(params, runs, ledger, label):
-        assert (params, ledger) == ("params", "folder/eval_seal.jsonl")
-        ran.extend(run.name for run in runs)
+    def evaluate(stages, params, examination):
+        assert (params, examination.ledger) == ("params", "folder/eval_seal.jsonl")
+        ran.extend(run.name for run in examination.runs_to_make({}))
         return {
             ("a", 0, 0): outcome(1.0),
             ("a", 0, 1): outcome(0.5),
@@ -152,13 +152,14 @@ def test_what_was_rejected_or_overflowed_counts_as_0():
         }
 
     stages = SimpleNamespace(
-        config=SimpleNamespace(
+        settings=SimpleNamespace(
             eval=SimpleNamespace(num_seeds=2), inner=SimpleNamespace(quantize="none")
         ),
         task=None,
-        evaluate=evaluate,
     )
-    accuracy, num_rejected = compare.run_arm(stages, "params", problems, edits, "seal", "folder")
+    accuracy, num_rejected = compare.run_arm(
+        stages, evaluate, problems, "folder", "seal", "params", edits
+    )
     assert ran == [("a", 0, 0), ("a", 0, 1), *(("b", r, e) for r in (0, 1) for e in (0, 1))]
     np.testing.assert_allclose(accuracy, [(0.75 + 0) / 2, (0.5 + 0.5) / 2])
     assert num_rejected == 1

@@ -13,19 +13,21 @@ from tiny_run import CONFIG, TESTS, run_loop, train_arguments
 
 from seal_jax.commands import main as cli
 from seal_jax.config import load_config
+from seal_jax.config.setup import settings_of
+from seal_jax.config.workdir import claim_workdir
 from seal_jax.hosts.files import read_jsonl
 from seal_jax.models import lora
 from seal_jax.models.transformer import forward
 from seal_jax.models.weights import save_safetensors
-from seal_jax.outer.evaluate import Run
-from seal_jax.outer.evidence import Evaluated
+from seal_jax.outer.examination import Evaluated
+from seal_jax.outer.problems import OuterStep
 from seal_jax.outer.rewards import Outcome
 from seal_jax.runs import adapters, checkpoint
 from seal_jax.runs.folder import claim_model
+from seal_jax.runs.kept_adapters import drop_adapters
 from seal_jax.sampling.written import write_self_edits
 from seal_jax.sources import load_model
 from seal_jax.tasks.task import Exam, Problem
-from seal_jax.train import claim_workdir, drop_adapters
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -172,15 +174,14 @@ def test_the_best_adapter_of_a_problem_is_the_most_accurate(tmp_path):
     accuracies = {("a", 0, 0): 0.2, ("a", 0, 1): 0.8, ("a", 1, 0): 0.5, ("b", 0, 0): np.nan}
     accuracies |= {("b", 1, 0): 0.0, ("b", 1, 1): np.nan}
     problems = {name: (Problem(name, "", ""), Exam(name, ())) for name in "ab"}
-    runs = [Run(name, 3, *problems[name[0]], None) for name in accuracies]
     outcomes = {
         name: Outcome(accuracy, None, 0.0, 0.0, (), 0) for name, accuracy in accuracies.items()
     }
     for name in accuracies:
         (tmp_path / "adapters" / adapters.inner_id(3, name)).mkdir(parents=True)
-    config = load_config(CONFIG, ("checkpoint.adapters=best",))
-    evaluated = Evaluated([], runs, outcomes, [])
-    drop_adapters(config, str(tmp_path), list(problems.values()), evaluated, np.zeros((2, 2)))
+    keeps = settings_of(load_config(CONFIG, ("checkpoint.adapters=best",))).checkpoint
+    step = OuterStep(3, "", str(tmp_path), list(problems.values()))
+    drop_adapters(keeps, step, Evaluated([], outcomes, []), np.zeros((2, 2)))
     assert adapters.list_adapters(str(tmp_path)) == ["3-a-0-1", "3-b-1-0"]
 
 

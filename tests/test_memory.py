@@ -10,7 +10,7 @@ from tiny_run import CONFIG as TINY_CONFIG
 from tiny_run import run_loop
 
 from seal_jax.config.load import ConfigError, load_config
-from seal_jax.config.setup import settings_of
+from seal_jax.config.setup import make_stages, settings_of
 from seal_jax.hosts.files import read_jsonl
 from seal_jax.hosts.memory import device_bytes
 from seal_jax.inner.population import (
@@ -24,7 +24,6 @@ from seal_jax.inner.update import batch_sharding, make_inner_update, num_shards
 from seal_jax.models.lora import init_adapters
 from seal_jax.optim import make_optimizer
 from seal_jax.outer.problems import split_problems
-from seal_jax.outer.stages import make_stages
 from seal_jax.planning.run_estimate import describe
 from seal_jax.sharding import leading, make_mesh, param_shardings, shaped, tree_bytes
 

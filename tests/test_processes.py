@@ -103,8 +103,9 @@ def test_one_that_hangs_in_a_wave_does_not_hold_the_others(port, tmp_path):
 
 FAIL = """
 import sys
-from seal_jax import cli, train
-from seal_jax.processes import is_first
+from seal_jax import train
+from seal_jax.commands import main as cli
+from seal_jax.hosts.processes import is_first
 write = train.append_metrics
 def fail(*arguments):
     if is_first():

@@ -16,7 +16,7 @@ from tiny_run import run_loop
 from seal_jax import keys, sharding
 from seal_jax.bench.timing import count_compiles
 from seal_jax.config import load_config
-from seal_jax.config.setup import settings_of
+from seal_jax.config.setup import place_model, settings_of
 from seal_jax.hosts.files import read_jsonl
 from seal_jax.inner.packing import Layout, job_losses, pack
 from seal_jax.inner.texts import make_job, text_of
@@ -29,14 +29,13 @@ from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.models.transformer import forward, init_params
 from seal_jax.objectives.objective import make_objective
 from seal_jax.optim import make_optimizer
-from seal_jax.outer.evaluate import answer, mean_logp
+from seal_jax.outer.answers import ask, mean_logp
 from seal_jax.outer.policy import init_train_state, make_policy_update
-from seal_jax.outer.stages import place_model
 from seal_jax.sampling.cache_plan import make_plan
 from seal_jax.sampling.draw import make_settings
 from seal_jax.sampling.generate import generate
 from seal_jax.sharding import leading, make_mesh, param_shardings, to_device, to_host
-from seal_jax.types import Rollout
+from seal_jax.types import AnswerSettings, Rollout
 
 pytest_plugins = ["tiny_fixtures"]
 CONFIG = ModelConfig(
@@ -116,7 +115,7 @@ def compute(model, mesh):
         adapters, losses = update(params, adapters, batches)
         losses = job_losses(to_host(batches), to_host(losses), NUM_ADAPTERS)
         prompts = [[encode(f"thing {i}?"), encode("so?")] for i in range(NUM_ADAPTERS)]
-        answers = answer(model, params, adapters, prompts, mesh=mesh, max_tokens=6, max_rows=16)
+        answers = ask(model, params, adapters, prompts, mesh, AnswerSettings(6, (), 16))
         golds = [[text_of(p + encode("red", start=False), len(p)) for p in g] for g in prompts]
         logps = mean_logp(model, params, adapters, golds, mesh=mesh)
         samples = generate(

@@ -12,13 +12,13 @@ from tiny_run import CONFIG, run_loop, run_process, train_arguments
 
 from seal_jax.commands import main as cli
 from seal_jax.config.load import load_config, to_json
-from seal_jax.config.setup import settings_of
+from seal_jax.config.setup import make_stages, settings_of
 from seal_jax.hosts.files import read_jsonl
-from seal_jax.outer.evidence import Evaluated
+from seal_jax.optim import optimizer_of
+from seal_jax.outer.examination import Evaluated, reward
 from seal_jax.outer.policy import init_train_state
-from seal_jax.outer.record import tabulate, why
 from seal_jax.outer.rewards import Evidence, Outcome
-from seal_jax.outer.stages import make_stages, optimizer_of
+from seal_jax.outer.step_log import why
 from seal_jax.runs import adapters, checkpoint
 from seal_jax.sources import load_model
 from seal_jax.tasks.task import Rejected, SelfEdit
@@ -321,11 +321,10 @@ def test_one_seed_that_overflows_rejects_its_self_edit_and_no_other():
         Evidence(found, edit.text, "", 1.0, 0.0)
         for found, edit in zip((seeds[:2], seeds[2:], []), edits[0], strict=True)
     ]
-    evaluated = Evaluated([evidence], [], outcomes, [0.0])
-    reward = settings_of(load_config(CONFIG)).reward._replace(
-        weights={"accuracy": 1.0}, rejected=-1.0
-    )
-    rewards = tabulate(edits, evaluated, reward)
+    evaluated = Evaluated([evidence], outcomes, [0.0])
+    section = settings_of(load_config(CONFIG)).reward
+    section = section._replace(weights={"accuracy": 1.0}, rejected=-1.0)
+    rewards = reward(edits, evaluated, section)
     np.testing.assert_array_equal(rewards.values, [[-1.0, 0.25, -1.0]])
     np.testing.assert_array_equal(rewards.keepable, [[False, True, False]])
     assert why(edit, seeds[:2], False).startswith("not finite")

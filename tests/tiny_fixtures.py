@@ -8,8 +8,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tiny_run import run_process, train_arguments
 
+from seal_jax.config import setup
 from seal_jax.hosts.start_jax import start_jax
-from seal_jax.outer import stages
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,7 +33,7 @@ def one_device(compiled, monkeypatch):
     """Let runs in this process use one of its eight devices, and the compiled programs."""
     axes = ("data", "fsdp", "tensor")
     mesh = jax.make_mesh((1, 1, 1), axes, (jax.sharding.AxisType.Auto,) * 3)
-    monkeypatch.setattr(stages, "make_mesh", lambda **sizes: mesh)
+    monkeypatch.setattr(setup, "make_mesh", lambda **sizes: mesh)
     start_jax()
     yield mesh
     jax.config.update("jax_compilation_cache_dir", None)

@@ -35,7 +35,7 @@ def hide_torch() -> None:
 def before_line(file: str, line: int, happens) -> None:
     """Let something happen before that line (counted from 1) enters the file."""
     from seal_jax.hosts import files as metrics
-    from seal_jax.outer import evaluate, record
+    from seal_jax.outer import ledger, step_log
 
     num_lines = 0  # of those that this process has; of several, the first alone writes
 
@@ -48,7 +48,7 @@ def before_line(file: str, line: int, happens) -> None:
                 happens()
         metrics.append_json(path, entry)
 
-    evaluate.append_json = record.append_json = append_json
+    ledger.append_json = step_log.append_json = append_json
 
 
 def _count_lines(path) -> int:
@@ -114,18 +114,15 @@ def run_loop(config, folder):
     """Run the outer loop in this process, without the final comparison; returns its stages."""
     import jax
 
-    from seal_jax.config.setup import settings_of
+    from seal_jax.config.setup import configured_objective, make_stages, settings_of
     from seal_jax.outer.problems import split_problems
-    from seal_jax.outer.stages import make_stages
-    from seal_jax.train import configured_objective, run_outer_loop
+    from seal_jax.train import outer_loop
 
-    stages, objective = make_stages(settings_of(config)), configured_objective(settings_of(config))
+    stages = make_stages(settings_of(config))
     problems, held_out = split_problems(stages.settings, stages.task)
     with jax.transfer_guard("disallow"):
-        base = stages.model.params
-        run_outer_loop(
-            stages, objective, base, problems, folder=folder, label="SEAL", held_out=held_out
-        )
+        objective = configured_objective(stages.settings)
+        outer_loop(stages, objective, problems, held_out, folder=folder, label="SEAL")
     return stages
 
 

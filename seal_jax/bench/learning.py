@@ -22,19 +22,15 @@ from ml_collections import ConfigDict
 from seal_jax.bench.facts_model import STYLES, model_folder, notes
 from seal_jax.bench.timing import machine
 from seal_jax.config.load import default_config, validate
-from seal_jax.config.setup import settings_of
+from seal_jax.config.setup import configured_objective, make_stages, settings_of
+from seal_jax.config.workdir import check_workdir, claim_workdir
 from seal_jax.hosts.files import read_jsonl, write_json
 from seal_jax.keys import EVAL_STEP
 from seal_jax.outer.problems import split_problems
-from seal_jax.outer.stages import Stages, inner_base, inner_runs, make_stages
+from seal_jax.outer.stages import Stages, inner_base
+from seal_jax.outer.waves import Examination, all_of, inner_runs
 from seal_jax.tasks.task import Exam, Problem
-from seal_jax.train import (
-    check_workdir,
-    claim_workdir,
-    configured_objective,
-    examine,
-    run_outer_loop,
-)
+from seal_jax.train import evaluate, examine, outer_loop
 
 # What an objective changes of the config below, each chosen on seeds that are not reported.
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -154,7 +150,8 @@ def _start(stages: Stages, held_out: Sequence[tuple[Problem, Exam]], path: Path)
         edits = [[stages.task.parse(p, notes(p, "asked"))] for p, _ in held_out]
         runs = inner_runs(held_out, edits, EVAL_STEP, range(stages.settings.inner.num_seeds))
         ledger = path.with_suffix(".jsonl")
-        outcomes = stages.evaluate(inner_base(stages, params), runs, str(ledger), "best notes")
+        examination = Examination(partial(all_of, runs), str(ledger), "best notes")
+        outcomes = evaluate(stages, inner_base(stages, params), examination)
         found["best_possible"] = float(np.mean([o.accuracy for o in outcomes.values()]))
         write_json(path, found)
     return json.loads(path.read_text())
@@ -173,15 +170,11 @@ def _train(
     workdir = str(folder / f"{algorithm}_{seed}")
     check_workdir(config, workdir)
     claim_workdir(config, workdir)
-    run_outer_loop(
-        stages._replace(config=config),
-        configured_objective(config),
-        stages.model.params,
-        training,
-        folder=workdir,
-        label=f"{algorithm}, seed {seed},",
-        held_out=held_out,
-    )
+    settings = settings_of(config)
+    label = f"{algorithm}, seed {seed},"
+    objective = configured_objective(settings)
+    stages = stages._replace(settings=settings)
+    outer_loop(stages, objective, training, held_out, folder=workdir, label=label)
     return read_jsonl(os.path.join(workdir, "metrics.jsonl"))
 
 

@@ -213,9 +213,10 @@ def run_train(arguments: argparse.Namespace) -> int:
     from seal_jax.hosts.start_jax import start_jax
 
     start_jax()
+    from seal_jax.config.workdir import is_done
     from seal_jax.hosts.preemption import Stopped, listen
     from seal_jax.hosts.processes import is_first
-    from seal_jax.train import is_done, train
+    from seal_jax.train import train
 
     _examine(config, arguments.workdir)
     done = is_done(config, arguments.workdir)
@@ -276,8 +277,8 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 def _examine(config, workdir: str) -> list[str]:
     from seal_jax.commands.doctor import check
+    from seal_jax.config.workdir import check_workdir
     from seal_jax.hosts.processes import timeout_seconds
-    from seal_jax.train import check_workdir
 
     return check(config, workdir, check_workdir, timeout_seconds())
 
@@ -287,8 +288,8 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from seal_jax.hosts.start_jax import start_jax
 
     start_jax()
+    from seal_jax.commands.eval import evaluate_policy
     from seal_jax.hosts.processes import is_first
-    from seal_jax.train import evaluate_policy
 
     evaluate_policy(config, arguments.workdir, arguments.policy)
     if not is_first():
@@ -306,7 +307,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     from seal_jax.hosts.start_jax import start_jax
 
     start_jax()
-    from seal_jax.train import generate_edits
+    from seal_jax.commands.generate import generate_edits
 
     generate_edits(config, problems, adapter=arguments.adapter, out=arguments.out)
     return 0

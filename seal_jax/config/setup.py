@@ -1,8 +1,34 @@
-"""The door: a config's sections become the NamedTuples that the stages take."""
+"""From a config to a run's stages: its sections become NamedTuples, and these what a loop calls.
 
+Nothing past this module takes a ConfigDict.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from seal_jax.config.load import task_arguments
+from seal_jax.inner.packing import LONGEST
+from seal_jax.inner.population import make_at_once
+from seal_jax.inner.texts import PAD_SAMPLES, PADDED, encode_text
+from seal_jax.inner.update import make_inner_update
+from seal_jax.models import lora
+from seal_jax.models.divisible import check_divides
+from seal_jax.models.model import Model
+from seal_jax.models.quantize import quantize_params
+from seal_jax.objectives.objective import Objective, make_objective
+from seal_jax.optim import optimizer_of
+from seal_jax.outer.policy import init_train_state, make_policy_update, state_shapes
+from seal_jax.outer.problems import Batch
+from seal_jax.outer.stages import Constrain, Stages
+from seal_jax.sharding import make_mesh, param_shardings, shaped, tree_bytes
+from seal_jax.sources import load_model
+from seal_jax.tasks import TASKS, field_names, make_task
+from seal_jax.tasks.task import Task
 from seal_jax.types import (
     AnswerSettings,
     CheckpointSettings,
@@ -13,6 +39,7 @@ from seal_jax.types import (
     RewardSettings,
     SampleSettings,
     Settings,
+    TrainState,
 )
 
 
@@ -33,3 +60,179 @@ def settings_of(config: ConfigDict) -> Settings:
         mesh=plain["mesh"],
         rules=tuple(plain["sharding"].items()),
     )
+
+
+def make_stages(settings: Settings) -> Stages:
+    """Make the mesh, load the model onto it and build the stages that loops and table share."""
+    inner, chat = settings.inner, settings.model.chat
+    mesh = make_mesh(**settings.mesh)
+    model = place_model(settings, settings.model.source, mesh)
+    check_divides(mesh, model.config)
+    # A task's texts are shared by many self-edits and seeds.
+    encode = lru_cache(maxsize=4096)(
+        lambda text, outputs_only: encode_text(model.tokenizer, text, outputs_only, chat=chat)
+    )
+    given = {
+        "batch_size": inner.batch_size,
+        "count_tokens": lambda text: len(encode(text, False).tokens),
+    }
+    taken = field_names(settings.task["name"])
+    task = make_task(**settings.task, **{k: v for k, v in given.items() if k in taken})
+    sizes = {"rank": inner.rank, "alpha": inner.alpha, "targets": inner.targets}
+    init_adapters = jax.jit(partial(lora.init_adapters, model.config, **sizes))
+    inner_update = make_inner_update(
+        dataclasses.replace(model.config, remat=inner.remat),
+        optimizer_of(inner),
+        inner.schedule,
+        mesh,
+        warmup_steps=inner.warmup_steps,
+        dropout=inner.dropout,
+        accumulation=inner.accumulation,
+    )
+    at_once = _at_once(settings, model, mesh, inner_update)
+    constrain = _make_constrain(settings, model, task)
+    return Stages(
+        settings, model, task, mesh, encode, init_adapters, inner_update, at_once, constrain
+    )
+
+
+def place_model(settings: Settings, source: str, mesh: Mesh) -> Model:
+    """Load a model onto the mesh; it lies there, and computes attention, as the settings say."""
+    model = load_model(source, settings.model.dtype, mesh, settings.rules)
+    attention = settings.model.attention
+    return model._replace(config=dataclasses.replace(model.config, attention=attention))
+
+
+def configured_objective(settings: Settings) -> Objective:
+    """Return the objective that the settings name.
+
+    Raises:
+      ValueError: its options are wrong, or there are too few self-edits per problem for it.
+    """
+    name = settings.outer.objective
+    objective = make_objective(name, **settings.outer.objective_kwargs)
+    if settings.sample.num_edits < objective.min_edits:
+        raise ValueError(
+            f"sample.num_edits = {settings.sample.num_edits}: {name} compares the self-edits of a"
+            f" problem with each other and needs at least {objective.min_edits}"
+        )
+    return objective
+
+
+def make_update(
+    stages: Stages, objective: Objective
+) -> tuple[Callable[..., tuple[TrainState, dict[str, float]]], TrainState]:
+    """Return the policy update that the settings ask for, and the state before the first step."""
+    settings, model, mesh = stages.settings, stages.model, stages.mesh
+    outer, optimizer = settings.outer._asdict(), optimizer_of(settings.outer)
+    lora_kwargs = {name: outer[name] for name in ("update", "rank", "alpha", "targets")}
+    names = ("schedule", "learning_rate", "num_epochs", "batch_size", "microbatch_size")
+    penalties = ("kl_coef", "kl_target", "entropy_coef")
+    policy_update = make_policy_update(
+        dataclasses.replace(model.config, remat=settings.outer.remat),
+        objective,
+        optimizer,
+        mesh=mesh,
+        seed=settings.seed,
+        **{name: outer[name] for name in (*names, *penalties)},
+        **lora_kwargs,
+    )
+    value_head = objective.gae is not None
+    state = init_train_state(
+        model.config, model.params, optimizer, mesh=mesh, value_head=value_head, **lora_kwargs
+    )
+    return policy_update, state
+
+
+def _make_constrain(settings: Settings, model: Model, task: Task) -> Constrain | None:
+    """Return which tokens a self-edit may go on with; None where it may with any.
+
+    Raises:
+      ValueError: that is asked for, and the task cannot say.
+    """
+    if not settings.sample.constrained:
+        return None
+    if not hasattr(task, "constrain"):
+        raise ValueError(
+            "sample.constrained = True: self-edits of task"
+            f" {settings.task['name']!r} have no grammar"
+        )
+    return task.constrain(model.tokenizer, model.config.vocab_size)
+
+
+def _at_once(settings: Settings, model: Model, mesh: Mesh, inner_update):
+    """Return how many adapters are in flight, given the tokens of the longest row."""
+    inner = settings.inner
+    if inner.max_adapters != -1:
+        return lambda longest: inner.max_adapters
+    # No more than there are runs at once, and than there may be rows of answers: every adapter
+    # answers at least one question at a time.
+    runs = max(
+        settings.outer.problems_per_step * settings.sample.num_edits * inner.num_seeds,
+        settings.eval.num_problems * settings.eval.num_edits * settings.eval.num_seeds,
+    )
+    base = jax.eval_shape(partial(quantize_params, word=inner.quantize), model.params)
+    return make_at_once(
+        model.config,
+        inner_update,
+        optimizer_of(inner),
+        shaped(base, param_shardings(mesh, base, model.config.rules)),
+        mesh=mesh,
+        resident=resident_bytes(settings, model, mesh),
+        most=min(settings.answer.max_rows, runs),
+        rank=inner.rank,
+        alpha=inner.alpha,
+        targets=inner.targets,
+        accumulation=inner.accumulation,
+        tokens_per_step=inner.tokens_per_step,
+        steps_per_call=inner.steps_per_call,
+    )
+
+
+def resident_bytes(settings: Settings, model: Model, mesh: Mesh) -> int:
+    """Return what lies on each device beside the inner loop's own base and adapters, at most."""
+    outer, policy = settings.outer, tree_bytes(model.params)
+    sizes = {"rank": outer.rank, "alpha": outer.alpha, "targets": outer.targets}
+    state = state_shapes(
+        model.config, model.params, optimizer_of(outer), update=outer.update, **sizes
+    )
+    state = state.adapters, state.opt_state  # a value head is nothing beside them
+    # While a policy is trained there is the base too; in the end, every policy that was trained.
+    training = policy + tree_bytes(shaped(state, param_shardings(mesh, state, model.config.rules)))
+    comparing = policy * (2 if settings.eval.random_control else 1)
+    own = 0 if settings.inner.quantize == "none" else policy  # a quantized base is one more
+    return max(training, comparing) + own
+
+
+def longest_row(stages: Stages, problems: Batch) -> int:
+    """Return about how many tokens the longest row of an inner run on these problems will have."""
+    passage = max(
+        len(stages.encode(text, False).tokens)
+        for problem, _ in problems
+        for text in stages.task.passage_only(problem).training_texts
+    )
+    return row_tokens(stages.settings, passage, stages.model.config.max_length)
+
+
+def row_tokens(settings: Settings, passage: int, max_length: int) -> int:
+    """Return about how many tokens the longest row of an inner run has.
+
+    Args:
+      passage: tokens of the longest.
+      max_length: of the model.
+    """
+    size, written = settings.inner.batch_size, settings.sample.max_tokens
+    longest = max(passage, written) if size == 1 else passage + written
+    if (most := text_limit(settings)) is not None:
+        longest = size * most
+    if settings.inner.pad_loss == "sampled":
+        longest += size * (PAD_SAMPLES + 1)
+    if settings.inner.pad_loss == "exact":
+        longest = max(longest, size * min(PADDED, max_length))
+    return min(longest, LONGEST)
+
+
+def text_limit(settings: Settings) -> int | None:
+    """Return how many tokens a text has at most that the task makes; None if the policy writes."""
+    default = getattr(TASKS[settings.task["name"]], "max_tokens", None)
+    return None if default is None else settings.task.get("max_tokens", default)

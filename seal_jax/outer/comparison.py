@@ -12,24 +12,21 @@ draw.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from seal_jax.hosts.files import write_json, write_text
 from seal_jax.keys import EVAL_STEP
-from seal_jax.outer.evidence import outcomes_of
-from seal_jax.outer.stages import (
-    Edit,
-    Stages,
-    baseline_accuracy,
-    inner_base,
-    inner_runs,
-    parse,
-    write_edits,
-)
-from seal_jax.tasks.task import Exam, Problem, Rejected
+from seal_jax.outer.answers import baseline_accuracy
+from seal_jax.outer.examination import outcomes_of
+from seal_jax.outer.ledger import Outcomes
+from seal_jax.outer.problems import Batch, OuterStep
+from seal_jax.outer.stages import Edits, Stages, inner_base, parse, sample
+from seal_jax.outer.waves import Examination, all_of, inner_runs
+from seal_jax.tasks.task import Rejected
 from seal_jax.types import Params
 
 # What the table calls the arms, and what was asked; a task may have `titles` of its own.
@@ -44,10 +41,15 @@ TITLES = {
 }
 
 
+# Trains, asks and grades inner runs: see `train.evaluate`.
+Evaluate = Callable[[Stages, Params, Examination], Outcomes]
+
+
 def compare(
     stages: Stages,
+    evaluate: Evaluate,
     policies: Mapping[str, Params],
-    problems: Sequence[tuple[Problem, Exam]],
+    problems: Batch,
     workdir: str,
     reliability: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
@@ -58,17 +60,19 @@ def compare(
       reliability: of the rewards that 'seal' was trained on, see `mean_reliability`.
     """
     settings, base = stages.settings, policies["base"]
+    examine = partial(run_arm, stages, evaluate, problems, workdir)
     titles = titles_of(stages)
     accuracy = {"base": np.array(baseline_accuracy(stages, inner_base(stages, base), problems))}
     edits = [[stages.task.passage_only(problem)] for problem, _ in problems]
-    accuracy["passage"], _ = run_arm(stages, base, problems, edits, "passage", workdir)
+    accuracy["passage"], _ = examine("passage", base, edits)
     num_rejected = {}
     for name, params in policies.items():
         arm = "own" if name == "base" else name
         label = f"held-out, {titles[arm]}"
-        _, texts = write_edits(stages, params, problems, EVAL_STEP, settings.eval.num_edits, label)
+        step = OuterStep(EVAL_STEP, label, workdir, problems)
+        _, texts = sample(stages, params, step, settings.eval.num_edits)
         edits = parse(stages, problems, texts)
-        accuracy[arm], num_rejected[arm] = run_arm(stages, params, problems, edits, arm, workdir)
+        accuracy[arm], num_rejected[arm] = examine(arm, params, edits)
     summary = {
         "num_problems": len(problems),
         "num_questions": sum(len(exam.questions) for _, exam in problems),
@@ -96,11 +100,12 @@ def titles_of(stages: Stages) -> dict[str, str]:
 
 def run_arm(
     stages: Stages,
-    params: Params,
-    problems: Sequence[tuple[Problem, Exam]],
-    edits: Sequence[Sequence[Edit]],
-    arm: str,
+    evaluate: Evaluate,
+    problems: Batch,
     workdir: str,
+    arm: str,
+    params: Params,
+    edits: Edits,
 ) -> tuple[np.ndarray, int]:
     """Return the accuracy of each problem, f64[P], and how many self-edits were rejected.
 
@@ -108,8 +113,9 @@ def run_arm(
     """
     runs = inner_runs(problems, edits, EVAL_STEP, range(stages.settings.eval.num_seeds))
     ledger = os.path.join(workdir, f"eval_{arm}.jsonl")
-    frozen = inner_base(stages, params)
-    outcomes = stages.evaluate(frozen, runs, ledger, f"held-out, {titles_of(stages)[arm]}")
+    label = f"held-out, {titles_of(stages)[arm]}"
+    examination = Examination(partial(all_of, runs), ledger, label)
+    outcomes = evaluate(stages, inner_base(stages, params), examination)
     accuracy = np.zeros(len(problems))
     for p, (problem, _) in enumerate(problems):
         for r in range(len(edits[p])):

@@ -1,6 +1,7 @@
 """The problems of a run: read once, by as many processes as there are, and the same on all."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import xxhash
 
@@ -9,6 +10,17 @@ from seal_jax.tasks.task import Exam, Problem, Question, Task, join_shares
 from seal_jax.types import Settings
 
 Pair = tuple[Problem, Exam]
+Batch = Sequence[Pair]  # P problems with their exams
+
+
+class OuterStep(NamedTuple):
+    """An outer step: its problems, and where it keeps what it has found so far."""
+
+    number: int
+    label: str  # of what people see
+    folder: str  # of the run
+    batch: Batch
+    earlier: Batch = ()  # the problems of the steps before it
 
 
 def split_problems(settings: Settings, task: Task) -> tuple[list[Pair], list[Pair]]:
@@ -65,6 +77,8 @@ def _problem_of(pair: Sequence) -> Pair:
     return Problem(*problem), Exam(problem_id, tuple(Question(*one) for one in questions))
 
 
-def take_problems(problems: Sequence, step: int, count: int) -> Sequence:
-    """Return the problems of an outer step: fresh ones in each."""
-    return problems[step * count : (step + 1) * count]
+def take_problems(problems: Batch, number: int, count: int, label: str, folder: str) -> OuterStep:
+    """Return an outer step with its problems: `count` fresh ones in each."""
+    first = number * count
+    batch, earlier = problems[first : first + count], problems[:first]
+    return OuterStep(number, f"{label} step {number}", folder, batch, earlier)

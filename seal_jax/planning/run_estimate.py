@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seal_jax.config.setup import longest_row, text_limit
 from seal_jax.models.divisible import undivided
 from seal_jax.outer.comparison import titles_of
-from seal_jax.outer.stages import Stages, longest_row, text_limit
+from seal_jax.outer.stages import Stages
 from seal_jax.tasks.task import Problem
 from seal_jax.types import Params
 

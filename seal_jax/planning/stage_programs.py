@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from seal_jax.config.setup import row_tokens
 from seal_jax.inner.packing import LONGEST
 from seal_jax.inner.population import adapter_bytes, empty_batch, largest_shapes
 from seal_jax.inner.update import batch_sharding, make_inner_update, num_shards
@@ -23,9 +24,9 @@ from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
 from seal_jax.objectives.objective import make_objective
-from seal_jax.outer import evaluate
+from seal_jax.optim import optimizer_of
+from seal_jax.outer.answers import score_rows
 from seal_jax.outer.policy import Penalties, TrainRows, make_policy_update, state_shapes
-from seal_jax.outer.stages import optimizer_of, row_tokens
 from seal_jax.sampling import decode
 from seal_jax.sharding import leading, num_parts, param_shardings, replicated, shaped, tree_bytes
 from seal_jax.types import InnerBatch, Params, Settings
@@ -193,7 +194,7 @@ def _scoring(
     )
     return Program(
         "scoring",
-        **_traced(evaluate._mean_logp, model.config, base, adapters, *arrays),
+        **_traced(score_rows, model.config, base, adapters, *arrays),
         loops=1,
         steps=1,
         size=A,

@@ -9,36 +9,36 @@ import numpy as np
 
 from seal_jax.hosts.files import append_json
 from seal_jax.objectives.objective import Rewards
-from seal_jax.outer.evidence import Evaluated
+from seal_jax.outer.examination import Evaluated
+from seal_jax.outer.problems import OuterStep
 from seal_jax.outer.reliability import reliability
-from seal_jax.outer.rewards import Outcome, reward_of, seed_rewards
-from seal_jax.outer.stages import Edit
-from seal_jax.tasks.task import Rejected, SelfEdit
+from seal_jax.outer.rewards import Outcome, seed_rewards
+from seal_jax.outer.stages import Edit, Edits, Stages
+from seal_jax.tasks.task import Rejected
 from seal_jax.types import RewardSettings, Rollout
 
 
-def tabulate(
-    edits: Sequence[Sequence[Edit]], evaluated: Evaluated | None, reward: RewardSettings
-) -> Rewards:
-    """Return the rewards [P R] of self-edits; where nothing was evaluated, all nan.
+def describe_step(
+    stages: Stages,
+    rollout: Rollout,
+    edits: Edits,
+    evaluated: Evaluated | None,
+    rewards: Rewards,
+    advantages: np.ndarray,
+) -> dict[str, float]:
+    """Return the metrics of an outer step, but for those of its policy update."""
+    metrics = summarize(edits, evaluated, rewards, advantages)
+    metrics |= written_lengths(rollout, stages.model.tokenizer.stop_ids)
+    if evaluated is not None:
+        metrics |= trust(evaluated, stages.settings.reward)
+    return metrics
 
-    Args:
-      reward: the config's section: weights of REWARDS, and what a rejected self-edit earns.
-    """
-    keepable = np.array([[isinstance(edit, SelfEdit) for edit in row] for row in edits])
-    values = np.full(keepable.shape, np.nan, np.float32)
-    for p, row in enumerate(evaluated.evidence if evaluated else ()):
-        for r, found in enumerate(row):
-            values[p, r] = reward_of(found, reward.weights, reward.rejected)
-            keepable[p, r] &= all(outcome.finite for outcome in found.outcomes)
-    return Rewards(values, keepable)
 
-
-def trust(evaluated: Evaluated, reward: RewardSettings) -> dict[str, float]:
+def trust(evaluated: Evaluated, section: RewardSettings) -> dict[str, float]:
     """Return the reliability report of an outer step; see reliability.py."""
     rewards = [
         [
-            seed_rewards(found, reward.weights) if all(o.finite for o in found.outcomes) else []
+            seed_rewards(found, section.weights) if all(o.finite for o in found.outcomes) else []
             for found in row
         ]
         for row in evaluated.evidence
@@ -47,7 +47,7 @@ def trust(evaluated: Evaluated, reward: RewardSettings) -> dict[str, float]:
 
 
 def summarize(
-    edits: Sequence[Sequence[Edit]],
+    edits: Edits,
     evaluated: Evaluated | None,
     rewards: Rewards,
     advantages: np.ndarray,
@@ -104,21 +104,19 @@ def written_lengths(rollout: Rollout, stop_ids: Sequence[int]) -> dict[str, floa
 
 
 def log_edits(
-    folder: str,
-    step: int,
-    batch: Sequence,
-    edits: Sequence[Sequence[Edit]],
+    step: OuterStep,
+    edits: Edits,
     evaluated: Evaluated | None,
     rewards: Rewards,
     advantages: np.ndarray,
 ) -> None:
     """Append every self-edit of the step to edits.jsonl, with why it was kept or not."""
-    for p, (problem, _) in enumerate(batch):
+    for p, (problem, _) in enumerate(step.batch):
         for r, edit in enumerate(edits[p]):
             found = evaluated.evidence[p][r].outcomes if evaluated else ()
             kept = bool(advantages[p, r] > 0)
             entry = {
-                "step": step,
+                "step": step.number,
                 "problem": problem.id,
                 "title": problem.title,
                 "edit": r,
@@ -134,7 +132,7 @@ def log_edits(
                 values = [getattr(outcome, field) for outcome in found]
                 entry[field] = [v if v is None else number(v) for v in values]
             entry["answers"] = [list(outcome.answers) for outcome in found]
-            append_json(os.path.join(folder, "edits.jsonl"), entry)
+            append_json(os.path.join(step.folder, "edits.jsonl"), entry)
 
 
 def logged_texts(edit: Edit) -> dict[str, Any]:

@@ -1,0 +1,39 @@
+"""Write self-edits for the passages of a file."""
+
+import os
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from seal_jax.commands.eval import policy_params
+from seal_jax.config.setup import make_stages, settings_of
+from seal_jax.hosts.console import say
+from seal_jax.hosts.files import append_json
+from seal_jax.hosts.processes import ask_first
+from seal_jax.outer.problems import OuterStep
+from seal_jax.outer.stages import parse, sample
+from seal_jax.outer.step_log import logged_texts
+from seal_jax.tasks.task import Exam, Problem
+
+
+def generate_edits(
+    config: ConfigDict, problems: Sequence[Problem], *, adapter: str | None, out: str | None
+) -> None:
+    """Write `sample.num_edits` self-edits for each problem, to `out` as JSON lines or to stdout."""
+    if out is not None and ask_first("out", lambda: os.path.exists(out)):
+        raise ValueError(f"{out} exists: choose another --out")
+    stages = make_stages(settings_of(config))
+    # Of checkpoints it is not the adapter in them, which is what the last outer step added.
+    params = stages.model.params if adapter is None else policy_params(stages, adapter)
+    batch = [(problem, Exam(problem.id, ())) for problem in problems]
+    step = OuterStep(0, "generate", "", batch)
+    _, texts = sample(stages, params, step, config.sample.num_edits)
+    for problem, edits in zip(problems, parse(stages, batch, texts), strict=True):
+        for r, edit in enumerate(edits):
+            entry = {"title": problem.title, "problem": problem.id, "edit": r, "text": edit.text}
+            entry["rejected"] = getattr(edit, "reason", None)
+            entry |= logged_texts(edit)
+            if out is not None:
+                append_json(out, entry)
+            else:
+                say(f"=== {problem.title}, self-edit {r + 1}\n{edit.text.strip()}\n")

@@ -1,0 +1,60 @@
+"""A run's folder belongs to one config: config.json says to which."""
+
+import os
+import time
+
+from ml_collections import ConfigDict
+
+from seal_jax.config.load import diff, to_json
+from seal_jax.hosts.files import write_text
+from seal_jax.hosts.processes import ask_first, exchange, timeout_seconds
+
+
+def check_workdir(config: ConfigDict, workdir: str) -> None:
+    """Refuse a folder that belongs to another config, or to something else.
+
+    Raises:
+      ValueError: it does.
+    """
+    path = os.path.join(workdir, "config.json")
+    if os.path.exists(path):
+        with open(path) as file:
+            difference = diff(file.read(), config)
+        if difference:
+            raise ValueError(
+                f"{workdir} belongs to another config; this one differs in\n{difference}\n"
+                "Choose another --workdir, or go back to that config."
+            )
+    elif os.path.exists(workdir) and os.listdir(workdir):
+        raise ValueError(f"{workdir} is not empty and has no config.json: choose another --workdir")
+
+
+def claim_workdir(config: ConfigDict, workdir: str) -> None:
+    """Write config.json into the folder, once model and data are known to be good.
+
+    Raises:
+      ValueError: not every process sees it there.
+    """
+    os.makedirs(workdir, exist_ok=True)
+    path = os.path.join(workdir, "config.json")
+    patience = time.monotonic() + timeout_seconds() / 10
+    write_text(path, to_json(config))
+    ask_first("config.json", lambda: None)  # it is written
+    while not os.path.exists(path) and time.monotonic() < patience:  # a bucket is seen late
+        time.sleep(0.2)
+    seen = exchange("workdir", "yes" if os.path.exists(path) else "no")
+    if apart := [str(i) for i, word in enumerate(seen) if word == "no"]:
+        raise ValueError(
+            f"--workdir {workdir}: process {', '.join(apart)} does not see what process 0 writes"
+            " there; all need the same folder (NFS, or a mounted bucket)"
+        )
+
+
+def is_done(config: ConfigDict, workdir: str) -> bool:
+    """Return whether `workdir` holds the finished run of this config; no device is touched.
+
+    Raises:
+      ValueError: the folder belongs to another config.
+    """
+    ask_first("workdir", lambda: check_workdir(config, workdir))
+    return ask_first("is done", lambda: os.path.exists(os.path.join(workdir, "summary.json")))

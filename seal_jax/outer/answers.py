@@ -1,0 +1,171 @@
+"""Answers of adapted models, asked without the passage, and their marks."""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from seal_jax import keys
+from seal_jax.hosts.processes import exchange_shares, spread
+from seal_jax.inner.texts import Text, text_of
+from seal_jax.models.config import ModelConfig
+from seal_jax.models.lengths import bucket_of
+from seal_jax.models.model import Model
+from seal_jax.models.transformer import hidden_states, token_logp
+from seal_jax.outer.problems import Batch
+from seal_jax.outer.stages import Stages, exam_prompts
+from seal_jax.outer.waves import InnerRun, Wave
+from seal_jax.sampling.draw import make_settings
+from seal_jax.sampling.generate import generate
+from seal_jax.sampling.written import make_stop, texts_of
+from seal_jax.sharding import leading, to_device, to_host
+from seal_jax.tasks.task import Task, marks_of, prompts_of
+from seal_jax.types import Adapters, AnswerSettings, Params
+
+Marks = list[list[float]]  # of each exam of a run, of each question: from 0 to 1
+
+
+def answer(stages: Stages, params: Params, adapters: Adapters, wave: Wave) -> list[list[str]]:
+    """Return each adapter's answers to the exams of its run."""
+    asked = [
+        [prompt for exam in place.run.exams() for prompt in exam_prompts(stages, *exam)]
+        if place
+        else []
+        for place in wave.places
+    ]
+    return ask(stages.model, params, adapters, asked, stages.mesh, stages.settings.answer)
+
+
+def ask(
+    model: Model,
+    params: Params,
+    adapters: Adapters | None,
+    prompts: Sequence[Sequence[Sequence[int]]],
+    mesh: Mesh,
+    settings: AnswerSettings,
+) -> list[list[str]]:
+    """Return the greedy answers of adapter i (or of the base) to prompts[i].
+
+    An answer ends before the first of the strings in `settings.stop`.
+    """
+    num_prompts = sum(map(len, prompts))
+    samples = generate(
+        model.config,
+        params,
+        adapters,
+        prompts,
+        keys.fold([(0,)] * num_prompts),
+        make_settings(num_prompts, temperature=0.0),
+        mesh=mesh,
+        stop_ids=model.tokenizer.stop_ids,
+        max_tokens=settings.max_tokens,
+        max_rows=settings.max_rows,
+        pad_id=model.tokenizer.pad_id,
+        stop=make_stop(model.tokenizer, settings.stop),
+    )
+    texts = iter(texts_of(model.tokenizer, samples, settings.stop))
+    return [[next(texts).strip() for _ in group] for group in prompts]
+
+
+def grade(stages: Stages, wave: Wave, answers: Sequence[Sequence[str]]) -> list[Marks]:
+    """Return the marks of each adapter's answers; every process grades its share."""
+
+    def grade_share(mine: Iterable[int]) -> list[Marks]:
+        return [
+            marks_by_exam(stages.task, place.run, answers[i]) if (place := wave.places[i]) else []
+            for i in mine
+        ]
+
+    owners = spread([sum(map(len, texts)) for texts in answers])  # of about as many letters
+    return exchange_shares("grading", owners, grade_share)
+
+
+def marks_by_exam(task: Task, run: InnerRun, answers: Iterable[str]) -> Marks:
+    """Return the marks of the answers to a run's exams, exam by exam."""
+    given = iter(answers)
+    return [
+        list(map(float, marks_of(task, *exam, [next(given) for _ in prompts_of(task, *exam)])))
+        for exam in run.exams()
+    ]
+
+
+def baseline_accuracy(stages: Stages, params: Params, batch: Batch) -> list[float]:
+    """Return the accuracy of the unadapted policy on each problem: asked once per policy."""
+    prompts = [prompt for posed in batch for prompt in exam_prompts(stages, *posed)]
+    settings = stages.settings.answer
+    answers = iter(ask(stages.model, params, None, [prompts], stages.mesh, settings)[0])
+    accuracy = []
+    for posed in batch:
+        given = [next(answers) for _ in prompts_of(stages.task, *posed)]
+        accuracy.append(float(np.mean(marks_of(stages.task, *posed, given))))
+    return accuracy
+
+
+def gold_logp(
+    stages: Stages, params: Params, adapters: Adapters, wave: Wave
+) -> list[list[float] | None]:
+    """Return log p per token of the gold answers under each adapter; None if no reward asks."""
+    if "log_likelihood" not in stages.settings.reward.weights:
+        return [None] * len(wave.places)
+    golds = [_gold_texts(stages, place.run) if place else [] for place in wave.places]
+    return list(mean_logp(stages.model, params, adapters, golds, mesh=stages.mesh))
+
+
+def _gold_texts(stages: Stages, run: InnerRun) -> list[Text]:
+    # Behind raw text the answer begins with a space, behind a chat template it does not.
+    tokenizer, chat = stages.model.tokenizer, stages.settings.model.chat
+    texts = []
+    for question, gold in run.exam.questions:
+        prompt = tokenizer.encode_prompt(stages.task.answer_prompt(run.problem, question), chat)
+        tokens = [*prompt, *tokenizer.encode(gold if chat else f" {gold}", start=False)]
+        texts.append(text_of(tokens, len(prompt)))
+    return texts
+
+
+@partial(jax.jit, static_argnames="config")
+def score_rows(
+    config: ModelConfig,
+    params: Params,
+    adapters: Adapters | None,
+    tokens: jax.Array,
+    segments: jax.Array,
+    loss_mask: jax.Array,
+) -> jax.Array:
+    """Return the mean log p f32[B] of the tokens in the loss mask, of rows [B T]."""
+    B, T = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    hidden, _ = hidden_states(config, params, tokens, positions, segments, adapters)
+    hidden, targets = hidden[:, :-1].reshape(B * (T - 1), -1), tokens[:, 1:].reshape(-1)
+    logp = token_logp(config, params, hidden, targets, loss_mask[:, 1:].reshape(-1))
+    return logp.reshape(B, T - 1).sum(axis=1) / jnp.maximum(loss_mask[:, 1:].sum(axis=1), 1)
+
+
+def mean_logp(
+    model: Model,
+    params: Params,
+    adapters: Adapters | None,
+    texts: Sequence[Sequence[Text]],
+    *,
+    mesh: Mesh,
+) -> list[list[float]]:
+    """Return the mean log-probability per token, over each text's loss mask, under adapter i."""
+    most = max(len(group) for group in texts)
+    T = bucket_of(max(len(text.tokens) for group in texts for text in group))
+    shape = (len(texts) * most, T)
+    tokens = np.full(shape, model.tokenizer.pad_id, np.int32)
+    segments, loss_mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for i, group in enumerate(texts):
+        for row, text in enumerate(group, start=i * most):
+            length = len(text.tokens)
+            tokens[row, :length] = text.tokens
+            segments[row, :length] = 1
+            loss_mask[row, :length] = text.loss_mask
+    where = leading(mesh, "rows", shape[0], model.config.rules)
+    arrays = to_device((tokens, segments, loss_mask), where)
+    with jax.set_mesh(mesh):
+        logp = to_host(score_rows(model.config, params, adapters, *arrays))
+    logp = logp.reshape(len(texts), most)
+    return [logp[i, : len(group)].tolist() for i, group in enumerate(texts)]

@@ -1,0 +1,107 @@
+"""The ledger of finished inner runs: one line for each, written as soon as its wave ends.
+
+So an interrupted run repeats one wave at most.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from seal_jax.hosts.files import append_json, read_jsonl
+from seal_jax.hosts.processes import ask_first
+from seal_jax.inner.packing import job_losses, useful_tokens
+from seal_jax.inner.texts import num_text_tokens
+from seal_jax.outer.answers import Marks
+from seal_jax.outer.rewards import Outcome
+from seal_jax.outer.waves import InnerRun, Place, RunName, Wave
+from seal_jax.types import InnerBatch
+
+Outcomes = dict[RunName, Outcome]
+_MAY_BE_NAN = ("loss_before", "loss_after", "log_likelihood")
+
+
+def outcomes_of_wave(
+    wave: Wave,
+    batches: Sequence[InnerBatch],
+    losses: Sequence[np.ndarray],
+    answers: Sequence[Sequence[str]],
+    marks: Sequence[Marks],
+    logps: Sequence[Sequence[float] | None],
+    num_epochs: int,
+) -> Outcomes:
+    """Return what each run of a wave achieved, in the order of its places.
+
+    Args:
+      batches, losses: that the wave was trained on, and f32[I U] of each.
+      answers, marks, logps: of each adapter.
+      num_epochs: where a self-edit does not choose its own.
+    """
+    num_runs = sum(place is not None for place in wave.places)
+    trained = useful_tokens(batches)[1] / num_runs
+    by_job = job_losses(batches, losses, len(wave.places))
+    parts = zip(wave.places, by_job, answers, marks, logps, strict=True)
+    return {
+        place.run.name: _outcome(place, *found, num_epochs)._replace(trained_tokens=trained)
+        for place, *found in parts
+        if place is not None
+    }
+
+
+def _outcome(
+    place: Place,
+    losses: Sequence[float],
+    answers: Sequence[str],
+    marks: Marks,
+    logps: Sequence[float] | None,
+    num_epochs: int,
+) -> Outcome:
+    own, *rest = marks
+    by_kind: dict[str, list[float]] = {}
+    for (kind, _, _), found in zip(place.run.others, rest, strict=True):
+        by_kind.setdefault(kind, []).extend(found)
+    per_epoch = len(place.job.rows) // (place.run.edit.num_epochs or num_epochs)
+    return Outcome(
+        accuracy=float(np.mean(own)),
+        log_likelihood=None if logps is None else float(np.mean(logps)),
+        loss_before=float(np.mean(losses[:per_epoch])),
+        loss_after=float(np.mean(losses[-per_epoch:])),
+        answers=tuple(answers),
+        useful_tokens=num_text_tokens(place.job),
+        others={kind: float(np.mean(found)) for kind, found in by_kind.items()},
+    )
+
+
+def append_outcome(ledger: str, run: InnerRun, outcome: Outcome) -> None:
+    """Write a finished run into the ledger."""
+    entry = {"name": list(run.name), "step": run.step, "text": _digest(run), **outcome._asdict()}
+    for field in _MAY_BE_NAN:
+        if entry[field] is not None and not math.isfinite(entry[field]):
+            entry[field] = "nan"  # JSON has none
+    append_json(ledger, entry)
+
+
+def read_ledger(ledger: str, runs: Sequence[InnerRun]) -> Outcomes:
+    """Return the outcomes that the ledger has of these runs: of the same texts in the same step."""
+    wanted = {run.name: (run.step, _digest(run)) for run in runs}
+    outcomes: Outcomes = {}
+    for entry in ask_first("ledger", lambda: _lines(ledger)):
+        name = tuple(entry.pop("name"))
+        if wanted.get(name) != (entry.pop("step"), entry.pop("text")):
+            continue
+        for field in _MAY_BE_NAN:
+            entry[field] = math.nan if entry[field] == "nan" else entry[field]
+        outcomes[name] = Outcome(**entry | {"answers": tuple(entry["answers"])})
+    return outcomes
+
+
+def _lines(ledger: str) -> list[dict[str, Any]]:
+    return read_jsonl(ledger) if os.path.exists(ledger) else []
+
+
+def _digest(run: InnerRun) -> str:
+    # Texts, and what else the self-edit chose.
+    return xxhash.xxh64_hexdigest(repr(run.edit).encode("utf-8", "surrogatepass"))

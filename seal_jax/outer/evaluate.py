@@ -34,8 +34,6 @@ from seal_jax.inner.texts import (
     row_length,
     text_of,
 )
-from seal_jax.inner.update import batch_sharding
-from seal_jax.inner.update import num_shards as inner_shards
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.lengths import bucket_of
@@ -44,7 +42,8 @@ from seal_jax.outer.rewards import Outcome
 from seal_jax.sampling.draw import make_settings
 from seal_jax.sampling.generate import generate
 from seal_jax.sampling.written import make_stop, texts_of
-from seal_jax.sharding import leading, num_parts, to_device, to_host
+from seal_jax.sharding import batch_sharding, leading, num_parts, to_device, to_host
+from seal_jax.sharding import num_shards as inner_shards
 from seal_jax.tasks.task import Exam, Problem, SelfEdit, marks_of, prompts_of
 from seal_jax.types import Adapters, Params
 

@@ -15,9 +15,9 @@ import numpy as np
 from seal_jax import keys
 from seal_jax.hosts.console import progress
 from seal_jax.inner.packing import LONGEST
-from seal_jax.inner.population import make_at_once
+from seal_jax.inner.population import Needs, Population, fit_population
 from seal_jax.inner.texts import PAD_SAMPLES, PADDED, Text, encode_text
-from seal_jax.inner.update import make_inner_update
+from seal_jax.inner.update import InnerLoop, make_inner_loop
 from seal_jax.models.divisible import check_divides
 from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
@@ -66,20 +66,13 @@ def make_stages(settings: Settings) -> Stages:
     task = make_task(**settings.task, **given)
     inner = settings.inner._asdict()
     optimizer = optimizer_of(settings.inner)
-    inner_update = make_inner_update(
-        dataclasses.replace(model.config, remat=inner["remat"]),
-        optimizer,
-        inner["schedule"],
-        mesh,
-        warmup_steps=inner["warmup_steps"],
-        dropout=inner["dropout"],
-        accumulation=inner["accumulation"],
-    )
-    at_once = _at_once(settings, model, mesh, inner_update, optimizer)
+    config = dataclasses.replace(model.config, remat=settings.inner.remat)
+    loop = make_inner_loop(config, optimizer, settings.inner, mesh)
+    at_once = _at_once(settings, model, mesh, loop, optimizer)
     evaluate = make_evaluate(
         model,
         task,
-        inner_update,
+        loop.update,
         encode=encode,
         at_once=at_once,
         mesh=mesh,
@@ -110,7 +103,7 @@ def make_constrain(settings: Settings, model: Model, task: Task) -> Callable | N
 
 
 def _at_once(
-    settings: Settings, model: Model, mesh: jax.sharding.Mesh, inner_update, optimizer: Optimizer
+    settings: Settings, model: Model, mesh: jax.sharding.Mesh, loop: InnerLoop, optimizer: Optimizer
 ) -> Callable[[int], int]:
     """Return how many adapters are in flight, given the tokens of the longest row."""
     inner = settings.inner
@@ -123,21 +116,22 @@ def _at_once(
         settings.eval.num_problems * settings.eval.num_edits * settings.eval.num_seeds,
     )
     base = jax.eval_shape(functools.partial(quantize_params, word=inner.quantize), model.params)
-    return make_at_once(
+    needs = Needs(
         model.config,
-        inner_update,
+        inner,
         optimizer,
+        loop.trace,
         shaped(base, param_shardings(mesh, base, model.config.rules)),
-        mesh=mesh,
+        mesh,
         resident=resident_bytes(settings, model, mesh),
-        most=min(settings.answer.max_rows, runs),
-        rank=inner.rank,
-        alpha=inner.alpha,
-        targets=inner.targets,
-        accumulation=inner.accumulation,
-        tokens_per_step=inner.tokens_per_step,
-        steps_per_call=inner.steps_per_call,
     )
+    latest = [Population(min(settings.answer.max_rows, runs))]
+
+    def at_once(longest: int) -> int:
+        latest[0] = fit_population(needs, longest, latest[0])
+        return latest[0].number
+
+    return at_once
 
 
 def resident_bytes(settings: Settings, model: Model, mesh: jax.sharding.Mesh) -> int:

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from seal_jax.inner.packing import LONGEST
-from seal_jax.inner.population import adapter_bytes, empty_batch, largest_shapes
-from seal_jax.inner.update import batch_sharding, make_inner_update, num_shards
+from seal_jax.inner.packing import LONGEST, empty_batch
+from seal_jax.inner.population import adapter_bytes, largest_shapes
+from seal_jax.inner.update import make_inner_loop
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.lengths import bucket_of
@@ -27,7 +27,16 @@ from seal_jax.outer import evaluate
 from seal_jax.outer.policy import Penalties, TrainRows, make_policy_update, state_shapes
 from seal_jax.outer.stages import optimizer_of, row_tokens
 from seal_jax.sampling import decode
-from seal_jax.sharding import leading, num_parts, param_shardings, replicated, shaped, tree_bytes
+from seal_jax.sharding import (
+    batch_sharding,
+    leading,
+    num_parts,
+    num_shards,
+    param_shardings,
+    replicated,
+    shaped,
+    tree_bytes,
+)
 from seal_jax.types import InnerBatch, Params, Settings
 
 
@@ -139,15 +148,8 @@ def _inner_step(
 ) -> Program:
     inner, A = settings.inner, num_adapters(settings, mesh)
     optimizer = optimizer_of(inner)
-    update = make_inner_update(
-        dataclasses.replace(model.config, remat=inner.remat),
-        optimizer,
-        inner.schedule,
-        mesh,
-        warmup_steps=inner.warmup_steps,
-        dropout=inner.dropout,
-        accumulation=inner.accumulation,
-    )
+    config = dataclasses.replace(model.config, remat=inner.remat)
+    loop = make_inner_loop(config, optimizer, inner, mesh)
     init = partial(
         lora.init_adapters, model.config, rank=inner.rank, alpha=inner.alpha, targets=inner.targets
     )
@@ -163,8 +165,8 @@ def _inner_step(
     lanes = batch.lanes.shape[1] // shards
     return Program(
         "inner step",
-        jaxpr=lambda: update.trace_batch(*arguments).jaxpr,
-        lower=lambda: update.trace_batch(*arguments).lower(),
+        jaxpr=lambda: loop.trace(*arguments).jaxpr,
+        lower=lambda: loop.trace(*arguments).lower(),
         loops=lanes,
         steps=inner.steps_per_call,
         size=A,

@@ -46,7 +46,8 @@ from seal_jax.objectives.objective import Objective, Past, Rewards, make_objecti
 from seal_jax.outer.comparison import compare, mean_reliability
 from seal_jax.outer.evaluate import Run
 from seal_jax.outer.evidence import Evaluated, check_rewards, drop_pending, evaluate_edits
-from seal_jax.outer.policy import init_train_state, make_policy_update
+from seal_jax.outer.policy_step import init_train_state
+from seal_jax.outer.policy_update import make_policy_update
 from seal_jax.outer.problems import split_problems, take_problems
 from seal_jax.outer.record import (
     Clock,

@@ -30,7 +30,8 @@ from seal_jax.models.transformer import forward, init_params
 from seal_jax.objectives.objective import make_objective
 from seal_jax.optim import make_optimizer
 from seal_jax.outer.evaluate import answer, mean_logp
-from seal_jax.outer.policy import init_train_state, make_policy_update
+from seal_jax.outer.policy_step import init_train_state
+from seal_jax.outer.policy_update import make_policy_update
 from seal_jax.outer.stages import place_model
 from seal_jax.sampling.cache_plan import make_plan
 from seal_jax.sampling.draw import make_settings

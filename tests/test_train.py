@@ -15,7 +15,7 @@ from seal_jax.config.load import load_config, to_json
 from seal_jax.config.setup import settings_of
 from seal_jax.hosts.files import read_jsonl
 from seal_jax.outer.evidence import Evaluated
-from seal_jax.outer.policy import init_train_state
+from seal_jax.outer.policy_step import init_train_state
 from seal_jax.outer.record import tabulate, why
 from seal_jax.outer.rewards import Evidence, Outcome
 from seal_jax.outer.stages import make_stages, optimizer_of

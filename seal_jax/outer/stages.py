@@ -23,7 +23,7 @@ from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
 from seal_jax.optim import Optimizer, make_optimizer
 from seal_jax.outer.evaluate import Run, answer, exam_prompts, make_evaluate
-from seal_jax.outer.policy import state_shapes
+from seal_jax.outer.policy_step import state_shapes
 from seal_jax.sampling.generate import check_lengths
 from seal_jax.sampling.written import write_self_edits
 from seal_jax.sharding import make_mesh, param_shardings, shaped, tree_bytes

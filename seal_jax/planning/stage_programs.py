@@ -24,7 +24,14 @@ from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
 from seal_jax.objectives.objective import make_objective
 from seal_jax.outer import evaluate
-from seal_jax.outer.policy import Penalties, TrainRows, make_policy_update, state_shapes
+from seal_jax.outer.policy_step import (
+    Penalties,
+    Setup,
+    TrainRows,
+    state_shapes,
+    train_step,
+    update_settings,
+)
 from seal_jax.outer.stages import optimizer_of, row_tokens
 from seal_jax.sampling import decode
 from seal_jax.sharding import (
@@ -209,22 +216,13 @@ def _policy_update(settings: Settings, model: Model, mesh: Mesh, lengths: Length
     objective = make_objective(outer["objective"], **outer["objective_kwargs"])
     optimizer = optimizer_of(settings.outer)
     lora_sizes = {name: outer[name] for name in ("update", "rank", "alpha", "targets")}
-    names = ("schedule", "learning_rate", "num_epochs", "batch_size", "microbatch_size")
-    penalties = ("kl_coef", "kl_target", "entropy_coef")
-    policy_update = make_policy_update(
-        dataclasses.replace(model.config, remat=outer["remat"]),
-        objective,
-        optimizer,
-        mesh=mesh,
-        seed=0,
-        **{name: outer[name] for name in (*names, *penalties)},
-        **lora_sizes,
-    )
+    config = dataclasses.replace(model.config, remat=outer["remat"])
+    setup = Setup(config, objective, optimizer, update_settings(settings.outer), mesh, seed=0)
     everywhere, value_head = replicated(mesh), objective.gae is not None
 
     state = state_shapes(model.config, model.params, optimizer, value_head=value_head, **lora_sizes)
     trained = {} if state.value_head is None else {"value": shaped(state.value_head, everywhere)}
-    if outer.update == "full":
+    if outer["update"] == "full":
         frozen, scale, trained["policy"] = {}, (), model.params
         where = param_shardings(mesh, state.opt_state, model.config.rules)
         opt_state = shaped(state.opt_state, where)
@@ -251,7 +249,7 @@ def _policy_update(settings: Settings, model: Model, mesh: Mesh, lengths: Length
     arguments = (rows, Penalties(array(), array()), count, count)
     return Program(
         "policy update",
-        **_traced(policy_update.train_step, trained, frozen, opt_state, scale, *arguments),
+        **_traced(train_step, setup, trained, frozen, opt_state, scale, *arguments),
         loops=1,
         steps=1,
         size=m,

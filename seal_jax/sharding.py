@@ -5,14 +5,16 @@ they are explicit, so the loop runs under `jax.transfer_guard('disallow')`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from seal_jax.types import ParamRules, Params
+from seal_jax.types import STEP_FIELDS, InnerBatch, InnerState, ParamRules, Params
 
 # Logical axis -> axes of the mesh, as in the config's section `sharding`, which may have others:
 # they are a ModelConfig's `rules`. Models never name the mesh.
@@ -39,6 +41,10 @@ KERNELS = {
     "embed": ("vocab", "embed"),
     "lm_head": ("embed", "vocab"),
 }
+
+
+# (params, state, batch) -> the state after all steps of the batch, and their losses
+InnerSteps = Callable[[Params, InnerState, InnerBatch], tuple[InnerState, jax.Array]]
 
 
 def make_mesh(
@@ -198,3 +204,74 @@ def tree_bytes(tree: Any) -> int:
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
+
+
+def num_shards(mesh: Mesh | None, rules: ParamRules = ()) -> int:
+    """Return into how many parts a population is divided that train without one another.
+
+    One, where the axes that divide it divide the base too. Over other axes the parts stay apart:
+    the chips that share a base talk with each other, and with nobody else.
+    """
+    if mesh is None:
+        return 1
+    axes = {axis for name in PARAM_AXES for axis in mesh_axes(name, rules) if mesh.shape[axis] > 1}
+    apart = axes.isdisjoint(mesh_axes("adapter", rules))
+    return num_parts(mesh, "adapter", rules) if apart else 1
+
+
+def _batch_specs(axes: tuple[str, ...]) -> InnerBatch:
+    """Return how the arrays of a batch are divided over axes of the mesh."""
+    by_lane, by_adapter = PartitionSpec(None, axes), PartitionSpec(axes)
+    names = InnerBatch._fields
+    return InnerBatch(*(by_lane if name in STEP_FIELDS else by_adapter for name in names))
+
+
+def batch_sharding(mesh: Mesh, rules: ParamRules = ()) -> InnerBatch:
+    """Return where the inner loop wants the arrays of a batch."""
+    if num_shards(mesh, rules) == 1:
+        return InnerBatch(*[replicated(mesh)] * len(InnerBatch._fields))
+    specs = _batch_specs(mesh_axes("adapter", rules))
+    return InnerBatch(*(NamedSharding(mesh, spec) for spec in specs))
+
+
+def place_state(state: InnerState, mesh: Mesh | None, rules: ParamRules = ()) -> InnerState:
+    """Keep the state divided as the adapters are: else it is copied whole, or not donated."""
+    if mesh is None:
+        return state
+    where = leading(mesh, "adapter", state.step.shape[0], rules)
+    return jax.lax.with_sharding_constraint(state, where)
+
+
+def on_shards(run_steps: InnerSteps, mesh: Mesh | None, rules: ParamRules = ()) -> InnerSteps:
+    """Return `run_steps` as every part of the mesh does it, with its own adapters and lanes."""
+    parts = run_steps
+    if num_shards(mesh, rules) > 1:
+        axes = mesh_axes("adapter", rules)
+        by_adapter, by_batch = PartitionSpec(axes), _batch_specs(axes)
+        parts = jax.shard_map(
+            partial(_on_shard, run_steps, axes),
+            mesh=mesh,
+            in_specs=(PartitionSpec(), by_adapter, by_batch),
+            out_specs=(by_adapter, by_batch.lanes),
+            axis_names=set(axes),
+            check_vma=False,
+        )
+
+    def run(params: Params, state: InnerState, batch: InnerBatch) -> tuple[InnerState, jax.Array]:
+        state, losses = parts(params, state, batch)
+        return place_state(state, mesh, rules), losses
+
+    return run
+
+
+def _on_shard(
+    run_steps: InnerSteps,
+    axes: tuple[str, ...],
+    params: Params,
+    state: InnerState,
+    batch: InnerBatch,
+) -> tuple[InnerState, jax.Array]:
+    """Count adapters from the shard's first one, in a batch that counts those of all shards."""
+    first = jax.lax.axis_index(axes) * state.step.shape[0]
+    lanes = jnp.where(batch.lanes >= 0, batch.lanes - first, -1)
+    return run_steps(params, state, batch._replace(lanes=lanes))

@@ -7,7 +7,7 @@ Axis letters, used in every einsum and shape comment:
   vocabulary, L layers, r LoRA rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +57,13 @@ class InnerBatch(NamedTuple):
     learning_rate: jax.Array  # f32[A] at the first step
     num_steps: jax.Array  # i32[A] at whose end the schedule ends
     seed: jax.Array  # i32[A] of the LoRA dropout
+
+    def map_steps(self, function: Callable[[Any], Any]) -> "InnerBatch":
+        """Return the batch with `function` of each array that has steps [I ...]."""
+        return self._replace(**{name: function(getattr(self, name)) for name in STEP_FIELDS})
+
+
+STEP_FIELDS = InnerBatch._fields[: InnerBatch._fields.index("learning_rate")]  # the others: [A]
 
 
 class Rollout(NamedTuple):

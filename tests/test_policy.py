@@ -13,7 +13,8 @@ from seal_jax.models import lora
 from seal_jax.models.transformer import forward
 from seal_jax.objectives.objective import Past, make_objective
 from seal_jax.optim import make_optimizer
-from seal_jax.outer.policy import init_train_state, make_policy_update, rollout_logp
+from seal_jax.outer.policy_step import init_train_state, rollout_logp
+from seal_jax.outer.policy_update import make_policy_update
 from seal_jax.types import Rollout
 
 B, T, SEED = 7, 16, 3

@@ -20,7 +20,7 @@ from seal_jax.config.setup import place_model, settings_of
 from seal_jax.hosts.files import read_jsonl
 from seal_jax.inner.packing import Layout, job_losses, pack
 from seal_jax.inner.texts import make_job, text_of
-from seal_jax.inner.update import batch_sharding, make_inner_update, num_shards
+from seal_jax.inner.update import make_inner_update
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.divisible import check_divides
@@ -30,11 +30,20 @@ from seal_jax.models.transformer import forward, init_params
 from seal_jax.objectives.objective import make_objective
 from seal_jax.optim import make_optimizer
 from seal_jax.outer.answers import ask, mean_logp
-from seal_jax.outer.policy import init_train_state, make_policy_update
+from seal_jax.outer.policy_step import init_train_state
+from seal_jax.outer.policy_update import make_policy_update
 from seal_jax.sampling.cache_plan import make_plan
 from seal_jax.sampling.draw import make_settings
 from seal_jax.sampling.generate import generate
-from seal_jax.sharding import leading, make_mesh, param_shardings, to_device, to_host
+from seal_jax.sharding import (
+    batch_sharding,
+    leading,
+    make_mesh,
+    num_shards,
+    param_shardings,
+    to_device,
+    to_host,
+)
 from seal_jax.types import AnswerSettings, Rollout
 
 pytest_plugins = ["tiny_fixtures"]

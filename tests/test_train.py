@@ -16,7 +16,7 @@ from seal_jax.config.setup import make_stages, settings_of
 from seal_jax.hosts.files import read_jsonl
 from seal_jax.optim import optimizer_of
 from seal_jax.outer.examination import Evaluated, reward
-from seal_jax.outer.policy import init_train_state
+from seal_jax.outer.policy_step import init_train_state
 from seal_jax.outer.rewards import Evidence, Outcome
 from seal_jax.outer.step_log import why
 from seal_jax.runs import adapters, checkpoint

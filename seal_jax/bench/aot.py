@@ -29,7 +29,7 @@ from jax.sharding import AxisType, Mesh
 from seal_jax.bench.timing import matmul_params
 from seal_jax.inner.packing import TPU_LAYOUT, pack, useful_tokens
 from seal_jax.inner.texts import Job, text_of
-from seal_jax.inner.update import batch_sharding, make_inner_update
+from seal_jax.inner.update import make_inner_loop
 from seal_jax.models import lora
 from seal_jax.models.config import LINEARS, ModelConfig
 from seal_jax.models.quantize import quantize_params
@@ -37,7 +37,7 @@ from seal_jax.models.transformer import init_params
 from seal_jax.optim import make_optimizer
 from seal_jax.planning.program_costs import cycles_of, executed
 from seal_jax.sampling.decode import decode, prefill, rows_shapes
-from seal_jax.sharding import leading, param_shardings, replicated, shaped
+from seal_jax.sharding import batch_sharding, leading, param_shardings, replicated, shaped
 from seal_jax.types import InnerBatch
 
 QWEN_7B = ModelConfig(
@@ -224,7 +224,7 @@ def compile_inner_update(
 ) -> jax.stages.Compiled:
     """Return `make_inner_update`'s device call, compiled; its base is bfloat16 or quantized."""
     optimizer = make_optimizer(optax_kwargs={"weight_decay": 0.0})
-    update = make_inner_update(config, optimizer, mesh=mesh)
+    loop = make_inner_loop(config, optimizer, mesh=mesh)
     num_adapters = len(batch.num_steps)
 
     def init() -> tuple:
@@ -236,7 +236,7 @@ def compile_inner_update(
 
     with jax.set_mesh(mesh):
         params, adapters = jax.eval_shape(init)
-        traced = update.trace_batch(
+        traced = loop.trace(
             shaped(params, replicated(mesh)),
             shaped(adapters, leading(mesh, "adapter", num_adapters)),
             shaped(batch, batch_sharding(mesh)),

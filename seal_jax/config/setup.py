@@ -6,6 +6,7 @@ Nothing past this module takes a ConfigDict.
 import dataclasses
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -13,16 +14,17 @@ from ml_collections import ConfigDict
 
 from seal_jax.config.load import task_arguments
 from seal_jax.inner.packing import LONGEST
-from seal_jax.inner.population import make_at_once
+from seal_jax.inner.population import Needs, Population, fit_population
 from seal_jax.inner.texts import PAD_SAMPLES, PADDED, encode_text
-from seal_jax.inner.update import make_inner_update
+from seal_jax.inner.update import Trace, make_inner_loop
 from seal_jax.models import lora
 from seal_jax.models.divisible import check_divides
 from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
 from seal_jax.objectives.objective import Objective, make_objective
 from seal_jax.optim import optimizer_of
-from seal_jax.outer.policy import init_train_state, make_policy_update, state_shapes
+from seal_jax.outer.policy_step import init_train_state, state_shapes, update_settings
+from seal_jax.outer.policy_update import PolicyUpdate, make_policy_update
 from seal_jax.outer.problems import Batch
 from seal_jax.outer.stages import Constrain, Stages
 from seal_jax.sharding import make_mesh, param_shardings, shaped, tree_bytes
@@ -80,19 +82,12 @@ def make_stages(settings: Settings) -> Stages:
     task = make_task(**settings.task, **{k: v for k, v in given.items() if k in taken})
     sizes = {"rank": inner.rank, "alpha": inner.alpha, "targets": inner.targets}
     init_adapters = jax.jit(partial(lora.init_adapters, model.config, **sizes))
-    inner_update = make_inner_update(
-        dataclasses.replace(model.config, remat=inner.remat),
-        optimizer_of(inner),
-        inner.schedule,
-        mesh,
-        warmup_steps=inner.warmup_steps,
-        dropout=inner.dropout,
-        accumulation=inner.accumulation,
-    )
-    at_once = _at_once(settings, model, mesh, inner_update)
+    config = dataclasses.replace(model.config, remat=inner.remat)
+    loop = make_inner_loop(config, optimizer_of(inner), inner, mesh)
+    at_once = _at_once(settings, model, mesh, loop.trace)
     constrain = _make_constrain(settings, model, task)
     return Stages(
-        settings, model, task, mesh, encode, init_adapters, inner_update, at_once, constrain
+        settings, model, task, mesh, encode, init_adapters, loop.update, at_once, constrain
     )
 
 
@@ -119,29 +114,31 @@ def configured_objective(settings: Settings) -> Objective:
     return objective
 
 
-def make_update(
-    stages: Stages, objective: Objective
-) -> tuple[Callable[..., tuple[TrainState, dict[str, float]]], TrainState]:
+def make_update(stages: Stages, objective: Objective) -> tuple[PolicyUpdate, TrainState]:
     """Return the policy update that the settings ask for, and the state before the first step."""
-    settings, model, mesh = stages.settings, stages.model, stages.mesh
-    outer, optimizer = settings.outer._asdict(), optimizer_of(settings.outer)
-    lora_kwargs = {name: outer[name] for name in ("update", "rank", "alpha", "targets")}
-    names = ("schedule", "learning_rate", "num_epochs", "batch_size", "microbatch_size")
-    penalties = ("kl_coef", "kl_target", "entropy_coef")
+    settings, model = stages.settings, stages.model
+    outer, optimizer = settings.outer, optimizer_of(settings.outer)
     policy_update = make_policy_update(
-        dataclasses.replace(model.config, remat=settings.outer.remat),
+        dataclasses.replace(model.config, remat=outer.remat),
         objective,
         optimizer,
-        mesh=mesh,
+        mesh=stages.mesh,
         seed=settings.seed,
-        **{name: outer[name] for name in (*names, *penalties)},
-        **lora_kwargs,
+        **update_settings(outer)._asdict(),
     )
-    value_head = objective.gae is not None
     state = init_train_state(
-        model.config, model.params, optimizer, mesh=mesh, value_head=value_head, **lora_kwargs
+        model.config,
+        model.params,
+        optimizer,
+        mesh=stages.mesh,
+        value_head=objective.gae is not None,
+        **_lora_sizes(outer),
     )
     return policy_update, state
+
+
+def _lora_sizes(outer: OuterSettings) -> dict[str, Any]:
+    return {name: getattr(outer, name) for name in ("update", "rank", "alpha", "targets")}
 
 
 def _make_constrain(settings: Settings, model: Model, task: Task) -> Constrain | None:
@@ -160,7 +157,7 @@ def _make_constrain(settings: Settings, model: Model, task: Task) -> Constrain |
     return task.constrain(model.tokenizer, model.config.vocab_size)
 
 
-def _at_once(settings: Settings, model: Model, mesh: Mesh, inner_update):
+def _at_once(settings: Settings, model: Model, mesh: Mesh, trace: Trace) -> Callable[[int], int]:
     """Return how many adapters are in flight, given the tokens of the longest row."""
     inner = settings.inner
     if inner.max_adapters != -1:
@@ -172,30 +169,23 @@ def _at_once(settings: Settings, model: Model, mesh: Mesh, inner_update):
         settings.eval.num_problems * settings.eval.num_edits * settings.eval.num_seeds,
     )
     base = jax.eval_shape(partial(quantize_params, word=inner.quantize), model.params)
-    return make_at_once(
-        model.config,
-        inner_update,
-        optimizer_of(inner),
-        shaped(base, param_shardings(mesh, base, model.config.rules)),
-        mesh=mesh,
-        resident=resident_bytes(settings, model, mesh),
-        most=min(settings.answer.max_rows, runs),
-        rank=inner.rank,
-        alpha=inner.alpha,
-        targets=inner.targets,
-        accumulation=inner.accumulation,
-        tokens_per_step=inner.tokens_per_step,
-        steps_per_call=inner.steps_per_call,
-    )
+    base = shaped(base, param_shardings(mesh, base, model.config.rules))
+    resident = resident_bytes(settings, model, mesh)
+    needs = Needs(model.config, inner, optimizer_of(inner), trace, base, mesh, resident)
+    latest = [Population(min(settings.answer.max_rows, runs))]  # it never grows
+
+    def at_once(longest: int) -> int:
+        latest[0] = fit_population(needs, longest, latest[0])
+        return latest[0].number
+
+    return at_once
 
 
 def resident_bytes(settings: Settings, model: Model, mesh: Mesh) -> int:
     """Return what lies on each device beside the inner loop's own base and adapters, at most."""
     outer, policy = settings.outer, tree_bytes(model.params)
-    sizes = {"rank": outer.rank, "alpha": outer.alpha, "targets": outer.targets}
-    state = state_shapes(
-        model.config, model.params, optimizer_of(outer), update=outer.update, **sizes
-    )
+    optimizer = optimizer_of(outer)
+    state = state_shapes(model.config, model.params, optimizer, **_lora_sizes(outer))
     state = state.adapters, state.opt_state  # a value head is nothing beside them
     # While a policy is trained there is the base too; in the end, every policy that was trained.
     training = policy + tree_bytes(shaped(state, param_shardings(mesh, state, model.config.rules)))

@@ -2,11 +2,10 @@
 
 A `Job` is one inner run: a self-edit's token texts with one seed. Each of its optimizer steps is
 one row of tokens (its batch of texts, packed behind one another). Rows differ in length by a factor
-of 20, so a lane per adapter, padded to the longest, would compute 4.6 times the text at 16 adapters
-(simulated on the published self-edits). Instead, a step is a budget of tokens in which the rows of
-several adapters lie behind one another, and it takes the adapters whose next rows fill it. An
-adapter that finds no place waits. It still takes its own rows in its own order, so what it becomes
-does not depend on its neighbors.
+of 20, so a lane per adapter, padded to the longest, would mostly compute padding. Instead, a step
+is a budget of tokens in which the rows of several adapters lie behind one another, and it takes the
+adapters whose next rows fill it. An adapter that finds no place waits. It still takes its own rows
+in its own order, so what it becomes does not depend on its neighbors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,9 +32,8 @@ class Layout(NamedTuple):
     slots: float = 2.0  # in chunks, for each token of a step
 
 
-# TPUs compute 128 numbers side by side. On CPUs attention is up to a third of a step, and most
-# passages, the longest texts of a self-edit, fit into 192 tokens; LoRA's products cost as much for
-# an empty slot as for another, where a TPU rather copies fewer adapters.
+# TPUs compute 128 numbers side by side, and would rather copy fewer adapters than fill every slot.
+# On CPUs attention and empty slots cost more, and most passages fit into 192 tokens.
 TPU_LAYOUT = Layout((128, 256, 512, 1024, 2048, 4096, 8192, 16384))
 CPU_LAYOUT = Layout((192, *TPU_LAYOUT.lengths[1:]), chunk=40, slots=1.5)
 LONGEST = TPU_LAYOUT.lengths[-1]
@@ -173,67 +171,91 @@ def pack(
       num_shards: over how many parts of the mesh the population is divided.
       layout: this platform's by default.
     """
-    learning_rate = np.array([job.learning_rate for job in jobs], np.float32)
-    num_steps = np.array([len(job.rows) for job in jobs], np.int32)
-    seed = np.array([job.seed for job in jobs], np.int32)
-    batches: list[InnerBatch] = []
-    run: list[Step] = []
-
-    def close() -> None:
-        if run:
-            arrays = to_arrays(jobs, run, steps_per_call, pad_id)
-            batches.append(InnerBatch(*arrays, learning_rate, num_steps, seed))
-            run.clear()
-
+    calls: list[list[Step]] = []
     for step in schedule(
         jobs, tokens_per_step=tokens_per_step, num_shards=num_shards, layout=layout
     ):
-        if run and (run[0].shape != step.shape or len(run) == steps_per_call):
-            close()
-        run.append(step)
-    close()
+        if not calls or calls[-1][0].shape != step.shape or len(calls[-1]) == steps_per_call:
+            calls.append([])
+        calls[-1].append(step)
+    of_jobs = {
+        "learning_rate": np.array([job.learning_rate for job in jobs], np.float32),
+        "num_steps": np.array([len(job.rows) for job in jobs], np.int32),
+        "seed": np.array([job.seed for job in jobs], np.int32),
+    }
+    batches = []
+    for steps in calls:
+        empty = empty_batch(steps[0].shape, len(jobs), steps_per_call, num_shards, pad_id)
+        batches.append(empty._replace(**of_jobs))
+        for i, step in enumerate(steps):
+            for s, places in enumerate(step.shards):
+                _place_rows(_shard_of(batches[-1], i, s, num_shards), jobs, places)
     return batches
 
 
-def to_arrays(
-    jobs: Sequence[Job], run: Sequence[Step], steps_per_call: int, pad_id: int
-) -> tuple[np.ndarray, ...]:
-    shape, num_shards = run[0].shape, len(run[0].shards)
+def empty_batch(
+    shape: Shape, num_jobs: int, steps_per_call: int, num_shards: int, pad_id: int = 0
+) -> InnerBatch:
+    """Return a batch (numpy) of steps of that shape, in which nobody trains."""
     W, T, n, c = shape
-    num_lanes = min(n, -(-len(jobs) // num_shards))
-    lanes = np.full((steps_per_call, num_shards * num_lanes), -1, np.int32)
-    chunk_lanes = np.zeros((steps_per_call, num_shards * n), np.int32)
-    chunk_tokens = np.full((*chunk_lanes.shape, c), W * T, np.int32)
-    tokens = np.full((steps_per_call, num_shards * W, T), pad_id, np.int32)
-    segments = np.zeros(tokens.shape, np.int32)
-    positions = np.zeros(tokens.shape, np.int32)
-    loss_weight = np.zeros(tokens.shape, np.float32)
-    for i, step in enumerate(run):
-        for s, places in enumerate(step.shards):
-            num_texts, chunk = [0] * W, s * n
-            for lane, (job, row, w, t) in enumerate(places):
-                lanes[i, s * num_lanes + lane] = job
-                end = t + row_length(jobs[job].rows[row])
-                for start in range(t, end, c):
-                    chunk_lanes[i, chunk] = lane
-                    count = min(c, end - start)
-                    chunk_tokens[i, chunk, :count] = w * T + start + np.arange(count)
-                    chunk += 1
-                for text in jobs[job].rows[row]:
-                    num_texts[w] += 1
-                    at, span = s * W + w, slice(t, t + len(text.tokens))
-                    tokens[i, at, span] = text.tokens
-                    segments[i, at, span] = num_texts[w]
-                    positions[i, at, span] = np.arange(len(text.tokens))
-                    loss_weight[i, at, span] = text.loss_mask
-                    t = span.stop
-                    if text.pads:  # tokens are pad_id already
-                        span = slice(t, t + len(text.pads))
-                        segments[i, at, span] = -num_texts[w]
-                        positions[i, at, span] = text.pads
-                        loss_weight[i, at, span] = _pad_weights(text)
-                        t = span.stop
-    return lanes, chunk_lanes, chunk_tokens, tokens, segments, positions, loss_weight
+    num_lanes = num_shards * min(n, -(-num_jobs // num_shards))
+    rows, chunks = (steps_per_call, num_shards * W, T), (steps_per_call, num_shards * n)
+    return InnerBatch(
+        lanes=np.full((steps_per_call, num_lanes), -1, np.int32),
+        chunk_lanes=np.zeros(chunks, np.int32),
+        chunk_tokens=np.full((*chunks, c), W * T, np.int32),
+        tokens=np.full(rows, pad_id, np.int32),
+        segments=np.zeros(rows, np.int32),
+        positions=np.zeros(rows, np.int32),
+        loss_weight=np.zeros(rows, np.float32),
+        learning_rate=np.zeros(num_jobs, np.float32),
+        num_steps=np.zeros(num_jobs, np.int32),
+        seed=np.zeros(num_jobs, np.int32),
+    )
+
+
+def _shard_of(batch: InnerBatch, i: int, s: int, num_shards: int) -> InnerBatch:
+    """Return views of what shard s has of step i."""
+    return batch.map_steps(lambda x: x[i].reshape(num_shards, -1, *x.shape[2:])[s])
+
+
+def _place_rows(step: InnerBatch, jobs: Sequence[Job], places: Sequence[Place]) -> None:
+    """Write rows into the arrays of one step, a lane for each."""
+    num_texts, chunk = [0] * len(step.tokens), 0
+    for lane, (job, row, w, t) in enumerate(places):
+        texts = jobs[job].rows[row]
+        step.lanes[lane] = job
+        chunk = _place_chunks(step, chunk, lane, w * step.tokens.shape[1] + t, row_length(texts))
+        for text in texts:
+            num_texts[w] += 1
+            t = _place_text(step, text, w, t, num_texts[w])
+
+
+def _place_chunks(step: InnerBatch, chunk: int, lane: int, first: int, num_tokens: int) -> int:
+    """Give a lane the chunks from `chunk` on for its tokens from `first` on; return the next."""
+    size = step.chunk_tokens.shape[1]
+    for start in range(0, num_tokens, size):
+        count = min(size, num_tokens - start)
+        step.chunk_lanes[chunk] = lane
+        step.chunk_tokens[chunk, :count] = first + start + np.arange(count)
+        chunk += 1
+    return chunk
+
+
+def _place_text(step: InnerBatch, text: Text, w: int, t: int, segment: int) -> int:
+    """Write a text, and its padding, into array row w from t on; return where it ends."""
+    at = w, slice(t, t + len(text.tokens))
+    step.tokens[at] = text.tokens
+    step.segments[at] = segment
+    step.positions[at] = np.arange(len(text.tokens))
+    step.loss_weight[at] = text.loss_mask
+    if not text.pads:
+        return at[1].stop
+    at = w, slice(at[1].stop, at[1].stop + len(text.pads))  # its tokens are pad_id already
+    step.segments[at] = -segment
+    step.positions[at] = text.pads
+    step.loss_weight[at] = _pad_weights(text)
+    return at[1].stop
 
 
 def _pad_weights(text: Text) -> np.ndarray:

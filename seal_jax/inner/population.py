@@ -11,7 +11,7 @@ one device.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,28 +20,106 @@ from jax.sharding import Mesh
 from seal_jax.hosts.console import say
 from seal_jax.hosts.memory import device_bytes
 from seal_jax.hosts.processes import least
-from seal_jax.inner.packing import Shape, Step, pack, step_shapes, to_arrays
-from seal_jax.inner.texts import Job, text_of
-from seal_jax.inner.update import batch_sharding
-from seal_jax.inner.update import num_shards as inner_shards
+from seal_jax.inner.packing import Shape, empty_batch, step_shapes
+from seal_jax.inner.update import Trace
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
 from seal_jax.optim import Optimizer, accumulate
-from seal_jax.sharding import leading, num_parts, shaped, tree_bytes
-from seal_jax.types import Adapters, InnerBatch, Params
+from seal_jax.sharding import batch_sharding, leading, num_parts, num_shards, shaped, tree_bytes
+from seal_jax.types import STEP_FIELDS, Adapters, InnerBatch, InnerSettings, Params
+
+
+class Population(NamedTuple):
+    """How many adapters train side by side."""
+
+    number: int
+    longest: int = 0  # for rows of so many tokens, and for shorter ones
+
+
+class Needs(NamedTuple):
+    """What decides how many adapters fit."""
+
+    config: ModelConfig
+    inner: InnerSettings
+    optimizer: Optimizer
+    trace: Trace  # of the InnerLoop
+    params: Params  # the frozen base, arrays or ShapeDtypeStructs with a sharding
+    mesh: Mesh
+    resident: int  # bytes of what else lies on each device meanwhile
+    limit: int | None = None  # bytes to plan with on each device; `device_bytes` by default
+
+
+def fit_population(needs: Needs, longest: int, previous: Population) -> Population:
+    """Return how many adapters fit where the longest row that is to come has so many tokens.
+
+    The number is counted, and printed, where a row is longer than any before. It never grows.
+
+    Args:
+      previous: what the last call returned; first, the most adapters that are wanted.
+
+    Raises:
+      ValueError: not even the fewest fit.
+    """
+    if longest <= previous.longest:
+        return previous
+    mesh, rules, inner = needs.mesh, needs.config.rules, needs.inner
+    room = least("memory", device_bytes(mesh) if needs.limit is None else needs.limit)
+    # The population is divided over this axis where its size allows, see sharding.leading.
+    multiple = num_parts(mesh, "adapter", rules)
+    fewest = adapter_shapes(needs, multiple)
+    each = adapter_bytes(fewest, needs.optimizer, inner.accumulation) / multiple
+    number = previous.number
+    for shape in largest_shapes(longest, inner.tokens_per_step):
+        number, used = fit_adapters(
+            partial(_needed, needs, shape),
+            partial(_estimate, shape, num_shards(mesh, rules), each, tree_bytes(fewest)),
+            room=room,
+            most=number,
+            multiple=multiple,
+        )
+    say(
+        f"inner loop: {number} adapters at once ({_say(used)} of the {_say(room)} to use on"
+        f" each device; {_say(each)} an adapter)"
+    )
+    return Population(number, max(longest, shape.length))  # rows up to T take the same steps
+
+
+def adapter_shapes(needs: Needs, num_adapters: int) -> Adapters:
+    """Return adapters as ShapeDtypeStructs, divided as the inner loop wants them."""
+    inner, config = needs.inner, needs.config
+    sizes = {"rank": inner.rank, "alpha": inner.alpha, "targets": inner.targets}
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_adapters))
+    adapters = jax.eval_shape(partial(lora.init_adapters, config, **sizes), keys)
+    return shaped(adapters, leading(needs.mesh, "adapter", num_adapters, config.rules))
+
+
+def _needed(needs: Needs, shape: Shape, num_adapters: int) -> float:
+    """Return the bytes on each device while so many adapters take a step of that shape."""
+    mesh, rules = needs.mesh, needs.config.rules
+    batch = empty_batch(shape, num_adapters, needs.inner.steps_per_call, num_shards(mesh, rules))
+    batch = shaped(batch, batch_sharding(mesh, rules))
+    params = shaped(needs.params, jax.tree.map(lambda x: x.sharding, needs.params))
+    adapters = adapter_shapes(needs, num_adapters)
+    return needs.resident + program_bytes(needs.trace, mesh, params, adapters, batch)
+
+
+def _estimate(shape: Shape, shards: int, each: float, copy: float, num_adapters: int) -> float:
+    """Return the part of the needed bytes that grows with the adapters."""
+    # Of an adapter that takes part in a step: itself, its gradient, and that stacked.
+    return num_adapters * each + min(-(-num_adapters // shards), shape.num_chunks) * 3 * copy
 
 
 def program_bytes(
-    inner_update: Callable, mesh: Mesh, params: Params, adapters: Adapters, batch: InnerBatch
+    trace: Trace, mesh: Mesh, params: Params, adapters: Adapters, batch: InnerBatch
 ) -> float:
     """Return what one call takes with all its arguments; infinite where the compiler refuses it.
 
     Args:
-      params, adapters, batch: arrays or ShapeDtypeStructs, as `inner_update` takes them.
+      params, adapters, batch: arrays or ShapeDtypeStructs, as `trace` takes them.
     """
     try:
-        with jax.set_mesh(mesh):  # as evaluate does, for the attention kernels
-            compiled = inner_update.trace_batch(params, adapters, batch).lower().compile()
+        with jax.set_mesh(mesh):  # for the attention kernels
+            compiled = trace(params, adapters, batch).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -102,78 +180,6 @@ def fit_adapters(
     return number, found
 
 
-def make_at_once(
-    config: ModelConfig,
-    inner_update: Callable,
-    optimizer: Optimizer,
-    params: Params,
-    *,
-    mesh: Mesh,
-    resident: int,
-    most: int,
-    rank: int,
-    alpha: float,
-    targets: tuple[str, ...],
-    accumulation: int,
-    tokens_per_step: int,
-    steps_per_call: int,
-    limit: int | None = None,
-) -> Callable[[int], int]:
-    """Return `at_once(longest)`: how many adapters to train side by side.
-
-    `longest` is the tokens of the longest row that is to come. The number is counted, and printed,
-    where it is asked for first. Later it stays, or falls if a longer row asks for a larger step.
-
-    Args:
-      params: the frozen base, arrays or ShapeDtypeStructs with a sharding.
-      resident: bytes of what else lies on each device meanwhile.
-      most: no more adapters than so many.
-      limit: bytes to plan with on each device; `device_bytes` by default.
-    """
-    # The population is divided over this axis where its size allows, see sharding.leading.
-    rules = config.rules
-    multiple, num_shards = num_parts(mesh, "adapter", rules), inner_shards(mesh, rules)
-    params = shaped(params, jax.tree.map(lambda x: x.sharding, params))
-    seen, number = 0, most
-
-    def fresh(num_adapters: int) -> Adapters:
-        init = partial(lora.init_adapters, config, rank=rank, alpha=alpha, targets=targets)
-        adapters = jax.eval_shape(lambda: init(jax.random.split(jax.random.key(0), num_adapters)))
-        return shaped(adapters, leading(mesh, "adapter", num_adapters, rules))
-
-    def needed(shape: Shape, num_adapters: int) -> float:
-        batch = empty_batch(shape, num_adapters, steps_per_call, num_shards)
-        batch = shaped(batch, batch_sharding(mesh, rules))
-        return resident + program_bytes(inner_update, mesh, params, fresh(num_adapters), batch)
-
-    def at_once(longest: int) -> int:
-        nonlocal seen, number
-        if longest <= seen:
-            return number
-        total = least("memory", device_bytes(mesh) if limit is None else limit)
-        least_adapters = fresh(multiple)
-        each = adapter_bytes(least_adapters, optimizer, accumulation) / multiple
-        # Of an adapter that takes part in a step: itself, its gradient, and that stacked.
-        lane = 3 * tree_bytes(least_adapters)
-        for shape in largest_shapes(longest, tokens_per_step):
-
-            def estimate(n: int, most_lanes: int = shape.num_chunks) -> float:
-                return n * each + min(-(-n // num_shards), most_lanes) * lane
-
-            number, used = fit_adapters(
-                partial(needed, shape), estimate, room=total, most=number, multiple=multiple
-            )
-        # Rows up to T take the same steps.
-        seen = max(longest, shape.length)
-        say(
-            f"inner loop: {number} adapters at once ({_say(used)} of the {_say(total)} to use on"
-            f" each device; {_say(each)} an adapter)"
-        )
-        return number
-
-    return at_once
-
-
 def adapter_bytes(adapters: Adapters, optimizer: Optimizer, accumulation: int) -> int:
     """Return what training keeps for adapters: their first values, as the caller has them, those
     that are trained, the state of their optimizer, and a few numbers.
@@ -187,21 +193,9 @@ def adapter_bytes(adapters: Adapters, optimizer: Optimizer, accumulation: int) -
 
     states = shaped(jax.eval_shape(init, adapters.weights), adapters.scale.sharding)
     # A step, and what a batch says of each adapter: 4 bytes each.
-    numbers = (len(InnerBatch._fields) - InnerBatch._fields.index("learning_rate") + 1) * 4
+    numbers = (1 + len(InnerBatch._fields) - len(STEP_FIELDS)) * 4
     numbers *= adapters.scale.sharding.shard_shape(adapters.scale.shape)[0]
     return 2 * tree_bytes(adapters) + tree_bytes(states) + numbers
-
-
-def empty_batch(
-    shape: Shape, num_adapters: int, steps_per_call: int, num_shards: int
-) -> InnerBatch:
-    """Return a batch (numpy) of steps of that shape, in which nobody trains."""
-    one_step = Job(((text_of((0, 0)),),), 0.0)
-    nobody = [Job((), 0.0)] * num_adapters
-    batch = pack([one_step, *nobody[1:]], num_shards=num_shards)[0]
-    arrays = to_arrays(nobody, [Step(shape, ((),) * num_shards)], steps_per_call, 0)
-    # What pack gives for each adapter stays; what it gives for each step has another shape.
-    return InnerBatch(*arrays, *batch[len(arrays) :])
 
 
 def largest_shapes(longest: int, tokens_per_step: int) -> list[Shape]:

@@ -4,7 +4,7 @@ Text and numbers come in and go out; arrays stay inside. `config/setup.py` makes
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,30 +14,19 @@ from seal_jax import keys
 from seal_jax.hosts.console import progress
 from seal_jax.inner.packing import LONGEST
 from seal_jax.inner.texts import PAD_SAMPLES, Text
+from seal_jax.inner.update import InnerUpdate
 from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
 from seal_jax.outer.problems import Batch, OuterStep
 from seal_jax.sampling.cache_plan import check_lengths
 from seal_jax.sampling.written import write_self_edits
 from seal_jax.tasks.task import Exam, Problem, Rejected, SelfEdit, Task, Turn, prompts_of
-from seal_jax.types import Adapters, InnerBatch, Params, Rollout, Settings
+from seal_jax.types import Adapters, Params, Rollout, Settings
 
 Edit = SelfEdit | Rejected
 Edits = Sequence[Sequence[Edit]]  # [P][R]
 # Tokens that a self-edit has written -> bool[V], which tokens it may go on with.
 Constrain = Callable[[list[int]], np.ndarray]
-
-
-class InnerUpdate(Protocol):
-    """See `inner.update.make_inner_update`."""
-
-    def __call__(
-        self,
-        params: Params,
-        adapters: Adapters,
-        batches: Sequence[InnerBatch],
-        show: Callable[[int], None] | None = None,
-    ) -> tuple[Adapters, list[jax.Array]]: ...
 
 
 class Stages(NamedTuple):

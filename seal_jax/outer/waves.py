@@ -12,11 +12,10 @@ from seal_jax.hosts.console import progress
 from seal_jax.hosts.processes import spread
 from seal_jax.inner import packing
 from seal_jax.inner.texts import PADDED, Job, make_job, num_trained, row_length
-from seal_jax.inner.update import batch_sharding, num_shards
 from seal_jax.outer.problems import Batch
 from seal_jax.outer.rewards import Outcome
 from seal_jax.outer.stages import Edit, Stages
-from seal_jax.sharding import leading, num_parts, to_device
+from seal_jax.sharding import batch_sharding, leading, num_parts, num_shards, to_device
 from seal_jax.tasks.task import Exam, Problem, SelfEdit
 from seal_jax.types import Adapters, InnerBatch
 

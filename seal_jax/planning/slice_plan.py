@@ -18,13 +18,12 @@ from jax.sharding import Mesh
 from seal_jax.config.setup import resident_bytes
 from seal_jax.hosts.console import progress
 from seal_jax.hosts.memory import SHARE, device_bytes
-from seal_jax.inner.update import num_shards
 from seal_jax.models.divisible import check_divides, undivided
 from seal_jax.planning.chips import Chip, find_slice
 from seal_jax.planning.program_costs import collective_bytes, moved_bytes, product_flops
 from seal_jax.planning.run_estimate import EFFICIENCY, matmul_rate
 from seal_jax.planning.stage_programs import Lengths, Program, model_shapes, programs
-from seal_jax.sharding import make_mesh
+from seal_jax.sharding import make_mesh, num_shards
 from seal_jax.sources import config_of
 from seal_jax.types import Settings
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from seal_jax.config.setup import row_tokens
-from seal_jax.inner.packing import LONGEST
-from seal_jax.inner.population import adapter_bytes, empty_batch, largest_shapes
-from seal_jax.inner.update import batch_sharding, make_inner_update, num_shards
+from seal_jax.inner.packing import LONGEST, empty_batch
+from seal_jax.inner.population import adapter_bytes, largest_shapes
+from seal_jax.inner.update import make_inner_loop
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.lengths import bucket_of
@@ -26,9 +26,25 @@ from seal_jax.models.transformer import init_params
 from seal_jax.objectives.objective import make_objective
 from seal_jax.optim import optimizer_of
 from seal_jax.outer.answers import score_rows
-from seal_jax.outer.policy import Penalties, TrainRows, make_policy_update, state_shapes
+from seal_jax.outer.policy_step import (
+    Penalties,
+    Setup,
+    TrainRows,
+    state_shapes,
+    train_step,
+    update_settings,
+)
 from seal_jax.sampling import decode
-from seal_jax.sharding import leading, num_parts, param_shardings, replicated, shaped, tree_bytes
+from seal_jax.sharding import (
+    batch_sharding,
+    leading,
+    num_parts,
+    num_shards,
+    param_shardings,
+    replicated,
+    shaped,
+    tree_bytes,
+)
 from seal_jax.types import InnerBatch, Params, Settings
 
 
@@ -140,15 +156,8 @@ def _inner_step(
 ) -> Program:
     inner, A = settings.inner, num_adapters(settings, mesh)
     optimizer = optimizer_of(inner)
-    update = make_inner_update(
-        dataclasses.replace(model.config, remat=inner.remat),
-        optimizer,
-        inner.schedule,
-        mesh,
-        warmup_steps=inner.warmup_steps,
-        dropout=inner.dropout,
-        accumulation=inner.accumulation,
-    )
+    config = dataclasses.replace(model.config, remat=inner.remat)
+    loop = make_inner_loop(config, optimizer, inner, mesh)
     init = partial(
         lora.init_adapters, model.config, rank=inner.rank, alpha=inner.alpha, targets=inner.targets
     )
@@ -164,8 +173,8 @@ def _inner_step(
     lanes = batch.lanes.shape[1] // shards
     return Program(
         "inner step",
-        jaxpr=lambda: update.trace_batch(*arguments).jaxpr,
-        lower=lambda: update.trace_batch(*arguments).lower(),
+        jaxpr=lambda: loop.trace(*arguments).jaxpr,
+        lower=lambda: loop.trace(*arguments).lower(),
         loops=lanes,
         steps=inner.steps_per_call,
         size=A,
@@ -208,22 +217,13 @@ def _policy_update(settings: Settings, model: Model, mesh: Mesh, lengths: Length
     objective = make_objective(outer["objective"], **outer["objective_kwargs"])
     optimizer = optimizer_of(settings.outer)
     lora_sizes = {name: outer[name] for name in ("update", "rank", "alpha", "targets")}
-    names = ("schedule", "learning_rate", "num_epochs", "batch_size", "microbatch_size")
-    penalties = ("kl_coef", "kl_target", "entropy_coef")
-    policy_update = make_policy_update(
-        dataclasses.replace(model.config, remat=outer["remat"]),
-        objective,
-        optimizer,
-        mesh=mesh,
-        seed=0,
-        **{name: outer[name] for name in (*names, *penalties)},
-        **lora_sizes,
-    )
+    config = dataclasses.replace(model.config, remat=outer["remat"])
+    setup = Setup(config, objective, optimizer, update_settings(settings.outer), mesh, seed=0)
     everywhere, value_head = replicated(mesh), objective.gae is not None
 
     state = state_shapes(model.config, model.params, optimizer, value_head=value_head, **lora_sizes)
     trained = {} if state.value_head is None else {"value": shaped(state.value_head, everywhere)}
-    if outer.update == "full":
+    if outer["update"] == "full":
         frozen, scale, trained["policy"] = {}, (), model.params
         where = param_shardings(mesh, state.opt_state, model.config.rules)
         opt_state = shaped(state.opt_state, where)
@@ -250,7 +250,7 @@ def _policy_update(settings: Settings, model: Model, mesh: Mesh, lengths: Length
     arguments = (rows, Penalties(array(), array()), count, count)
     return Program(
         "policy update",
-        **_traced(policy_update.train_step, trained, frozen, opt_state, scale, *arguments),
+        **_traced(train_step, setup, trained, frozen, opt_state, scale, *arguments),
         loops=1,
         steps=1,
         size=m,

@@ -13,19 +13,29 @@ from seal_jax.config.load import ConfigError, load_config
 from seal_jax.config.setup import make_stages, settings_of
 from seal_jax.hosts.files import read_jsonl
 from seal_jax.hosts.memory import device_bytes
+from seal_jax.inner.packing import empty_batch
 from seal_jax.inner.population import (
-    empty_batch,
+    Needs,
+    Population,
     fit_adapters,
+    fit_population,
     largest_shapes,
-    make_at_once,
     program_bytes,
 )
-from seal_jax.inner.update import batch_sharding, make_inner_update, num_shards
+from seal_jax.inner.update import StepSettings, make_inner_loop
 from seal_jax.models.lora import init_adapters
 from seal_jax.optim import make_optimizer
 from seal_jax.outer.problems import split_problems
 from seal_jax.planning.run_estimate import describe
-from seal_jax.sharding import leading, make_mesh, param_shardings, shaped, tree_bytes
+from seal_jax.sharding import (
+    batch_sharding,
+    leading,
+    make_mesh,
+    num_shards,
+    param_shardings,
+    shaped,
+    tree_bytes,
+)
 
 pytest_plugins = ["tiny_fixtures"]
 # Every test below waits for a compiler: one layer, and often the smallest optimizer.
@@ -60,11 +70,11 @@ def count(small, mesh, num_adapters, longest=256, optax_name="adamw", **options)
     """Return the bytes of an inner update with so many adapters, on each device."""
     config, params = small
     optimizer = make_optimizer(optax_name=optax_name)
-    update = make_inner_update(config, optimizer, "linear", mesh, **options)
+    loop = make_inner_loop(config, optimizer, StepSettings(**options), mesh)
     batch = empty_batch(largest_shapes(longest, 256)[-1], num_adapters, 2, num_shards(mesh))
     batch = shaped(batch, batch_sharding(mesh))
     adapters = fresh(config, mesh, num_adapters)
-    return program_bytes(update, mesh, base(params, mesh), adapters, batch)
+    return program_bytes(loop.trace, mesh, base(params, mesh), adapters, batch)
 
 
 @pytest.mark.parametrize(
@@ -127,47 +137,43 @@ def test_nothing_fits(found, words):
         assert word in str(error.value)
 
 
-def at_once(small, limit, sizes=(1, 1, 1), resident=0):
+def needs(small, limit, sizes=(1, 1, 1), resident=0):
     mesh, optimizer = mesh_of(sizes), make_optimizer(optax_name="sgd")
-    return make_at_once(
-        small[0],
-        make_inner_update(small[0], optimizer, "linear", mesh),
-        optimizer,
-        base(small[1], mesh),
-        mesh=mesh,
-        resident=resident,
-        most=64,
-        **LORA,
-        accumulation=1,
-        tokens_per_step=256,
-        steps_per_call=2,
-        limit=limit,
-    )
+    inner = settings_of(load_config(TINY_CONFIG, ())).inner
+    inner = inner._replace(**LORA, accumulation=1, tokens_per_step=256, steps_per_call=2)
+    trace = make_inner_loop(small[0], optimizer, mesh=mesh).trace
+    return Needs(small[0], inner, optimizer, trace, base(small[1], mesh), mesh, resident, limit)
 
 
 def test_the_number_follows_from_the_limit(small, capsys):
     room = count(small, mesh_of((1, 1, 1)), 4, optax_name="sgd")
-    number_of = at_once(small, room + 10**6, resident=10**6)
-    assert number_of(200) == 4
+    given = needs(small, room + 10**6, resident=10**6)
+    found = fit_population(given, 200, Population(64))
+    assert found.number == 4
     assert capsys.readouterr().out.startswith("inner loop: 4 adapters at once (")
-    assert number_of(256) == 4 and capsys.readouterr().out == ""  # the same steps, said once
+    # The same steps: said once.
+    assert fit_population(given, 256, found) == found and capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="one adapter needs .* MB .*inner.tokens_per_step"):
-        at_once(small, 10**6)(200)
+        fit_population(needs(small, 10**6), 200, Population(64))
 
 
 def test_longer_rows_leave_room_for_fewer(small, capsys):
     room = count(small, mesh_of((1, 1, 1)), 8, longest=512, optax_name="sgd")
-    number_of = at_once(small, room)
-    assert number_of(256) == 64
-    assert number_of(300) == 8
-    assert number_of(100) == number_of(512) == 8  # it never grows
+    given = needs(small, room)
+    found = fit_population(given, 256, Population(64))
+    assert found.number == 64
+    found = fit_population(given, 300, found)
+    assert found.number == 8
+    for longest in (100, 512):
+        assert fit_population(given, longest, found).number == 8  # it never grows
     assert capsys.readouterr().out.count("\n") == 2
 
 
 def test_a_population_is_a_multiple_of_what_it_is_divided_by(small):
     sizes = (8, 1, 1)
     limit = count(small, mesh_of(sizes), 16, optax_name="sgd")
-    assert at_once(small, limit + 100, sizes=sizes)(200) == 16
+    given = needs(small, limit + 100, sizes=sizes)
+    assert fit_population(given, 200, Population(64)).number == 16
 
 
 def test_cpu_devices_share_the_hosts_memory():

@@ -42,7 +42,8 @@ from seal_jax.hosts.files import (
 )
 from seal_jax.hosts.preemption import stop_if_told
 from seal_jax.hosts.processes import ask_first, exchange, timeout_seconds
-from seal_jax.objectives.objective import Objective, Past, Rewards, make_objective, random_em
+from seal_jax.objectives import make_objective, random_em
+from seal_jax.objectives.objective import Objective, Past, Rewards
 from seal_jax.outer.comparison import compare, mean_reliability
 from seal_jax.outer.evaluate import Run
 from seal_jax.outer.evidence import Evaluated, check_rewards, drop_pending, evaluate_edits

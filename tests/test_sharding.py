@@ -27,7 +27,7 @@ from seal_jax.models.divisible import check_divides
 from seal_jax.models.model import Model
 from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.models.transformer import forward, init_params
-from seal_jax.objectives.objective import make_objective
+from seal_jax.objectives import make_objective
 from seal_jax.optim import make_optimizer
 from seal_jax.outer.evaluate import answer, mean_logp
 from seal_jax.outer.policy import init_train_state, make_policy_update

@@ -1,4 +1,4 @@
-"""The config's door: every key with its default and what it may hold, and the checks at the door.
+"""The config's door: config files, overrides and stored JSON, and the checks of all three.
 
 A config file is one experiment, a short Python function:
 
@@ -10,8 +10,8 @@ A config file is one experiment, a short Python function:
       return config
 
 `load_config` runs it, applies `inner.rank=16` overrides and validates. Everything wrong with a
-config stops the run here, in well under a second: this module imports no jax, so no device is
-touched. Past the door nobody sees a ConfigDict: sections are splatted as keyword arguments.
+config stops the run here, before jax is imported. Past the door nobody sees a ConfigDict, see
+setup.py.
 """
 
 import difflib
@@ -28,7 +28,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from seal_jax.config.table import FIELDS, Allowed, Field, choice, rule_like, to_plain
+from seal_jax.config.table import FIELDS, PLAIN, Allowed, Field, choice, rule_like, weights
+from seal_jax.objectives import OBJECTIVES
+from seal_jax.outer.rewards import find_reward, reward_names
 from seal_jax.tasks import GIVEN, TASKS
 
 
@@ -106,7 +108,7 @@ def task_arguments(config: ConfigDict) -> dict[str, Any]:
 
 def to_json(config: ConfigDict) -> str:
     """Return `config` as JSON: sorted, one text per config, a function as 'module:qualname'."""
-    return json.dumps(to_plain(config), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    return json.dumps(_to_plain(config), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def from_json(text: str) -> ConfigDict:
@@ -174,19 +176,23 @@ def _lookup(config: ConfigDict, key: str) -> Any:
 
 
 def _fields_for(task_name: Any) -> dict[str, Field]:
-    """Return the table with the task's own keys added."""
+    """Return the table with the task's own keys, and with what is found by name."""
     own = {
         f"task.{name}": Field(default, rule_like(default))
         for name, default in _task_defaults(task_name).items()
     }
-    return {**own, **FIELDS, "task.name": Field("knowledge", choice(*sorted(TASKS)))}
+    found = {
+        "task.name": choice(*TASKS),
+        "outer.objective": choice(*OBJECTIVES),
+        "reward.weights": weights(*reward_names()),
+    }
+    return own | FIELDS | {key: FIELDS[key]._replace(allowed=one) for key, one in found.items()}
 
 
-def _task_defaults(task_name: Any) -> dict[str, Any]:
+def _task_defaults(name: Any) -> dict[str, Any]:
     """Return a task's keys and their defaults; none for a name that is no task's."""
-    known = isinstance(task_name, str) and task_name in TASKS
-    parameters = inspect.signature(TASKS[task_name]).parameters if known else {}
-    return {name: p.default for name, p in parameters.items() if name not in GIVEN}
+    parameters = inspect.signature(TASKS[name]).parameters if name in TASKS else {}
+    return {key: p.default for key, p in parameters.items() if key not in GIVEN}
 
 
 # Two axes of one array: of a kernel, of logits, of a cache.
@@ -226,6 +232,10 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
         TASKS[name](**{leaf: value for leaf, value in given.items() if leaf in taken})
     except ValueError as error:
         yield f"task: {error}"
+    try:
+        list(map(find_reward, values["reward.weights"]))
+    except ValueError as error:
+        yield f"reward.weights: {error}"
 
 
 def _unknown_key(key: str, valid: Mapping[str, Any]) -> str:
@@ -245,7 +255,7 @@ def _unknown_key(key: str, valid: Mapping[str, Any]) -> str:
 def _override(config: ConfigDict, key: str, text: str) -> None:
     section, _, leaf = key.rpartition(".")
     if section in _FREE:
-        allowed = rule_like(inspect.Parameter.empty)
+        allowed = PLAIN
     else:
         fields = _fields_for(config.task.name)
         if key not in fields:
@@ -307,26 +317,35 @@ def _explain(error: Exception, path: str) -> str:
 # --- plain values, JSON ---
 
 
-def _parse_json(text: str) -> dict[str, Any]:
-    def tuples(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: tuples(item) for key, item in value.items()}
-        return tuple(map(tuples, value)) if isinstance(value, list) else value
+def _to_plain(value: Any) -> Any:
+    """Return `value` as JSON would have it: dicts, lists, and a function as 'module:qualname'."""
+    if isinstance(value, ConfigDict | Mapping):
+        return {str(key): _to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_plain(item) for item in value]
+    return f"{value.__module__}:{value.__qualname__}" if callable(value) else value
 
+
+def _to_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_tuples(item) for key, item in value.items()}
+    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
+
+
+def _parse_json(text: str) -> dict[str, Any]:
     try:
         parsed = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"not a config's JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise ConfigError(f"not a config's JSON: {type(parsed).__name__}, not an object")
-    return {key: tuples(value) for key, value in _flatten(parsed)}
+    return {key: _to_tuples(value) for key, value in _flatten(parsed)}
 
 
 def _experiment(config: ConfigDict | str) -> dict[str, str]:
     values = _parse_json(config if isinstance(config, str) else to_json(config))
-    placement = {key for key, field in FIELDS.items() if field.placement}
     return {
         key: json.dumps(value, sort_keys=True)
         for key, value in values.items()
-        if key not in placement
+        if not (key in FIELDS and FIELDS[key].placement)
     }

@@ -1,19 +1,16 @@
-"""The door: a config's sections become the NamedTuples that the stages take."""
+"""Past the door: a config's sections become the NamedTuples that the stages take."""
+
+import typing
 
 from ml_collections import ConfigDict
 
 from seal_jax.config.load import task_arguments
-from seal_jax.types import (
-    AnswerSettings,
-    CheckpointSettings,
-    EvalSettings,
-    InnerSettings,
-    ModelSettings,
-    OuterSettings,
-    RewardSettings,
-    SampleSettings,
-    Settings,
-)
+from seal_jax.types import Settings
+
+# The sections that are a NamedTuple in types.py, with a field for each key.
+SECTIONS = {
+    name: kind for name, kind in typing.get_type_hints(Settings).items() if hasattr(kind, "_fields")
+}
 
 
 def settings_of(config: ConfigDict) -> Settings:
@@ -21,15 +18,8 @@ def settings_of(config: ConfigDict) -> Settings:
     plain = config.to_dict()
     return Settings(
         seed=config.seed,
-        model=ModelSettings(**plain["model"]),
         task=task_arguments(config),
-        sample=SampleSettings(**plain["sample"]),
-        answer=AnswerSettings(**plain["answer"]),
-        inner=InnerSettings(**plain["inner"]),
-        reward=RewardSettings(**plain["reward"]),
-        outer=OuterSettings(**plain["outer"]),
-        eval=EvalSettings(**plain["eval"]),
-        checkpoint=CheckpointSettings(**plain["checkpoint"]),
         mesh=plain["mesh"],
         rules=tuple(plain["sharding"].items()),
+        **{name: kind(**plain[name]) for name, kind in SECTIONS.items()},
     )

@@ -22,7 +22,7 @@ from seal_jax.models.lengths import bucket_of
 from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
-from seal_jax.objectives.objective import make_objective
+from seal_jax.objectives import make_objective
 from seal_jax.outer import evaluate
 from seal_jax.outer.policy import Penalties, TrainRows, make_policy_update, state_shapes
 from seal_jax.outer.stages import optimizer_of, row_tokens

@@ -23,7 +23,7 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -50,7 +50,7 @@ def default_config() -> ConfigDict:
     config = ConfigDict(_nest({key: field.default for key, field in FIELDS.items()}))
     config.lock()
     for key in ("task", *_FREE):
-        _lookup(config, key).unlock()
+        _section(config, key).unlock()
     return config
 
 
@@ -79,7 +79,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 def validate(config: ConfigDict) -> None:
     """Raise a ConfigError that lists everything wrong with `config`; return if nothing is."""
-    values = dict(_flatten(config))
+    values = dict(flatten(config))
     complaints = []
     missing = [key for key in FIELDS if key not in values]
     if missing:
@@ -108,7 +108,9 @@ def task_arguments(config: ConfigDict) -> dict[str, Any]:
 
 def to_json(config: ConfigDict) -> str:
     """Return `config` as JSON: sorted, one text per config, a function as 'module:qualname'."""
-    return json.dumps(_to_plain(config), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    options = {"indent": 2, "sort_keys": True, "allow_nan": False}
+    name_of = lambda function: f"{function.__module__}:{function.__qualname__}"  # noqa: E731
+    return json.dumps(config.to_dict(), default=name_of, **options) + "\n"
 
 
 def from_json(text: str) -> ConfigDict:
@@ -137,9 +139,7 @@ def fingerprint(config: ConfigDict | str) -> str:
 def diff(old: ConfigDict | str, new: ConfigDict | str) -> str:
     """Return one line 'key: old -> new' for each key that makes another experiment, or ''.
 
-    Args:
-      old: a config, or the text that `to_json` wrote (possibly by another version).
-      new: the same.
+    Either is a config, or the text that `to_json` wrote (possibly by another version).
     """
     before, after = _experiment(old), _experiment(new)
     return "\n".join(
@@ -160,18 +160,22 @@ def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _flatten(config: ConfigDict | Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(
+    config: ConfigDict | Mapping, prefix: str = "", whole: Container[str] = FIELDS
+) -> Iterator[tuple[str, Any]]:
+    """Yield a config's dotted keys and their values; a dict of a key in `whole` is a value."""
     for name, value in config.items():
         key = f"{prefix}{name}"
-        if isinstance(value, ConfigDict | Mapping) and key not in FIELDS:
-            yield from _flatten(value, f"{key}.")
+        if isinstance(value, ConfigDict | Mapping) and key not in whole:
+            yield from flatten(value, f"{key}.", whole)
         else:
             yield key, value
 
 
-def _lookup(config: ConfigDict, key: str) -> Any:
-    for name in key.split("."):
-        config = config[name]
+def _section(config: ConfigDict, name: str) -> ConfigDict:
+    """Return a section; '' is the whole."""
+    for part in filter(None, name.split(".")):
+        config = config[part]
     return config
 
 
@@ -211,8 +215,7 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
         one, other = f"sharding.{one}", f"sharding.{other}"
         for axis in sorted(set(values[one].split()) & set(values[other].split())):
             yield f"{one} and {other} = {axis!r}: one axis cannot divide both axes of an array"
-    if values["inner.pad_loss"] == "exact" and values["inner.batch_size"] > 8:
-        size = values["inner.batch_size"]
+    if values["inner.pad_loss"] == "exact" and (size := values["inner.batch_size"]) > 8:
         yield (
             f"inner.batch_size = {size}: with inner.pad_loss = 'exact' at most 8, as {size} texts "
             f"of 2,048 tokens do not fit into a step of 16,384"
@@ -261,7 +264,7 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
         if key not in fields:
             raise ConfigError(f"override {key}={text}: {_unknown_key(key, fields)}")
         allowed = fields[key].allowed
-    parent = _lookup(config, section) if section else config
+    parent = _section(config, section)
     with parent.unlocked(), parent.ignore_type():
         parent[leaf] = _parse(key, allowed, text)
 
@@ -317,15 +320,6 @@ def _explain(error: Exception, path: str) -> str:
 # --- plain values, JSON ---
 
 
-def _to_plain(value: Any) -> Any:
-    """Return `value` as JSON would have it: dicts, lists, and a function as 'module:qualname'."""
-    if isinstance(value, ConfigDict | Mapping):
-        return {str(key): _to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_plain(item) for item in value]
-    return f"{value.__module__}:{value.__qualname__}" if callable(value) else value
-
-
 def _to_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _to_tuples(item) for key, item in value.items()}
@@ -339,7 +333,7 @@ def _parse_json(text: str) -> dict[str, Any]:
         raise ConfigError(f"not a config's JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise ConfigError(f"not a config's JSON: {type(parsed).__name__}, not an object")
-    return {key: _to_tuples(value) for key, value in _flatten(parsed)}
+    return {key: _to_tuples(value) for key, value in flatten(parsed)}
 
 
 def _experiment(config: ConfigDict | str) -> dict[str, str]:

@@ -21,7 +21,7 @@ import jax
 from ml_collections import ConfigDict
 
 import seal_jax
-from seal_jax.config.load import to_json
+from seal_jax.config.load import flatten, to_json
 from seal_jax.hosts.processes import exchange, timeout_seconds
 from seal_jax.hosts.start_jax import lost_devices
 from seal_jax.models.config import ModelConfig
@@ -42,10 +42,8 @@ def check(config: ConfigDict, workdir: str) -> list[str]:
       ValueError: on every process the same, except where one of them is silent.
     """
     facts, problems = look(config, workdir)
-    mine = {"host": socket.gethostname(), "facts": facts, "problems": problems}
-    everybody = [
-        json.loads(text) for text in exchange("doctor", json.dumps(mine), timeout_seconds())
-    ]
+    mine = json.dumps({"host": socket.gethostname(), "facts": facts, "problems": problems})
+    everybody = list(map(json.loads, exchange("doctor", mine, timeout_seconds())))
     if complaints := complain(everybody):
         raise ValueError("\n".join(complaints))
     return [
@@ -68,14 +66,13 @@ def look(config: ConfigDict, workdir: str) -> tuple[dict[str, Any], list[str]]:
         "workdir": workdir,
         "device": jax.devices()[0].device_kind if found else "",
         "devices of a process": jax.local_device_count() if found else 0,
-        **_flat(json.loads(to_json(config))),
+        **dict(flatten(json.loads(to_json(config)), whole=())),
     }
     return facts, problems
 
 
 def complain(everybody: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what is wrong with any process, and in what they differ; of each {host, facts,
-    problems}."""
+    """Return what is wrong with any process, and in what they differ: [{host, facts, problems}]."""
     alone = len(everybody) == 1
     complaints = [
         problem if alone else f"process {i} on {one['host']}: {problem}"
@@ -162,23 +159,11 @@ def _commit() -> str:
     root = Path(seal_jax.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return "unknown"
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    git = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*"]
     try:
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
+        result = subprocess.run(
+            [*git, "--dirty=+changes"], capture_output=True, text=True, check=True
+        )
+        return result.stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or another user's clone
         return "unknown"
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

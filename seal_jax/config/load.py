@@ -23,7 +23,7 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -44,8 +44,7 @@ _FREE = tuple(key for key in FIELDS if key.endswith(("_kwargs", ".weights")))
 def default_config() -> ConfigDict:
     """Return every key with its default, locked, so that assigning an unknown key raises.
 
-    Only the sections with free keys, `task`, `reward.weights` and those named `*_kwargs`, take new
-    ones; `validate` checks the first two.
+    Only `task`, `reward.weights` and the sections named `*_kwargs` take new ones.
     """
     config = ConfigDict(_nest({key: field.default for key, field in FIELDS.items()}))
     config.lock()
@@ -109,8 +108,7 @@ def task_arguments(config: ConfigDict) -> dict[str, Any]:
 def to_json(config: ConfigDict) -> str:
     """Return `config` as JSON: sorted, one text per config, a function as 'module:qualname'."""
     options = {"indent": 2, "sort_keys": True, "allow_nan": False}
-    name_of = lambda function: f"{function.__module__}:{function.__qualname__}"  # noqa: E731
-    return json.dumps(config.to_dict(), default=name_of, **options) + "\n"
+    return json.dumps(config.to_dict(), default=_name_of, **options) + "\n"
 
 
 def from_json(text: str) -> ConfigDict:
@@ -318,6 +316,10 @@ def _explain(error: Exception, path: str) -> str:
 
 
 # --- plain values, JSON ---
+
+
+def _name_of(function: Callable) -> str:
+    return f"{function.__module__}:{function.__qualname__}"
 
 
 def _to_tuples(value: Any) -> Any:

@@ -117,7 +117,7 @@ def _names(*choices: str) -> Allowed:
     def test(value: Any) -> bool:
         if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
             return False
-        return bool(value) and set(value) <= set(choices) and len(set(value)) == len(value)
+        return 0 < len(value) == len(set(value)) and set(value) <= set(choices)
 
     return Allowed(f"a tuple of different names from {', '.join(choices)}", test, _parse_names)
 
@@ -128,8 +128,7 @@ def weights(*names: str) -> Allowed:
     def test(value: Any) -> bool:
         if not isinstance(value, Mapping | ConfigDict) or not value or not _is_plain(value):
             return False
-        numbers = [w for w in value.values() if isinstance(w, int | float)]
-        return set(value) <= set(names) and len(numbers) == len(value)
+        return set(value) <= set(names) and all(isinstance(w, int | float) for w in value.values())
 
     return Allowed(f"a dict of weights of {', '.join(names)}", test, ast.literal_eval)
 

@@ -49,10 +49,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Folder(ModuleType):
-    """Let `objectives.grpo` be the function of the file grpo.py, not the file.
-
-    Python sets a folder's attribute to the file when that is imported.
-    """
+    """Let `objectives.grpo` be what grpo.py holds: Python sets it to the file on its import."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, getattr(value, name, value))

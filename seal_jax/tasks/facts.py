@@ -32,10 +32,7 @@ _ENDINGS = ("b", "d", "k", "l", "m", "n", "p", "r", "t", "x")
 
 @dataclass(frozen=True)
 class Facts:
-    """The synthetic task: names and values are a function of the seed, and the splits are disjoint.
-
-    A problem does not depend on how many others there are: a larger `num_train` only adds some.
-    """
+    """The synthetic task, a function of the seed; a larger `num_train` only adds problems."""
 
     seed: int = 0
     num_train: int = 64

@@ -1,4 +1,4 @@
-"""Names that a config or a command line may say: of modules in a folder here, or of other packages.
+"""Names that a config or a command line may say: of files in a folder here, or of other packages.
 
 A folder holds one thing a file, found by the file's name. Another package registers its own by a
 Python entry point, whose group is `seal_jax.KIND` (tasks, objectives, rewards, families, commands):
@@ -9,10 +9,48 @@ Python entry point, whose group is `seal_jax.KIND` (tasks, objectives, rewards, 
 Nothing is imported before it is asked for by its name. Imports no jax.
 """
 
+import functools
+import importlib
 import pkgutil
+import sys
+from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
+
+
+class Found(Mapping[str, Any]):
+    """What a folder's files hold and other packages have registered, by name.
+
+    Args:
+      kind: of `seal_jax.KIND`, the folder and the group of entry points.
+      base: the folder's file that the others build on.
+      attribute: what a file is asked for: '' is what has the file's own name, None the file itself.
+    """
+
+    def __init__(self, kind: str, base: str, attribute: str | None = ""):
+        self.kind, self.base, self.attribute = kind, base, attribute
+
+    def _files(self) -> list[str]:
+        return module_names(importlib.import_module(f"seal_jax.{self.kind}"), self.base)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*self._files(), *plugin_names(self.kind)}))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files() or name in plugin_names(self.kind)
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._files():
+            module = importlib.import_module(f"seal_jax.{self.kind}.{name}")
+            return module if self.attribute is None else getattr(module, self.attribute or name)
+        plugin = load_plugin(self.kind, name)
+        if plugin is None:
+            raise KeyError(name)
+        return plugin
 
 
 def module_names(folder: ModuleType, base: str) -> list[str]:
@@ -23,7 +61,7 @@ def module_names(folder: ModuleType, base: str) -> list[str]:
 
 def plugin_names(kind: str) -> list[str]:
     """Return the names that other packages have registered."""
-    return sorted({entry.name for entry in entry_points(group=f"seal_jax.{kind}")})
+    return sorted({entry.name for entry in _registered(tuple(sys.path), kind)})
 
 
 def load_plugin(kind: str, name: str) -> Any:
@@ -32,7 +70,8 @@ def load_plugin(kind: str, name: str) -> Any:
     Raises:
       ValueError: it cannot be imported, or several packages have.
     """
-    found = {entry.value: entry for entry in entry_points(group=f"seal_jax.{kind}", name=name)}
+    entries = _registered(tuple(sys.path), kind)
+    found = {entry.value: entry for entry in entries if entry.name == name}
     if not found:
         return None
     if len(found) > 1:
@@ -42,3 +81,10 @@ def load_plugin(kind: str, name: str) -> Any:
         return entry.load()
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{kind}: {name!r} is registered as {value}: {error}") from error
+
+
+@functools.cache
+def _registered(path: tuple[str, ...], kind: str) -> list[Any]:
+    """Return a group's entry points; reading all packages' takes long enough to do it once."""
+    del path  # where packages are looked for: another one has others
+    return list(entry_points(group=f"seal_jax.{kind}"))

@@ -33,7 +33,8 @@ from seal_jax.hosts.files import append_metrics, read_jsonl
 from seal_jax.hosts.preemption import stop_if_told
 from seal_jax.hosts.processes import ask_first
 from seal_jax.models import lora
-from seal_jax.objectives.objective import Objective, random_em
+from seal_jax.objectives.objective import Objective
+from seal_jax.objectives.random_em import random_em
 from seal_jax.outer.answers import answer, gold_logp, grade
 from seal_jax.outer.comparison import compare, mean_reliability
 from seal_jax.outer.examination import (

@@ -10,8 +10,10 @@ import pytest
 
 from seal_jax.config import load as config_lib
 from seal_jax.config.load import ConfigError, default_config, load_config, validate
+from seal_jax.config.setup import SECTIONS, settings_of
 from seal_jax.config.table import FIELDS
 from seal_jax.tasks import make_task
+from seal_jax.types import Settings
 
 HEADER = """
 from seal_jax.config import default_config
@@ -109,6 +111,16 @@ def test_validate_names_key_value_and_what_is_allowed(key, value, words):
         validate(config)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_sections_keys_are_the_fields_of_its_namedtuple():
+    keys = [key.split(".", 1) for key in FIELDS if "." in key]
+    for section, kind in SECTIONS.items():
+        assert sorted(kind._fields) == sorted(leaf for name, leaf in keys if name == section)
+    others = {"seed", "task", "mesh", "rules"}
+    assert set(Settings._fields) == {*SECTIONS, *others}
+    assert {name for name, _ in keys} == {*SECTIONS, "task", "mesh", "sharding"}
+    settings_of(default_config())
 
 
 def test_the_task_section_takes_the_keys_of_its_task():

@@ -12,8 +12,8 @@ import pytest
 from loopback import finish, launch
 from tiny_run import CONFIG, TESTS
 
-from seal_jax.commands import doctor
 from seal_jax.commands import main as cli
+from seal_jax.commands.doctor import checks
 from seal_jax.config.load import load_config, to_json
 from seal_jax.hosts import processes
 from seal_jax.hosts import start_jax as start
@@ -117,8 +117,8 @@ def test_two_with_the_same_number_are_named(port):
 
 
 SILENT = (
-    "import sys; from seal_jax.start import start_jax; from seal_jax.processes import exchange;"
-    "start_jax(); {}"
+    "import sys; from seal_jax.hosts.start_jax import start_jax;"
+    "from seal_jax.hosts.processes import exchange; start_jax(); {}"
 )
 
 
@@ -192,7 +192,7 @@ def test_a_tpu_host_that_runs_on_the_cpu_is_refused(monkeypatch, tmp_path):
         start.start_jax()
     config = load_config(CONFIG)
     with pytest.raises(ValueError, match="4 TPU chips"):
-        doctor.check(config, str(tmp_path / "run"), lambda config, folder: None, 1)
+        checks.check(config, str(tmp_path / "run"))
 
 
 def test_chips_that_jax_does_not_find_are_counted(monkeypatch):
@@ -239,7 +239,7 @@ def test_a_mesh_is_held_against_a_model_that_is_not_here(tmp_path):
 
     def look(source):
         config = load_config(CONFIG, ("mesh.tensor=8", f"model.source={source}"))
-        return doctor.check(config, str(tmp_path / "run"), lambda config, folder: None, 1)
+        return checks.check(config, str(tmp_path / "run"))
 
     with pytest.raises(ValueError, match="mesh.tensor = 8 does not divide the 28 heads"):
         look("Qwen/Qwen2.5-7B")
@@ -247,9 +247,9 @@ def test_a_mesh_is_held_against_a_model_that_is_not_here(tmp_path):
 
 
 def test_a_full_disk_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "LEAST_FREE", 1e18)
+    monkeypatch.setattr(checks, "LEAST_FREE", 1e18)
     with pytest.raises(ValueError, match="MB free; a run needs 1000000000000 at least"):
-        doctor.check(load_config(CONFIG), str(tmp_path / "run"), lambda config, folder: None, 1)
+        checks.check(load_config(CONFIG), str(tmp_path / "run"))
     assert os.listdir(tmp_path) == []
 
 
@@ -259,9 +259,9 @@ def test_every_process_complains_about_each():
         {"host": "b", "facts": {"jax": "2", "python": "3"}, "problems": []},
         {"host": "c", "facts": {"jax": "1"}, "problems": []},
     ]
-    assert doctor.complain(everybody) == [
+    assert checks.complain(everybody) == [
         "process 0 on a: no disk",
         'processes differ in jax: "1" on process 0 (a), 2 (c); "2" on process 1 (b)',
         'processes differ in python: "3" on process 0 (a), 1 (b); "(absent)" on process 2 (c)',
     ]
-    assert doctor.complain(json.loads(json.dumps(everybody[:1]))) == ["no disk"]
+    assert checks.complain(json.loads(json.dumps(everybody[:1]))) == ["no disk"]

@@ -254,7 +254,7 @@ def test_make_task():
         assert make_task(name) == task_type()
     with pytest.raises(ValueError, match="unknown task 'knowlege'; did you mean 'knowledge'?"):
         make_task("knowlege")
-    with pytest.raises(ValueError, match=r"unknown task '' \(known: facts, knowledge"):
+    with pytest.raises(ValueError, match=r"unknown task '' \(known: arc, facts, knowledge"):
         make_task("")
     with pytest.raises(
         ValueError, match="'facts' has no field 'num_fact'; did you mean 'num_facts"

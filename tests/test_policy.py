@@ -11,7 +11,8 @@ import pytest
 from seal_jax import keys
 from seal_jax.models import lora
 from seal_jax.models.transformer import forward
-from seal_jax.objectives.objective import Past, make_objective
+from seal_jax.objectives import make_objective
+from seal_jax.objectives.objective import Past
 from seal_jax.optim import make_optimizer
 from seal_jax.outer.policy_step import init_train_state, rollout_logp
 from seal_jax.outer.policy_update import make_policy_update

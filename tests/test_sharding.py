@@ -27,7 +27,7 @@ from seal_jax.models.divisible import check_divides
 from seal_jax.models.model import Model
 from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.models.transformer import forward, init_params
-from seal_jax.objectives.objective import make_objective
+from seal_jax.objectives import make_objective
 from seal_jax.optim import make_optimizer
 from seal_jax.outer.answers import ask, mean_logp
 from seal_jax.outer.policy_step import init_train_state

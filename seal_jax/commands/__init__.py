@@ -1,1 +1,39 @@
-"""The commands of `seal-jax`, one a file."""
+"""The commands of `seal-jax`, one a file; the file's name is the command's.
+
+A command has HELP (a line), EXAMPLES (shown below its arguments), add_arguments(parser) and
+run(arguments) -> exit code. It imports jax in `run` alone: help and complaints come at once.
+"""
+
+import argparse
+import os
+
+from ml_collections import ConfigDict
+
+from seal_jax.config.load import load_config
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a config."""
+    parser.add_argument("--config", required=True, help="a Python file with get_config()")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change a key of the config; may be repeated",
+    )
+
+
+def read_config(arguments: argparse.Namespace) -> ConfigDict:
+    """Return the config that the arguments name."""
+    return load_config(arguments.config, arguments.overrides)
+
+
+def start(only_cpu: bool = False) -> None:
+    """Start JAX: after everything that can be refused without it."""
+    if only_cpu:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    from seal_jax.hosts.start_jax import start_jax
+
+    start_jax()

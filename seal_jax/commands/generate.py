@@ -1,25 +1,55 @@
-"""Write self-edits for the passages of a file."""
+"""`seal-jax generate`."""
 
+import argparse
 import os
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from seal_jax.commands.eval import policy_params
-from seal_jax.config.setup import make_stages, settings_of
-from seal_jax.hosts.console import say
-from seal_jax.hosts.files import append_json
-from seal_jax.hosts.processes import ask_first
-from seal_jax.outer.problems import OuterStep
-from seal_jax.outer.stages import parse, sample
-from seal_jax.outer.step_log import logged_texts
+from seal_jax.commands import add_config, read_config, start
 from seal_jax.tasks.task import Exam, Problem
 
+HELP = "Write self-edits for the passages of a file."
+EXAMPLES = """\
+examples:
+  seal-jax generate --config configs/quickstart.py --passages my_passages.json
+  seal-jax generate --config configs/quickstart.py --passages my_passages.json \\
+      --adapter runs/quickstart/checkpoints --out edits.jsonl
 
-def generate_edits(
-    config: ConfigDict, problems: Sequence[Problem], *, adapter: str | None, out: str | None
+A passage file is a JSON list of {"title": ..., "context": ...}, or a .txt file."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument("--passages", required=True, help="a .json or .txt file")
+    parser.add_argument(
+        "--adapter", help="who writes: a run, its checkpoints, a model or a PEFT adapter"
+    )
+    parser.add_argument("--out", help="a JSON-lines file; without it they are printed")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from seal_jax.tasks.knowledge.passages import load_passages
+
+    config = read_config(arguments)
+    problems = load_passages(arguments.passages)
+    start()
+    write_edits(config, problems, arguments.adapter, arguments.out)
+    return 0
+
+
+def write_edits(
+    config: ConfigDict, problems: Sequence[Problem], adapter: str | None, out: str | None
 ) -> None:
     """Write `sample.num_edits` self-edits for each problem, to `out` as JSON lines or to stdout."""
+    from seal_jax.config.setup import make_stages, policy_params, settings_of
+    from seal_jax.hosts.console import say
+    from seal_jax.hosts.files import append_json
+    from seal_jax.hosts.processes import ask_first
+    from seal_jax.outer.problems import OuterStep
+    from seal_jax.outer.stages import parse, sample
+    from seal_jax.outer.step_log import logged_texts
+
     if out is not None and ask_first("out", lambda: os.path.exists(out)):
         raise ValueError(f"{out} exists: choose another --out")
     stages = make_stages(settings_of(config))

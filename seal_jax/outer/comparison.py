@@ -27,6 +27,7 @@ from seal_jax.outer.problems import Batch, OuterStep
 from seal_jax.outer.stages import Edits, Stages, inner_base, parse, sample
 from seal_jax.outer.waves import Examination, all_of, inner_runs
 from seal_jax.tasks.task import Rejected
+from seal_jax.tasks.task import titles_of as task_titles
 from seal_jax.types import Params
 
 # What the table calls the arms, and what was asked; a task may have `titles` of its own.
@@ -95,7 +96,7 @@ def compare(
 
 def titles_of(stages: Stages) -> dict[str, str]:
     """Return what the table calls things in this task."""
-    return TITLES | getattr(stages.task, "titles", {})
+    return TITLES | task_titles(stages.task)
 
 
 def run_arm(

@@ -24,7 +24,7 @@ from seal_jax.outer.reliability import seed_rounds
 from seal_jax.outer.rewards import EARLIER, OWN, Evidence, Outcome, reward_of
 from seal_jax.outer.stages import Edit, Edits, Stages, inner_base, write
 from seal_jax.outer.waves import Examination, InnerRun, Others, all_of, inner_runs
-from seal_jax.tasks.task import Exam, SelfEdit
+from seal_jax.tasks.task import Exam, SelfEdit, asks_itself
 from seal_jax.types import Params, RewardSettings, Rollout, Settings
 
 
@@ -49,7 +49,7 @@ class Evaluated(NamedTuple):
 def check_rewards(stages: Stages) -> None:
     """Raise ValueError now where the task cannot give what the reward's terms ask for."""
     settings = stages.settings
-    if "self_questions" in settings.reward.weights and not hasattr(stages.task, "question_prompt"):
+    if "self_questions" in settings.reward.weights and not asks_itself(stages.task):
         raise ValueError(
             f"reward.weights has self_questions, but task {settings.task['name']!r} has no"
             " question_prompt and parse_questions (see tasks/task.py)"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import xxhash
 
 from seal_jax.hosts.processes import exchange, exchange_shares, num_processes
-from seal_jax.tasks.task import Exam, Problem, Question, Task, join_shares
+from seal_jax.tasks.task import Exam, Problem, Question, Task, join_shares, load_share_of
 from seal_jax.types import Settings
 
 Pair = tuple[Problem, Exam]
@@ -53,12 +53,12 @@ def read_problems(task: Task, split: str) -> list[Pair]:
     """
     if num_processes() == 1:
         return task.load(split)
-    if hasattr(task, "load_share"):
+    if load_share := load_share_of(task):
         everybody = range(num_processes())
         shares = exchange_shares(
             f"problems of {split}",
             everybody,
-            lambda mine: [task.load_share(split, (i, len(everybody))) for i in mine],
+            lambda mine: [load_share(split, (i, len(everybody))) for i in mine],
         )
         return join_shares([map(_problem_of, share) for share in shares])
     problems = task.load(split)

@@ -1,7 +1,8 @@
 """Rewards: a number for each self-edit, from what its inner runs achieved and what it says.
 
-A reward is a weighted sum of the terms in REWARDS, for each seed; a self-edit's is the mean over
-its seeds. nan means that nobody could tell: such a self-edit is dropped, and never counts as 0.
+A reward is a weighted sum of terms, for each seed; a self-edit's is the mean over its seeds. The
+terms are in REWARDS, or another package's, see extensions.py. nan means that nobody could tell:
+such a self-edit is dropped, and never counts as 0.
 """
 
 import re
@@ -9,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from seal_jax.extensions import load_plugin, plugin_names
 
 OWN, EARLIER = "own", "earlier"  # exams beside a run's own: self-written questions, other problems
 
@@ -73,10 +76,28 @@ REWARDS: dict[str, Callable[[Evidence, Outcome], float]] = {
 }
 
 
+def reward_names() -> list[str]:
+    """Return the terms that a reward may have."""
+    return [*REWARDS, *plugin_names("rewards")]
+
+
+def find_reward(name: str) -> Callable[[Evidence, Outcome], float]:
+    """Return a term by its name.
+
+    Raises:
+      ValueError: there is none, or another package's cannot be imported.
+    """
+    found = REWARDS.get(name) or load_plugin("rewards", name)
+    if found is None:
+        raise ValueError(f"reward {name!r}: expected one of {', '.join(reward_names())}")
+    return found
+
+
 def seed_rewards(evidence: Evidence, weights: Mapping[str, float]) -> list[float]:
     """Return the reward under each seed; nan where one of its terms is missing."""
+    terms = [(weight, find_reward(name)) for name, weight in weights.items()]
     return [
-        float(sum(weight * REWARDS[name](evidence, outcome) for name, weight in weights.items()))
+        float(sum(weight * term(evidence, outcome) for weight, term in terms))
         for outcome in evidence.outcomes
     ]
 

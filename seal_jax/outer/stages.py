@@ -20,7 +20,16 @@ from seal_jax.models.quantize import quantize_params
 from seal_jax.outer.problems import Batch, OuterStep
 from seal_jax.sampling.cache_plan import check_lengths
 from seal_jax.sampling.written import write_self_edits
-from seal_jax.tasks.task import Exam, Problem, Rejected, SelfEdit, Task, Turn, prompts_of
+from seal_jax.tasks.task import (
+    Exam,
+    Problem,
+    Rejected,
+    SelfEdit,
+    Task,
+    Turn,
+    max_tokens_of,
+    prompts_of,
+)
 from seal_jax.types import Adapters, Params, Rollout, Settings
 
 Edit = SelfEdit | Rejected
@@ -61,7 +70,7 @@ def check_prompts(stages: Stages, problems: Batch) -> None:
     """Raise ValueError now, and not hours later, where a prompt exceeds the model's context."""
     settings, encode = stages.settings, stages.model.tokenizer.encode_prompt
     limit = longest_text(stages)
-    most = getattr(stages.task, "max_tokens", 0)
+    most = max_tokens_of(stages.task) or 0
     if most > limit:
         raise ValueError(
             f"task.max_tokens = {most:,}: expected at most {limit:,}, with this model and"

@@ -23,7 +23,7 @@ from seal_jax.models.lengths import bucket_of
 from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
-from seal_jax.objectives.objective import make_objective
+from seal_jax.objectives import make_objective
 from seal_jax.optim import optimizer_of
 from seal_jax.outer.answers import score_rows
 from seal_jax.outer.policy_step import (

@@ -1,43 +1,36 @@
-"""The tasks, by the names that a config uses. Nothing below here imports jax."""
+"""The tasks, one a file or folder, whose TASK makes it. Nothing below here imports jax."""
 
-import dataclasses
 import difflib
+import inspect
 from typing import Any
 
-from seal_jax.tasks.arc.task import Arc
-from seal_jax.tasks.facts import Facts
-from seal_jax.tasks.knowledge.task import Knowledge
+from seal_jax.extensions import Found
 from seal_jax.tasks.task import Exam, Problem, Question, Rejected, SelfEdit, Task
 
 __all__ = [
     "GIVEN",
     "TASKS",
-    "Arc",
     "Exam",
-    "Facts",
-    "Knowledge",
     "Problem",
     "Question",
     "Rejected",
     "SelfEdit",
     "Task",
+    "field_names",
     "make_task",
 ]
 
-TASKS = {"facts": Facts, "knowledge": Knowledge, "arc": Arc}
+# Dataclasses, or functions with keyword arguments, that make a task.
+TASKS = Found("tasks", base="task", attribute="TASK")
 # Fields of tasks that the run gives: the inner loop's batch size, and what counts a text's tokens.
 GIVEN = ("batch_size", "count_tokens")
 
 
 def make_task(name: str, **fields: Any) -> Task:
-    """Make a task by its name in `TASKS`.
-
-    Args:
-        name: 'facts', 'knowledge' or 'arc'.
-        **fields: fields of that task's dataclass; the others keep their defaults.
+    """Make a task by its name in `TASKS`; fields that are not given keep their defaults.
 
     Raises:
-        ValueError: there is no such task or field; the message has the nearest name.
+      ValueError: there is no such task or field; the message has the nearest name.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}{_nearest(name, list(TASKS))}")
@@ -49,8 +42,8 @@ def make_task(name: str, **fields: Any) -> Task:
 
 
 def field_names(name: str) -> list[str]:
-    """Return the fields of a task's dataclass."""
-    return [field.name for field in dataclasses.fields(TASKS[name])]
+    """Return what a task may be made with."""
+    return list(inspect.signature(TASKS[name]).parameters)
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -6,11 +6,9 @@
     question   zorbin color?
     answer     red
 
-The task has the shape of knowledge incorporation and nothing of its size. Names are invented, so
-nothing can be known beforehand. Values come from small closed vocabularies, so a model of under two
-million parameters can learn them, and a wrong answer is another value. And the passage is not
-phrased as the questions are, so there is something to gain by writing a self-edit. It tests the
-loops, not the method.
+It tests the loops, not the method. Names are invented, so nothing can be known beforehand. Values
+come from small vocabularies, so that a tiny model can learn them. The passage is not phrased as the
+questions are, so there is something to gain by writing a self-edit.
 """
 
 import random
@@ -34,10 +32,7 @@ _ENDINGS = ("b", "d", "k", "l", "m", "n", "p", "r", "t", "x")
 
 @dataclass(frozen=True)
 class Facts:
-    """The synthetic task: names and values are a function of the seed, and the splits are disjoint.
-
-    A problem does not depend on how many others there are: a larger `num_train` only adds some.
-    """
+    """The synthetic task, a function of the seed; a larger `num_train` only adds problems."""
 
     seed: int = 0
     num_train: int = 64
@@ -64,11 +59,7 @@ class Facts:
         return f"{problem.passage}\nnotes:\n"
 
     def parse(self, problem: Problem, text: str) -> SelfEdit | Rejected:
-        """Take every line as a training text, or say why not. Never raises.
-
-        The passage's sentences follow, so that a self-edit adds to the passage. Whatever is not
-        printable ASCII is dropped.
-        """
+        """Take every line's printable ASCII, and the passage's sentences, as training texts."""
         prompt = self.edit_prompt(problem)
         lines = ["".join(filter(_is_plain, line)).strip() for line in text.splitlines()]
         lines = [line for line in lines if line]
@@ -115,6 +106,9 @@ class Facts:
         passage = " ".join(f"{values[attribute]} is {name}'s {attribute}." for attribute in values)
         questions = [Question(f"{name} {attribute}?", values[attribute]) for attribute in values]
         return Problem(name, name, passage), Exam(name, tuple(questions))
+
+
+TASK = Facts
 
 
 def facts_of(passage: str) -> list[tuple[str, str]]:

@@ -7,8 +7,13 @@ Nothing below `tasks/` imports jax.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeGuard
+
+import numpy as np
+
+# (tokens written so far) -> bool[V], which may come next.
+AllowedTokens = Callable[[Sequence[int]], np.ndarray]
 
 
 class Problem(NamedTuple):
@@ -31,6 +36,9 @@ class Exam(NamedTuple):
 
     problem_id: str
     questions: tuple[Question, ...]
+
+
+Pairs = Sequence[tuple[Problem, Exam]]
 
 
 class Part(NamedTuple):
@@ -78,44 +86,77 @@ class Rejected(NamedTuple):
 class Task(Protocol):
     """What the loop asks of a task. No base class: any object with these methods is one.
 
-    A task may have more:
-      load_share(split, (i, n)) -> what the i-th of n processes reads of `load(split)`
-        for sources that are read piece by piece; `join_shares` of all n is what `load` returns.
-      question_prompt(problem) -> str, parse_questions(problem, text) -> questions
-        for the reward `self_questions`: they ask the policy for questions on what it sees, and read
-        what it wrote, untrusted too: a tuple, empty where there is none.
-      queries(problem, exam) -> prompts, marks(problem, exam, answers) -> floats
-        where a question is asked in several ways: all prompts of an exam, and a mark from 0 to 1
-        for each of its questions, given the answers to all of them.
-      constrain(tokenizer, vocab_size) -> ((tokens written so far) -> bool[V])
-        for `sample.constrained`: which tokens a self-edit may go on with.
-      titles: what the rows of the final table are called here, see compare.TITLES.
-    Fields named in `tasks.GIVEN` are given by the run, and are no keys of a config.
+    What it may have more is in `AbleTask`. Fields named in `tasks.GIVEN` are given by the run, and
+    are no keys of a config.
     """
 
     def load(self, split: str) -> list[tuple[Problem, Exam]]:
         """Return the problems of `split` ('train' or 'eval') with their exams, in a fixed order."""
-        ...
 
     def edit_prompt(self, problem: Problem) -> str:
         """Return the prompt that asks the policy for a self-edit."""
-        ...
 
     def parse(self, problem: Problem, text: str) -> SelfEdit | Rejected:
         """Turn what the policy wrote, which is untrusted, into a self-edit or a reason."""
-        ...
 
     def passage_only(self, problem: Problem) -> SelfEdit:
         """Return the control that trains on the problem alone, with no policy's text."""
-        ...
 
     def answer_prompt(self, problem: Problem, question: str) -> str:
         """Return the prompt that asks a question, without the passage."""
-        ...
 
     def grade(self, question: Question, prediction: str) -> bool:
         """Return whether `prediction` answers `question` correctly."""
-        ...
+
+
+class AbleTask(Task, Protocol):
+    """What a task may have beside; each part is optional, and asked for by a function below."""
+
+    max_tokens: int  # of a training text, where the task writes them and not the policy
+    titles: Mapping[str, str]  # what the rows of the final table are called here
+
+    def load_share(self, split: str, share: tuple[int, int]) -> Pairs:
+        """Return what the i-th of n processes reads, for (i, n); `join_shares` makes all of it."""
+
+    def question_prompt(self, problem: Problem) -> str:
+        """Return the prompt that asks the policy for questions, for the reward self_questions."""
+
+    def parse_questions(self, problem: Problem, text: str) -> tuple[Question, ...]:
+        """Read the questions that the policy wrote, which are untrusted; () where there is none."""
+
+    def queries(self, problem: Problem, exam: Exam) -> Sequence[str]:
+        """Return all prompts of an exam, where a question is asked in several ways."""
+
+    def marks(self, problem: Problem, exam: Exam, answers: Sequence[str]) -> Sequence[float]:
+        """Return a mark from 0 to 1 for each question, given the answers to all `queries`."""
+
+    def constrain(self, tokenizer: Any, vocab_size: int) -> AllowedTokens:
+        """Return which tokens a self-edit may go on with, for `sample.constrained`."""
+
+
+def constrain_of(task: Task) -> Callable[[Any, int], AllowedTokens] | None:
+    """Return the task's grammar, a method; None where it has none."""
+    return getattr(task, "constrain", None)
+
+
+def load_share_of(task: Task) -> Callable[[str, tuple[int, int]], Pairs] | None:
+    """Return the method that reads a share of the problems; None where all are read at once."""
+    return getattr(task, "load_share", None)
+
+
+def titles_of(task: Task) -> Mapping[str, str]:
+    """Return the task's own names for the rows of the final table."""
+    return getattr(task, "titles", {})
+
+
+def max_tokens_of(task: Task | Callable[..., Task]) -> int | None:
+    """Return how many tokens a text of a task, or its class, has at most; None without a bound."""
+    return getattr(task, "max_tokens", None)
+
+
+def asks_itself(task: Task) -> TypeGuard[AbleTask]:
+    """Return whether the policy can be asked for questions on a problem."""
+    return hasattr(task, "question_prompt")
 
 
 def join_shares(shares: Iterable[Iterable[tuple[Problem, Exam]]]) -> list[tuple[Problem, Exam]]:
@@ -135,13 +176,13 @@ def join_shares(shares: Iterable[Iterable[tuple[Problem, Exam]]]) -> list[tuple[
 
 def prompts_of(task: Task, problem: Problem, exam: Exam) -> list[str]:
     """Return all prompts that ask an exam, without the passage."""
-    if hasattr(task, "queries"):
-        return list(task.queries(problem, exam))
+    if queries := getattr(task, "queries", None):
+        return list(queries(problem, exam))
     return [task.answer_prompt(problem, question.question) for question in exam.questions]
 
 
 def marks_of(task: Task, problem: Problem, exam: Exam, answers: Sequence[str]) -> list[float]:
     """Return a mark from 0 to 1 for each question of an exam, given the answers to its prompts."""
-    if hasattr(task, "marks"):
-        return list(task.marks(problem, exam, answers))
+    if marks := getattr(task, "marks", None):
+        return list(marks(problem, exam, answers))
     return [float(task.grade(q, a)) for q, a in zip(exam.questions, answers, strict=True)]

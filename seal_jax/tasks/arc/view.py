@@ -115,34 +115,6 @@ def read_predictions(path: str) -> list[list[dict]]:
     return content
 
 
-def run_predictions(run: str, arm: str, name: str) -> tuple[str, list[list[dict]]]:
-    """Return a run's task source, and what an arm of its table predicted for a task.
-
-    Raises:
-        ValueError: not a run on ARC, or it has no such arm or task.
-        FileNotFoundError: no such run.
-    """
-    from seal_jax.config.load import from_json, task_arguments
-    from seal_jax.tasks import make_task
-
-    config = from_json(Path(run, "config.json").read_text("utf-8"))
-    if config.task.name != "arc":
-        raise ValueError(f"{run}: a run on task {config.task.name!r}, expected 'arc'")
-    ledger = Path(run, f"eval_{arm}.jsonl")
-    if not ledger.exists():
-        arms = [path.stem.removeprefix("eval_") for path in sorted(Path(run).glob("eval_*.jsonl"))]
-        raise ValueError(f"{run}: no arm {arm!r}, found {', '.join(arms) or 'none'}")
-    outcomes = [json.loads(line) for line in ledger.read_text("utf-8").splitlines()]
-    answers = {outcome["name"][0]: outcome["answers"] for outcome in reversed(outcomes)}
-    if name not in answers:
-        raise ValueError(
-            f"{ledger}: no task {name!r}, found {', '.join(sorted(answers)) or 'none'}"
-        )
-    task = make_task(**task_arguments(config))
-    problem, exam = next(pair for pair in task.load("eval") if pair[0].id == name)
-    return config.task.source, list(task.predictions(problem, exam, answers[name]).by_test)
-
-
 def to_terminal(panels: Sequence[Panel], color: bool) -> str:
     """Return the panels as text: a digit a cell, on its color if `color`. Grids go downward."""
     blocks = []

@@ -1,4 +1,4 @@
-"""`seal-jax doctor`, and the first seconds of every run: what would spoil the run later, said now.
+"""The first seconds of every run: what would spoil it later, said now.
 
 Every process looks at its own devices, folder and versions, tells the others, and then all stop or
 none: with one message that has both sides in it.
@@ -13,15 +13,17 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from seal_jax.config.load import to_json
-from seal_jax.hosts.processes import exchange
+import seal_jax
+from seal_jax.config.load import flatten, to_json
+from seal_jax.config.workdir import check_workdir
+from seal_jax.hosts.processes import exchange, timeout_seconds
 from seal_jax.hosts.start_jax import lost_devices
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.divisible import check_divides
@@ -33,24 +35,15 @@ PACKAGES = ("seal_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-check
 LEAST_FREE = 64e6  # bytes
 
 
-def check(
-    config: ConfigDict,
-    workdir: str,
-    check_workdir: Callable[[ConfigDict, str], None],
-    timeout: float,
-) -> list[str]:
+def check(config: ConfigDict, workdir: str) -> list[str]:
     """Return lines about this run, or raise for what is wrong with it on any process.
-
-    Args:
-      check_workdir: raises ValueError where the folder is another run's, see train.py.
-      timeout: seconds to wait for the other processes.
 
     Raises:
       ValueError: on every process the same, except where one of them is silent.
     """
-    facts, problems = look(config, workdir, check_workdir)
-    mine = {"host": socket.gethostname(), "facts": facts, "problems": problems}
-    everybody = [json.loads(text) for text in exchange("doctor", json.dumps(mine), timeout)]
+    facts, problems = look(config, workdir)
+    mine = json.dumps({"host": socket.gethostname(), "facts": facts, "problems": problems})
+    everybody = list(map(json.loads, exchange("doctor", mine, timeout_seconds())))
     if complaints := complain(everybody):
         raise ValueError("\n".join(complaints))
     return [
@@ -62,11 +55,9 @@ def check(
     ]
 
 
-def look(
-    config: ConfigDict, workdir: str, check_workdir: Callable[[ConfigDict, str], None]
-) -> tuple[dict[str, Any], list[str]]:
+def look(config: ConfigDict, workdir: str) -> tuple[dict[str, Any], list[str]]:
     """Return what must be the same on every process, by name, and what is wrong with this one."""
-    problems = [*_device_problems(config), *_folder_problems(config, workdir, check_workdir)]
+    problems = [*_device_problems(config), *_folder_problems(config, workdir)]
     found = not lost_devices()
     facts = {
         "python": platform.python_version(),
@@ -75,14 +66,13 @@ def look(
         "workdir": workdir,
         "device": jax.devices()[0].device_kind if found else "",
         "devices of a process": jax.local_device_count() if found else 0,
-        **_flat(json.loads(to_json(config))),
+        **dict(flatten(json.loads(to_json(config)), whole=())),
     }
     return facts, problems
 
 
 def complain(everybody: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what is wrong with any process, and in what they differ; of each {host, facts,
-    problems}."""
+    """Return what is wrong with any process, and in what they differ: [{host, facts, problems}]."""
     alone = len(everybody) == 1
     complaints = [
         problem if alone else f"process {i} on {one['host']}: {problem}"
@@ -101,15 +91,15 @@ def complain(everybody: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _device_problems(config: ConfigDict) -> list[str]:
-    problem = lost_devices()
-    if not problem:
-        try:
-            mesh = make_mesh(**config.mesh)
-            if mesh.size > mesh.shape["data"] and (sizes := _known_sizes(config)):
-                check_divides(mesh, sizes)
-        except ValueError as error:
-            problem = str(error)
-    return [problem] if problem else []
+    if problem := lost_devices():
+        return [problem]
+    try:
+        mesh = make_mesh(**config.mesh)
+        if mesh.size > mesh.shape["data"] and (sizes := _known_sizes(config)):
+            check_divides(mesh, sizes)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _known_sizes(config: ConfigDict) -> ModelConfig | None:
@@ -121,7 +111,7 @@ def _known_sizes(config: ConfigDict) -> ModelConfig | None:
     return dataclasses.replace(sizes, rules=tuple(config.sharding.items()))
 
 
-def _folder_problems(config: ConfigDict, workdir: str, check_workdir: Callable) -> list[str]:
+def _folder_problems(config: ConfigDict, workdir: str) -> list[str]:
     if "://" in workdir:
         return [
             f"--workdir {workdir}: a run is written as plain files. Mount the bucket (gcsfuse"
@@ -166,26 +156,14 @@ def _commit() -> str:
     """Return $SEAL_JAX_COMMIT, or the commit of this clone, with '+changes', or 'unknown'."""
     if named := os.environ.get("SEAL_JAX_COMMIT"):
         return named
-    root = Path(__file__).resolve().parent.parent
+    root = Path(seal_jax.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return "unknown"
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    git = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*"]
     try:
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
+        result = subprocess.run(
+            [*git, "--dirty=+changes"], capture_output=True, text=True, check=True
+        )
+        return result.stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or another user's clone
         return "unknown"
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -80,7 +80,7 @@ _MOVED = {
     "preemption": "hosts.preemption",
     "pretrain": "models.toys.pretrain",
     "problems": "outer.problems",
-    "processes": "hosts.processes",
+    "processes": "hosts.group hosts.exchange hosts.failure",
     "reliability": "outer.reliability",
     "rewards": "outer.rewards",
     "sample": "sampling.generate sampling.written",

@@ -31,6 +31,7 @@ from seal_jax import keys, sources
 from seal_jax.config.load import diff, to_json
 from seal_jax.config.setup import settings_of
 from seal_jax.hosts.console import say
+from seal_jax.hosts.exchange import ask_first, exchange
 from seal_jax.hosts.files import (
     append_json,
     append_metrics,
@@ -40,8 +41,8 @@ from seal_jax.hosts.files import (
     write_json,
     write_text,
 )
+from seal_jax.hosts.group import timeout_seconds
 from seal_jax.hosts.preemption import stop_if_told
-from seal_jax.hosts.processes import ask_first, exchange, timeout_seconds
 from seal_jax.objectives.objective import Objective, Past, Rewards, make_objective, random_em
 from seal_jax.outer.comparison import compare, mean_reliability
 from seal_jax.outer.evaluate import Run

@@ -21,7 +21,7 @@ import jax
 from ml_collections import ConfigDict
 
 from seal_jax.config.load import to_json
-from seal_jax.hosts.processes import exchange
+from seal_jax.hosts.exchange import exchange
 from seal_jax.hosts.start_jax import lost_devices
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.divisible import check_divides

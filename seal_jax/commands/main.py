@@ -202,8 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _end_others(message: str, code: int) -> None:
-    if "seal_jax.processes" in sys.modules:  # else nobody has been looked for
-        from seal_jax.hosts.processes import end_others
+    if "seal_jax.hosts.failure" in sys.modules:  # else nobody has been looked for
+        from seal_jax.hosts.failure import end_others
 
         end_others(message, code)
 
@@ -213,8 +213,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     from seal_jax.hosts.start_jax import start_jax
 
     start_jax()
+    from seal_jax.hosts.exchange import is_first
     from seal_jax.hosts.preemption import Stopped, listen
-    from seal_jax.hosts.processes import is_first
     from seal_jax.train import is_done, train
 
     _examine(config, arguments.workdir)
@@ -276,7 +276,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 def _examine(config, workdir: str) -> list[str]:
     from seal_jax.commands.doctor import check
-    from seal_jax.hosts.processes import timeout_seconds
+    from seal_jax.hosts.group import timeout_seconds
     from seal_jax.train import check_workdir
 
     return check(config, workdir, check_workdir, timeout_seconds())
@@ -287,7 +287,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from seal_jax.hosts.start_jax import start_jax
 
     start_jax()
-    from seal_jax.hosts.processes import is_first
+    from seal_jax.hosts.exchange import is_first
     from seal_jax.train import evaluate_policy
 
     evaluate_policy(config, arguments.workdir, arguments.policy)

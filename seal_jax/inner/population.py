@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from seal_jax.hosts.console import say
+from seal_jax.hosts.exchange import least
 from seal_jax.hosts.memory import device_bytes
-from seal_jax.hosts.processes import least
 from seal_jax.inner.packing import Shape, Step, pack, step_shapes, to_arrays
 from seal_jax.inner.texts import Job, text_of
 from seal_jax.inner.update import batch_sharding

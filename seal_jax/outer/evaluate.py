@@ -20,9 +20,9 @@ import xxhash
 
 from seal_jax import keys
 from seal_jax.hosts.console import progress
+from seal_jax.hosts.exchange import ask_first, exchange_shares, spread
 from seal_jax.hosts.files import append_json, read_jsonl
 from seal_jax.hosts.preemption import stop_if_told
-from seal_jax.hosts.processes import ask_first, exchange_shares, spread
 from seal_jax.inner.packing import job_losses, pack, useful_tokens
 from seal_jax.inner.texts import (
     PADDED,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import xxhash
 
-from seal_jax.hosts.processes import exchange, exchange_shares, num_processes
+from seal_jax.hosts.exchange import exchange, exchange_shares, num_processes
 from seal_jax.tasks.task import Exam, Problem, Question, Task, join_shares
 from seal_jax.types import Settings
 

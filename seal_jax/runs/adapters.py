@@ -14,13 +14,15 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
 import jax
 import numpy as np
-from seal_jax.runs import checkpoint
-from seal_jax.models import lora
+
+from seal_jax.hosts.exchange import is_first
 from seal_jax.hosts.files import read_jsonl
+from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
-from seal_jax.hosts.processes import is_first
+from seal_jax.runs import checkpoint
 from seal_jax.sharding import to_host
 from seal_jax.types import Adapters
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
 import absl.logging
 import jax
 import numpy as np
@@ -28,7 +29,8 @@ import orbax.checkpoint as ocp
 import xxhash
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
-from seal_jax.hosts.processes import least
+
+from seal_jax.hosts.exchange import least
 
 PyTree = Any
 Position = dict[str, Any]

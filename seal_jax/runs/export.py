@@ -11,20 +11,21 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
 import jax
 import numpy as np
+
+from seal_jax.hosts.files import whole_folder
 from seal_jax.models import lora
-from seal_jax.runs.adapters import load_adapter, policy_id
-from seal_jax.models.model import Model
-from seal_jax.sources import load_model, restore_policy
 from seal_jax.models.config import ModelConfig
+from seal_jax.models.model import Model, save_config
 from seal_jax.models.transformer import forward
 from seal_jax.models.weights import save_safetensors
-from seal_jax.runs.peft import load_peft, save_peft
+from seal_jax.runs.adapters import load_adapter, policy_id
 from seal_jax.runs.folder import RunFolder, find_run
-from seal_jax.models.model import save_config
-from seal_jax.hosts.files import whole_folder
+from seal_jax.runs.peft import load_peft, save_peft
 from seal_jax.sharding import make_mesh, param_shardings, replicated, to_device, to_host
+from seal_jax.sources import load_model, restore_policy
 from seal_jax.types import Adapters, Params
 
 # How far logits may differ, relative to their norm. In bfloat16 a merge rounds away what an adapter

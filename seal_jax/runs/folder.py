@@ -5,27 +5,14 @@
 So a policy can be loaded where the base model that it came from is not at hand.
 """
 
-import contextlib
-import dataclasses
 import json
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-import jax
-from seal_jax.runs import checkpoint
-from seal_jax.hosts.files import write_json
-from seal_jax.models.model import Model
-from seal_jax.models.config import ModelConfig, config_from_hf, config_to_hf
-from seal_jax.types import ParamRules
-from seal_jax.models.transformer import init_params
-from seal_jax.hosts.processes import is_first
-from seal_jax.sharding import param_shardings
-from seal_jax.models.tokenizer import load_tokenizer
-from seal_jax.types import Params
-from seal_jax.models.model import save_config
+
+from seal_jax.hosts.exchange import is_first
 from seal_jax.hosts.files import whole_folder
+from seal_jax.models.model import Model, save_config
 
 
 class RunFolder(NamedTuple):

@@ -12,13 +12,22 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
 import numpy as np
-from seal_jax.models.lora import TARGETS, target_shapes
+
 from seal_jax.hosts.files import write_json
 from seal_jax.models import tensor_file
 from seal_jax.models.config import ModelConfig
+from seal_jax.models.lora import TARGETS, target_shapes
 from seal_jax.models.tensor_file import Tensor
-from seal_jax.runs.peft_config import CONFIG_FILE, Settings, is_targeted, rank_of, read_settings, scaling_of
+from seal_jax.runs.peft_config import (
+    CONFIG_FILE,
+    Settings,
+    is_targeted,
+    rank_of,
+    read_settings,
+    scaling_of,
+)
 from seal_jax.sharding import to_host
 from seal_jax.types import Adapters, Params
 

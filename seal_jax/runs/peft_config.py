@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
 from seal_jax.models.lora import TARGETS
 
 CONFIG_FILE = "adapter_config.json"

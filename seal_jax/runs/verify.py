@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from seal_jax.runs import checkpoint
-from seal_jax.runs.adapters import list_adapters
+
 from seal_jax.hosts.console import progress
 from seal_jax.hosts.files import read_json, read_jsonl
+from seal_jax.runs import checkpoint
+from seal_jax.runs.adapters import list_adapters
 from seal_jax.runs.folder import find_run
 
 

@@ -92,20 +92,26 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
-    """Return the object that a JSON file holds; None where there is no file.
+    """Return the object that a JSON file holds; None where there is no file."""
+    return read_object(path) if os.path.exists(path) else None
+
+
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the object that a JSON file of somebody else's holds.
 
     Raises:
-      ValueError: the file is not JSON, or holds something else; the message names it.
+      FileNotFoundError: there is no such file.
+      ValueError: it holds anything else; the message names it.
     """
-    if not os.path.exists(path):
-        return None
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)}: not a JSON file: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{os.fspath(path)}: expected a JSON object, found {type(value).__name__}")
-    return value
+    if not isinstance(found, dict):
+        kind = type(found).__name__
+        raise ValueError(f"{os.fspath(path)}: expected a JSON object, found {kind}.")
+    return found
 
 
 def truncate_after(path: str | os.PathLike, step: int) -> None:

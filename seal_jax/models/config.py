@@ -5,11 +5,11 @@ cannot compute is refused here, before any array is read.
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from seal_jax.hosts.files import read_json
 from seal_jax.types import ParamRules
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
@@ -171,9 +171,7 @@ def config_from_hf(source: dict[str, Any] | str | os.PathLike) -> ModelConfig:
     if isinstance(source, dict):
         hf, where = source, "config dict"
     else:
-        hf, where = read_json(source), os.fspath(source)
-        if hf is None:
-            raise FileNotFoundError(f"{where}: no such file")
+        hf, where = _read_json(source), os.fspath(source)
     if hf.get("model_type") == "gemma3" and isinstance(hf.get("text_config"), dict):
         # Images are not for us; a request to run code or to dequantize is at the top.
         top = {key: hf[key] for key in ("auto_map", "quantization_config") if key in hf}
@@ -260,6 +258,17 @@ def _check_word(name: str, found: str, words: Iterable[str]) -> None:
 
 def _optional_float(value: Any) -> float | None:
     return None if value is None else float(value)
+
+
+def _read_json(path: str | os.PathLike) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            hf = json.load(file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{os.fspath(path)}: not a JSON file: {error}") from error
+    if not isinstance(hf, dict):
+        raise ValueError(f"{os.fspath(path)}: expected a JSON object, found {type(hf).__name__}.")
+    return hf
 
 
 def _refuse_unsupported(hf: dict[str, Any], where: str) -> None:

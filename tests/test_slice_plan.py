@@ -219,11 +219,10 @@ def test_every_program_of_a_run_is_counted(costs):
 
 def test_a_run_takes_what_its_steps_take(costs):
     settings, found = settings_of(load_config(CONFIG, SMALL)), list(costs.values())
-    total = slice_plan.total_of(settings, found, SHORT, 4)
-    chip = CHIPS["v5e"]._replace(memory=1e9 / SHARE)
-    plan = slice_plan.Plan(None, chip, None, 0, found, total)
-    (_, total, hours) = slice_plan._describe_run(plan, SHORT)
     counts = slice_plan.step_counts(settings, SHORT, 4)
+    chip = CHIPS["v5e"]._replace(memory=1e9 / SHARE)
+    plan = slice_plan.Plan(None, chip, None, 0, found, counts)
+    (_, total, hours) = slice_plan._describe_run(plan, SHORT)
     flops = sum(
         cost.flops * counts[name] / (1 if name == "inner step" else cost.program.size)
         for name, cost in costs.items()
@@ -288,6 +287,15 @@ def test_a_row_more_needs_a_cache_more(one_device):
     assert decode.each > 2 * TINY.num_layers * kv_heads * head_dim * slots * 4
 
 
+def test_a_policy_that_is_trained_in_full_has_no_adapter(one_device):
+    settings = settings_of(load_config(CONFIG, (*SMALL, "outer.update=full")))
+    model = model_shapes(settings, config_of(settings.model.source), one_device)
+    *_, update = programs(settings, model, one_device, SHORT)
+    with jax.set_mesh(one_device):
+        trained, frozen, *_ = update.trace().args_info[0]
+    assert trained["policy"].keys() == model.params.keys() and not frozen
+
+
 def test_a_run_takes_the_steps_that_its_config_says():
     settings = settings_of(load_config(CONFIG, ("inner.tokens_per_step=64",)))
     counts = slice_plan.step_counts(settings, SHORT, 3)
@@ -299,7 +307,6 @@ def test_a_run_takes_the_steps_that_its_config_says():
 
 def test_here_says_what_fits_and_a_smaller_device_what_to_change(monkeypatch, capsys, one_device):
     monkeypatch.setattr(slice_plan, "programs", lambda *arguments: list(programs(*arguments))[1:2])
-    monkeypatch.setattr(slice_plan, "total_of", lambda *arguments: slice_plan.Total(*[0.0] * 5))
     plan = ["plan", "--config", CONFIG, "--topology", "here", "--set", "sample.max_tokens=8"]
     assert cli.main(plan) == 0
     out = capsys.readouterr().out

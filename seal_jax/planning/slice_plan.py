@@ -4,7 +4,7 @@ The programs are compiled for the slice, never run.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from seal_jax.outer.stages import resident_bytes
 from seal_jax.planning.chips import Chip, find_slice
 from seal_jax.planning.compiled_cost import KINDS, Cost, measure
 from seal_jax.planning.run_estimate import EFFICIENCY, matmul_rate
-from seal_jax.planning.stage_programs import Lengths, model_shapes, programs
+from seal_jax.planning.stage_programs import Lengths, Program, model_shapes, programs
 from seal_jax.sharding import make_mesh
 from seal_jax.sources import config_of
 from seal_jax.types import Settings
@@ -35,16 +35,6 @@ _ADVICE = {
 _BOUNDED = ("decode", "inner step", "policy update")
 
 
-class Total(NamedTuple):
-    """What a whole run takes of a device."""
-
-    inner_steps: float
-    flops: float
-    moved: float  # bytes
-    collectives: float  # bytes
-    seconds: float  # at full speed
-
-
 class Plan(NamedTuple):
     """A config on a slice."""
 
@@ -53,12 +43,21 @@ class Plan(NamedTuple):
     model: Model  # its shapes
     resident: int  # bytes on each device that stay
     costs: list[Cost]
-    total: Total
+    counts: dict[str, float]  # see step_counts
 
     @property
     def limit(self) -> float:
         """How many bytes of each device are to use."""
         return SHARE * self.chip.memory
+
+    def total(self, of: Callable[[Cost], float]) -> float:
+        """Return what a device gives to a whole run, of what a step costs."""
+        return sum(of(cost) * self.num_steps(cost.program) for cost in self.costs)
+
+    def num_steps(self, program: Program) -> float:
+        # Inner steps are counted as they are, whoever shares them.
+        size = 1 if program.name == "inner step" else program.size
+        return self.counts[program.name] / size
 
 
 def plan_slice(settings: Settings, topology: str, lengths: Lengths) -> tuple[list[str], list[str]]:
@@ -90,27 +89,8 @@ def make_plan(settings: Settings, topology: str, lengths: Lengths) -> Plan:
     found = list(programs(settings, model, mesh, lengths))
     bar = progress(found, f"plan for {topology}", "program")  # minutes, for a large model
     costs = [measure(program, mesh, chip, resident) for program in bar]
-    shards = num_shards(mesh, model.config.rules)
-    return Plan(mesh, chip, model, resident, costs, total_of(settings, costs, lengths, shards))
-
-
-def total_of(settings: Settings, costs: Sequence[Cost], lengths: Lengths, shards: int) -> Total:
-    """Return what a run takes; `shards` as of `step_counts`."""
-    counts = step_counts(settings, lengths, shards)
-    # Inner steps are counted as they are, whoever shares them.
-    sizes = [1 if c.program.name == "inner step" else c.program.size for c in costs]
-    calls = [counts[c.program.name] / size for c, size in zip(costs, sizes, strict=True)]
-
-    def total(numbers: Sequence[float]) -> float:
-        return sum(x * n for x, n in zip(numbers, calls, strict=True))
-
-    return Total(
-        counts["inner step"],
-        total([cost.flops for cost in costs]),
-        total([cost.moved for cost in costs]),
-        total([sum(cost.collectives.values()) for cost in costs]),
-        total([cost.seconds for cost in costs]),
-    )
+    counts = step_counts(settings, lengths, num_shards(mesh, model.config.rules))
+    return Plan(mesh, chip, model, resident, costs, counts)
 
 
 def step_counts(settings: Settings, lengths: Lengths, shards: int) -> dict[str, float]:
@@ -194,15 +174,17 @@ def _reported(device: jax.Device) -> str:
 
 def _describe_run(plan: Plan, lengths: Lengths) -> list[str]:
     """Return the lines about the whole run."""
-    total, most = plan.total, max(plan.costs, key=lambda cost: cost.memory["peak"])
+    most = max(plan.costs, key=lambda cost: cost.memory["peak"])
+    hours = plan.total(lambda cost: cost.seconds) / EFFICIENCY / 3600
     return [
         f"assumed: passages of {lengths.passage} tokens, the longest {lengths.longest_passage},"
         f" {lengths.num_questions} questions each",
-        f"in total, a device: {total.flops / 1e12:.3g} TFLOP, {_gb(total.moved)} moved,"
-        f" {_gb(total.collectives)} in collectives; at most"
+        f"in total, a device: {plan.total(lambda cost: cost.flops) / 1e12:.3g} TFLOP,"
+        f" {_gb(plan.total(lambda cost: cost.moved))} moved,"
+        f" {_gb(plan.total(lambda cost: sum(cost.collectives.values())))} in collectives; at most"
         f" {_gb(most.memory['peak'])} of {_gb(plan.limit)}, in {most.program.name}",
-        f"the whole run: about {total.seconds / EFFICIENCY / 3600:.2g} hours at {EFFICIENCY:.0%} of"
-        f" these rooflines ({total.inner_steps:,.0f} inner steps), without compiling and grading",
+        f"the whole run: about {hours:.2g} hours at {EFFICIENCY:.0%} of these rooflines"
+        f" ({plan.counts['inner step']:,.0f} inner steps), without compiling and grading",
     ]
 
 

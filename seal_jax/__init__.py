@@ -39,7 +39,7 @@ _HOME = {
     "make_inner_update": "inner.update",
     "make_optimizer": "optim",
     # taking it elsewhere
-    "export_run": "runs.export",
+    "export_run": "export",
     "load_peft": "runs.peft",
     "save_peft": "runs.peft",
     # sampling
@@ -69,7 +69,6 @@ _MOVED = {
     "decode": "sampling.decode",
     "doctor": "commands.doctor",
     "draw": "sampling.draw",
-    "export": "runs.export",
     "gguf_tokenizer": "models.gguf_tokenizer",
     "lora": "models.lora",
     "memory": "inner.population hosts.memory sharding",

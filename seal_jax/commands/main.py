@@ -320,7 +320,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     start_jax()
     if arguments.list:
         return list_run_adapters(arguments.run)
-    from seal_jax.runs.export import export_run
+    from seal_jax.export import export_run
 
     exported = export_run(
         arguments.run, arguments.to, adapter=arguments.adapter, merged=arguments.merged

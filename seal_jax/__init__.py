@@ -39,7 +39,7 @@ _HOME = {
     "make_inner_update": "inner.update",
     "make_optimizer": "optim",
     # taking it elsewhere
-    "export_run": "runs.export",
+    "export_run": "commands.export.export_run",
     "load_peft": "runs.peft",
     "save_peft": "runs.peft",
     # sampling
@@ -69,7 +69,7 @@ _MOVED = {
     "decode": "sampling.decode",
     "doctor": "commands.doctor.checks",
     "draw": "sampling.draw",
-    "export": "runs.export",
+    "export": "commands.export.export_run",
     "gguf_tokenizer": "models.gguf_tokenizer",
     "lora": "models.lora",
     "memory": "inner.population hosts.memory sharding",
@@ -80,7 +80,7 @@ _MOVED = {
     "preemption": "hosts.preemption",
     "pretrain": "models.toys.pretrain",
     "problems": "outer.problems",
-    "processes": "hosts.processes",
+    "processes": "hosts.group hosts.exchange hosts.failure",
     "reliability": "outer.reliability",
     "rewards": "outer.rewards",
     "sample": "sampling.generate sampling.written",

@@ -29,9 +29,9 @@ from seal_jax import keys
 from seal_jax.config.setup import configured_objective, make_stages, make_update, settings_of
 from seal_jax.config.workdir import check_workdir, claim_workdir
 from seal_jax.hosts.console import say
+from seal_jax.hosts.exchange import ask_first
 from seal_jax.hosts.files import append_metrics, read_jsonl
 from seal_jax.hosts.preemption import stop_if_told
-from seal_jax.hosts.processes import ask_first
 from seal_jax.models import lora
 from seal_jax.objectives.objective import Objective
 from seal_jax.objectives.random_em import random_em

@@ -278,7 +278,7 @@ def test_damage_of_any_file_is_never_used(tmp_path, damage):
 
 def _save_wrong_hash(manager, step):
     """Save a step with one leaf's hash off by one: what a silent bit flip looks like."""
-    describe = checkpoint._describe
+    describe = checkpoint.describe
 
     def lie(path, leaf):
         description = describe(path, leaf)
@@ -287,7 +287,7 @@ def _save_wrong_hash(manager, step):
         return description
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_describe", lie)
+        patch.setattr(checkpoint, "describe", lie)
         save(manager, step, {"policy": _params()}, {"step": step})
     wait(manager)
 
@@ -391,7 +391,7 @@ def test_tree_hash_sees_every_bit_path_and_dtype():
 KILLED = """
 import sys
 import jax.numpy as jnp
-from seal_jax import checkpoint
+from seal_jax.runs import checkpoint
 manager = checkpoint.make_manager(sys.argv[1], keep=2)
 for step in range(1, 1000):
     tree = {str(i): jnp.full((64, 64), step * 100.0 + i) for i in range(8)}

@@ -15,8 +15,9 @@ from tiny_run import CONFIG, TESTS
 from seal_jax.commands import main as cli
 from seal_jax.commands.doctor import checks
 from seal_jax.config.load import load_config, to_json
-from seal_jax.hosts import processes
+from seal_jax.hosts import group as group_lib
 from seal_jax.hosts import start_jax as start
+from seal_jax.hosts.exchange import exchange
 
 DOCTOR = [sys.executable, str(TESTS / "tiny_run.py"), "doctor", "--config", CONFIG]
 
@@ -93,9 +94,9 @@ def test_a_coordinator_that_does_not_answer_is_named(port, tmp_path):
 )
 def test_a_roll_call_tells_all_the_same(port, others, words):
     address = f"127.0.0.1:{port}"
-    groups = [processes.Group(address, *one) for one in [(2, 0), *others]]
+    groups = [group_lib.Group(address, *one) for one in [(2, 0), *others]]
     with ThreadPoolExecutor(len(groups)) as pool:
-        futures = [pool.submit(processes.roll_call, group, 20) for group in groups]
+        futures = [pool.submit(group_lib.roll_call, group, 20) for group in groups]
     errors = [future.exception() for future in futures]
     assert [error and str(error) for error in errors] == [words] * len(groups)
 
@@ -104,21 +105,21 @@ def test_a_port_that_is_taken_is_named(port):
     words = f"process 0 on .* cannot listen at port {port} .*name another port"
     with socket.create_server(("127.0.0.1", port)):
         with pytest.raises(ValueError, match=words):
-            processes.roll_call(processes.Group(f"127.0.0.1:{port}", 2, 0), 5)
+            group_lib.roll_call(group_lib.Group(f"127.0.0.1:{port}", 2, 0), 5)
 
 
 def test_two_with_the_same_number_are_named(port):
     address, host = f"127.0.0.1:{port}", socket.gethostname()
-    groups = [processes.Group(address, 3, index) for index in (0, 1, 1)]
+    groups = [group_lib.Group(address, 3, index) for index in (0, 1, 1)]
     with ThreadPoolExecutor(len(groups)) as pool:
-        futures = [pool.submit(processes.roll_call, group, 20) for group in groups]
+        futures = [pool.submit(group_lib.roll_call, group, 20) for group in groups]
     errors = {str(future.exception()) for future in futures}
     assert errors == {f"two processes are number 1: on {host} and on {host}"}
 
 
 SILENT = (
-    "import sys; from seal_jax.hosts.start_jax import start_jax;"
-    "from seal_jax.hosts.processes import exchange; start_jax(); {}"
+    "import sys; from seal_jax.hosts.exchange import exchange;"
+    "from seal_jax.hosts.start_jax import start_jax; start_jax(); {}"
 )
 
 
@@ -137,9 +138,9 @@ def test_one_who_says_nothing_is_named_and_holds_nobody(port):
 
 def test_somebody_who_looks_at_ports_is_not_a_process(port):
     """A connection that says nothing of ours does not disturb the roll call."""
-    first, second = (processes.Group(f"127.0.0.1:{port}", 2, index) for index in range(2))
+    first, second = (group_lib.Group(f"127.0.0.1:{port}", 2, index) for index in range(2))
     with ThreadPoolExecutor() as pool:
-        called = pool.submit(processes.roll_call, first, 20)
+        called = pool.submit(group_lib.roll_call, first, 20)
         for junk in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"index": 7}\n', b"\xff\xfe\n", b""):
             connection = None
             while connection is None:
@@ -149,7 +150,7 @@ def test_somebody_who_looks_at_ports_is_not_a_process(port):
                     assert not called.done()
             with connection:
                 connection.sendall(junk)
-        processes.roll_call(second, 20)
+        group_lib.roll_call(second, 20)
         called.result()
 
 
@@ -173,13 +174,13 @@ def test_a_group_that_is_named_wrongly_is_refused(variables, words, monkeypatch)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError) as error:
-        processes.find_group(processes.timeout_seconds())
+        group_lib.find_group(group_lib.timeout_seconds())
     assert words in str(error.value)
 
 
 def test_a_process_without_such_variables_is_alone():
-    assert processes.find_group(1) is None
-    assert processes.exchange("alone", "a", 1) == ["a"]
+    assert group_lib.find_group(1) is None
+    assert exchange("alone", "a", 1) == ["a"]
 
 
 def test_a_tpu_host_that_runs_on_the_cpu_is_refused(monkeypatch, tmp_path):

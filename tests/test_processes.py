@@ -10,7 +10,7 @@ from loopback import finish, launch
 from test_train import assert_same_run
 from tiny_run import TESTS, run_process, train_arguments
 
-from seal_jax.hosts import processes
+from seal_jax.hosts import exchange
 from seal_jax.hosts.files import read_jsonl
 from seal_jax.runs import checkpoint
 from seal_jax.sharding import leading, make_mesh
@@ -105,7 +105,7 @@ FAIL = """
 import sys
 from seal_jax import train
 from seal_jax.commands import main as cli
-from seal_jax.hosts.processes import is_first
+from seal_jax.hosts.exchange import is_first
 write = train.append_metrics
 def fail(*arguments):
     if is_first():
@@ -143,22 +143,22 @@ def test_one_that_fails_alone_ends_the_others_with_its_message(
 
 
 def test_work_is_spread_by_its_cost(monkeypatch):
-    monkeypatch.setattr(processes.distributed.global_state, "num_processes", 3)
+    monkeypatch.setattr(exchange.distributed.global_state, "num_processes", 3)
     costs = [1, 9, 2, 5, 3, 4, 3]
-    owners = processes.spread(costs)
+    owners = exchange.spread(costs)
     load = [sum(c for c, o in zip(costs, owners, strict=True) if o == p) for p in range(3)]
     assert sorted(load) == [9, 9, 9]
-    assert processes.spread([]) == []
+    assert exchange.spread([]) == []
     # Two places each: what is short goes where the long ones are, once the others are full.
-    assert processes.spread([9, 1, 1, 1], count=2, most=2) == [0, 1, 1, 0]
+    assert exchange.spread([9, 1, 1, 1], count=2, most=2) == [0, 1, 1, 0]
 
 
 SPEAK = """
 import sys
-from seal_jax.start import start_jax
+from seal_jax.hosts.start_jax import start_jax
 start_jax()
-from seal_jax.problems import read_problems
-from seal_jax.processes import ask_first, exchange_shares, is_first, least
+from seal_jax.outer.problems import read_problems
+from seal_jax.hosts.exchange import ask_first, exchange_shares, is_first, least
 from seal_jax.tasks import make_task
 size = 8_000_000
 assert ask_first("text", lambda: "x" * size if is_first() else None) == "x" * size
@@ -219,10 +219,10 @@ def test_a_mesh_that_does_not_divide_the_heads_ends_every_process(port, tmp_path
 
 SAVE = """
 import sys
-from seal_jax.start import start_jax
+from seal_jax.hosts.start_jax import start_jax
 start_jax()
 import jax.numpy as jnp
-from seal_jax import checkpoint
+from seal_jax.runs import checkpoint
 from seal_jax.sharding import leading, make_mesh, replicated, to_device
 mesh, value = make_mesh(), jnp.arange(64.0).reshape(16, 4)
 where = {"split": leading(mesh, "rows", 16), "whole": replicated(mesh)}

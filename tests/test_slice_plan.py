@@ -12,11 +12,13 @@ from tiny_run import CONFIG
 from seal_jax.commands import main as cli
 from seal_jax.config import load_config
 from seal_jax.config.setup import settings_of
+from seal_jax.hosts.memory import SHARE
 from seal_jax.models.config import config_to_hf
 from seal_jax.models.known import KNOWN, TINY
 from seal_jax.models.transformer import init_params
 from seal_jax.planning import slice_plan
 from seal_jax.planning.chips import CHIPS, find_slice
+from seal_jax.planning.compiled_cost import measure
 from seal_jax.planning.program_costs import collective_bytes, executed, moved_bytes, product_flops
 from seal_jax.planning.stage_programs import Lengths, Program, model_shapes, programs
 from seal_jax.sharding import make_mesh, replicated
@@ -199,7 +201,7 @@ def costs():
     model = model_shapes(settings_of(config), config_of(config.model.source), mesh)
     chip = CHIPS["v5e"]
     return {
-        program.name: slice_plan.measure(program, mesh, chip, 1e6)
+        program.name: measure(program, mesh, chip, 1e6)
         for program in programs(settings_of(config), model, mesh, SHORT)
     }
 
@@ -216,9 +218,11 @@ def test_every_program_of_a_run_is_counted(costs):
 
 
 def test_a_run_takes_what_its_steps_take(costs):
-    config = load_config(CONFIG, SMALL)
-    (_, total, hours) = slice_plan._run(config, list(costs.values()), SHORT, 1e9, 4)
-    counts = slice_plan.step_counts(config, SHORT, 4)
+    settings, found = settings_of(load_config(CONFIG, SMALL)), list(costs.values())
+    counts = slice_plan.step_counts(settings, SHORT, 4)
+    chip = CHIPS["v5e"]._replace(memory=1e9 / SHARE)
+    plan = slice_plan.Plan(None, chip, None, 0, found, counts)
+    (_, total, hours) = slice_plan._describe_run(plan, SHORT)
     flops = sum(
         cost.flops * counts[name] / (1 if name == "inner step" else cost.program.size)
         for name, cost in costs.items()
@@ -245,7 +249,7 @@ def test_every_program_does_half_on_twice_the_devices(sizes):
         flops.append({})
         for program in programs(settings_of(config), model, mesh, SHORT):
             with jax.set_mesh(mesh):
-                flops[-1][program.name] = program.lower().compile().cost_analysis()["flops"]
+                flops[-1][program.name] = program.trace().lower().compile().cost_analysis()["flops"]
     one, two = flops
     one["inner step"] *= 2
     for name in one:
@@ -265,14 +269,11 @@ def test_what_every_device_repeats_counts_for_each(axis):
 
     program = Program(
         "products",
-        jaxpr=lambda: multiply.trace(x, w).jaxpr,
-        lower=lambda: multiply.lower(x, w),
-        loops=1,
-        steps=1,
+        trace=lambda: multiply.trace(x, w),
         size=1,
         key="",
     )
-    flops = slice_plan.measure(program, mesh, CHIPS["v5e"], 0).flops
+    flops = measure(program, mesh, CHIPS["v5e"], 0).flops
     assert flops == pytest.approx(2 * size**3 * trips / (8 if axis else 1), rel=0.01)
 
 
@@ -286,9 +287,18 @@ def test_a_row_more_needs_a_cache_more(one_device):
     assert decode.each > 2 * TINY.num_layers * kv_heads * head_dim * slots * 4
 
 
+def test_a_policy_that_is_trained_in_full_has_no_adapter(one_device):
+    settings = settings_of(load_config(CONFIG, (*SMALL, "outer.update=full")))
+    model = model_shapes(settings, config_of(settings.model.source), one_device)
+    *_, update = programs(settings, model, one_device, SHORT)
+    with jax.set_mesh(one_device):
+        trained, frozen, *_ = update.trace().args_info[0]
+    assert trained["policy"].keys() == model.params.keys() and not frozen
+
+
 def test_a_run_takes_the_steps_that_its_config_says():
-    config = load_config(CONFIG, ("inner.tokens_per_step=64",))
-    counts = slice_plan.step_counts(config, SHORT, 3)
+    settings = settings_of(load_config(CONFIG, ("inner.tokens_per_step=64",)))
+    counts = slice_plan.step_counts(settings, SHORT, 3)
     # 2 x 2 problems x 2 self-edits x 2 seeds, and 2 held-out ones in 4 ways; 2 epochs.
     runs = 16 + 2 * 4
     assert counts["inner step"] == runs * 2 * 2 * 32 / 64 / 3
@@ -297,7 +307,6 @@ def test_a_run_takes_the_steps_that_its_config_says():
 
 def test_here_says_what_fits_and_a_smaller_device_what_to_change(monkeypatch, capsys, one_device):
     monkeypatch.setattr(slice_plan, "programs", lambda *arguments: list(programs(*arguments))[1:2])
-    monkeypatch.setattr(slice_plan, "_run", lambda *arguments: ["the whole run: ..."])
     plan = ["plan", "--config", CONFIG, "--topology", "here", "--set", "sample.max_tokens=8"]
     assert cli.main(plan) == 0
     out = capsys.readouterr().out
@@ -327,7 +336,7 @@ def test_writing_compiles_for_a_slice(topology):
     (program,) = [
         x for x in programs(settings_of(config), model, mesh, SHORT) if x.name == "prefill"
     ]
-    cost = slice_plan.measure(program, mesh, chip, 0)
+    cost = measure(program, mesh, chip, 0)
     assert 1.5e6 < cost.memory["arguments"] < 2e6  # 0.4 M parameters in float32
 
 

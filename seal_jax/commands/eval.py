@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config = read_config(arguments)
     start()
-    from seal_jax.hosts.processes import is_first
+    from seal_jax.hosts.exchange import is_first
 
     evaluate_policy(config, arguments.workdir, arguments.policy)
     if is_first():
@@ -43,7 +43,7 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> None:
 
     from seal_jax.config.setup import make_stages, policy_params, settings_of
     from seal_jax.config.workdir import check_workdir, claim_workdir
-    from seal_jax.hosts.processes import ask_first
+    from seal_jax.hosts.exchange import ask_first
     from seal_jax.outer.comparison import compare
     from seal_jax.outer.problems import split_problems
     from seal_jax.runs.checkpoint import tree_hash
@@ -61,8 +61,8 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> None:
 
 def claim_policy(workdir: str, policy: str, policy_hash: str) -> None:
     """Write policy.json into a new folder; refuse one whose results are another policy's."""
+    from seal_jax.hosts.exchange import ask_first
     from seal_jax.hosts.files import read_json, write_json
-    from seal_jax.hosts.processes import ask_first
 
     path, claim = f"{workdir}/policy.json", {"policy": policy, "hash": policy_hash}
     found = ask_first("policy", lambda: read_json(path))

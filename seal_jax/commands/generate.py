@@ -44,8 +44,8 @@ def write_edits(
     """Write `sample.num_edits` self-edits for each problem, to `out` as JSON lines or to stdout."""
     from seal_jax.config.setup import make_stages, policy_params, settings_of
     from seal_jax.hosts.console import say
+    from seal_jax.hosts.exchange import ask_first
     from seal_jax.hosts.files import append_json
-    from seal_jax.hosts.processes import ask_first
     from seal_jax.outer.problems import OuterStep
     from seal_jax.outer.stages import parse, sample
     from seal_jax.outer.step_log import logged_texts

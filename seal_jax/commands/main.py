@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _end_others(message: str, code: int) -> None:
-    if "seal_jax.hosts.processes" in sys.modules:  # else nobody has been looked for
-        from seal_jax.hosts.processes import end_others
+    if "seal_jax.hosts.failure" in sys.modules:  # else nobody has been looked for
+        from seal_jax.hosts.failure import end_others
 
         end_others(message, code)
 

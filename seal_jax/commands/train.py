@@ -29,8 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     start()
     from seal_jax.commands.doctor.checks import check
     from seal_jax.config.workdir import is_done
+    from seal_jax.hosts.exchange import is_first
     from seal_jax.hosts.preemption import Stopped, listen
-    from seal_jax.hosts.processes import is_first
     from seal_jax.train import train
 
     check(config, workdir)

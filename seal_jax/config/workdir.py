@@ -6,8 +6,9 @@ import time
 from ml_collections import ConfigDict
 
 from seal_jax.config.load import diff, to_json
+from seal_jax.hosts.exchange import ask_first, exchange
 from seal_jax.hosts.files import write_text
-from seal_jax.hosts.processes import ask_first, exchange, timeout_seconds
+from seal_jax.hosts.group import timeout_seconds
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> None:

@@ -1,12 +1,13 @@
 """What people see of a run: lines, and how far it is. The first of several processes speaks."""
 
 import sys
-from collections.abc import Iterable
-from typing import Any, TextIO
+from collections.abc import Iterable, Sized
+from functools import partial
+from typing import TextIO
 
 from tqdm import tqdm
 
-from seal_jax.hosts.processes import is_first
+from seal_jax.hosts.exchange import is_first
 
 
 def say(text: str) -> None:
@@ -26,18 +27,15 @@ def progress(iterable_or_total: Iterable | int, desc: str, unit: str = "it") -> 
       desc: what is being done.
       unit: what is counted.
     """
-    if isinstance(iterable_or_total, int):
-        iterable, total = None, iterable_or_total
-    else:
-        iterable, total = iterable_or_total, None
-        if hasattr(iterable, "__len__"):
-            total = len(iterable)
-    options: dict[str, Any] = {"iterable": iterable, "total": total, "desc": desc, "unit": unit}
-    options["disable"] = not is_first()
+    iterable, total = iterable_or_total, None
+    if isinstance(iterable, int):
+        iterable, total = None, iterable
+    elif isinstance(iterable, Sized):
+        total = len(iterable)
+    bar = partial(tqdm, iterable, desc, total, unit=unit, disable=not is_first())
     if sys.stderr.isatty():
-        return tqdm(**options, file=sys.stderr, dynamic_ncols=True)
-    return tqdm(
-        **options,
+        return bar(file=sys.stderr, dynamic_ncols=True)
+    return bar(
         file=_PlainLines(sys.stderr),
         mininterval=10,
         maxinterval=60,

@@ -14,43 +14,40 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from seal_jax.hosts.processes import is_first
+from seal_jax.hosts.exchange import is_first
 
 _RESERVED = ("step", "time", "nonfinite")
 
 
 def append_metrics(path: str | os.PathLike, step: int, metrics: Mapping[str, Any]) -> None:
-    """Append one line: step, wall time and flat numbers.
+    """Append one line: outer step, wall time and flat numbers, or arrays of one number, by name.
 
     A NaN or infinity is written as null and its name listed under 'nonfinite', since bare NaN is
-    not JSON. The file is opened for each line, so that nothing waits in a buffer when a run is
-    killed.
-
-    Args:
-      path: the file; created if absent.
-      step: the outer step that the numbers belong to.
-      metrics: numbers, or arrays of one number, by name.
+    not JSON. The file is opened for each line, so that a kill loses no line that was written.
 
     Raises:
       ValueError: a name is reserved ('step', 'time', 'nonfinite').
       TypeError: a value is not one number.
     """
+    numbers = {name: _to_number(name, value) for name, value in metrics.items()}
     line: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
-    nonfinite = []
-    for name, value in metrics.items():
-        if name in _RESERVED:
-            raise ValueError(f"metric {name!r}: the name is reserved")
-        number = _to_number(name, value)
-        if not math.isfinite(number):
-            nonfinite.append(name)
-        line[name] = number if math.isfinite(number) else None
-    if nonfinite:
+    line |= {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+    if nonfinite := [name for name, x in numbers.items() if not math.isfinite(x)]:
         line["nonfinite"] = nonfinite
     append_json(path, line)
+
+
+def _to_number(name: str, value: Any) -> float | int:
+    if name in _RESERVED:
+        raise ValueError(f"metric {name!r}: the name is reserved")
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise TypeError(f"metric {name!r}: needs one number, got {value!r}")
+    return int(array.item()) if array.dtype.kind in "biu" else float(array.item())
 
 
 def append_json(path: str | os.PathLike, line: Mapping[str, Any]) -> None:
@@ -60,6 +57,17 @@ def append_json(path: str | os.PathLike, line: Mapping[str, Any]) -> None:
     with open(path, "ab+") as file:
         _drop_torn_line(file)
         file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+
+
+def _drop_torn_line(file: BinaryIO) -> None:
+    """Cut a file, open for 'ab+', back to the end of its last whole line."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -83,12 +91,27 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Return what a JSON file holds; None where there is no file."""
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
+    """Return the object that a JSON file holds; None where there is no file."""
+    return read_object(path) if os.path.exists(path) else None
+
+
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the object that a JSON file of somebody else's holds.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it holds anything else; the message names it.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{os.fspath(path)}: not a JSON file: {error}") from error
+    if not isinstance(found, dict):
+        kind = type(found).__name__
+        raise ValueError(f"{os.fspath(path)}: expected a JSON object, found {kind}.")
+    return found
 
 
 def truncate_after(path: str | os.PathLike, step: int) -> None:
@@ -104,20 +127,11 @@ def truncate_after(path: str | os.PathLike, step: int) -> None:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a file that is, after a kill at any moment, either the old one or the whole new one."""
-    if not is_first():
-        return
-    folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
+    if is_first():
+        with _replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-    _sync_folder(folder)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -131,47 +145,36 @@ def remove(path: str | os.PathLike) -> None:
         os.remove(path)
 
 
-def _to_number(name: str, value: Any) -> float | int:
-    array = np.asarray(value)
-    if array.size != 1 or array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
-        raise TypeError(f"metric {name!r}: needs one number, got {value!r}")
-    return int(array.item()) if array.dtype.kind in "biu" else float(array.item())
-
-
-def _drop_torn_line(file) -> None:
-    """Cut a file, open for 'ab+', back to the end of its last whole line."""
-    size = file.seek(0, os.SEEK_END)
-    if size == 0:
-        return
-    file.seek(size - 1)
-    if file.read(1) != b"\n":
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def _sync_folder(folder: str) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its name at the end: whole, or absent.
 
     `path` may be an empty folder.
     """
+    with _replacing(path) as temporary:
+        temporary.mkdir(parents=True)
+        yield temporary
+
+
+@contextlib.contextmanager
+def _replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a path for what takes the place of `path` at the end, if nothing is raised."""
     path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    if temporary.exists():  # of a killed process with the same number, as in a container
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+    _delete(temporary)  # of a killed process with the same number, as in a container
     try:
         yield temporary
         temporary.replace(path)
     finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+        _delete(temporary)
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name must survive a power cut, too
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ processes of a run ask each other whether anybody was told to end, and all end o
 import signal
 import threading
 
-from seal_jax.hosts.processes import exchange
+from seal_jax.hosts.exchange import exchange
 
 _TOLD = threading.Event()
 

@@ -5,7 +5,7 @@ import os
 import jax
 from jax._src import hardware_utils  # JAX has no public name for counting chips without using them
 
-from seal_jax.hosts import processes
+from seal_jax.hosts.group import find_group, join, timeout_seconds
 
 # What a platform's devices are called once it runs.
 _BACKENDS = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu", "rocm": "gpu", "gpu": "gpu"}
@@ -15,8 +15,7 @@ _SHARED_HOST = ("TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES", "TPU_PROCESS_BOUNDS"
 
 
 def start_jax() -> None:
-    """Turn on the persistent compilation cache, connect the processes of this run, if there are
-    several, and refuse a TPU host that fell back to the CPU.
+    """Turn on JAX's cache on disk, and connect the processes of this run, if there are several.
 
     The cache is in $JAX_COMPILATION_CACHE_DIR (which may be gs://), or ~/.cache/seal_jax.
 
@@ -28,10 +27,10 @@ def start_jax() -> None:
     # By default small programs are not kept; ours are many and small on a CPU.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    timeout = processes.timeout_seconds()
-    group = processes.find_group(timeout)
+    timeout = timeout_seconds()
+    group = find_group(timeout)
     if group is not None:
-        processes.join(group, timeout)
+        join(group, timeout)
     elif problem := lost_devices():  # one of several tells the others first, see doctor.py
         raise ValueError(problem)
 

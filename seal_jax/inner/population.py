@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from seal_jax.hosts.console import say
+from seal_jax.hosts.exchange import least
 from seal_jax.hosts.memory import device_bytes
-from seal_jax.hosts.processes import least
 from seal_jax.inner.packing import Shape, empty_batch, step_shapes
 from seal_jax.inner.update import Trace
 from seal_jax.models import lora

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from seal_jax import keys
-from seal_jax.hosts.processes import exchange_shares, spread
+from seal_jax.hosts.exchange import exchange_shares, spread
 from seal_jax.inner.texts import Text, text_of
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.lengths import bucket_of

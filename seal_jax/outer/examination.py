@@ -13,8 +13,8 @@ import numpy as np
 
 from seal_jax import keys
 from seal_jax.hosts.console import progress
+from seal_jax.hosts.exchange import ask_first, exchange_shares, spread
 from seal_jax.hosts.files import read_json, remove, write_json
-from seal_jax.hosts.processes import ask_first, exchange_shares, spread
 from seal_jax.objectives.objective import Rewards
 from seal_jax.outer.answers import baseline_accuracy
 from seal_jax.outer.judge import Judge, judge_all

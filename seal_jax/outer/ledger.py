@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from seal_jax.hosts.exchange import ask_first
 from seal_jax.hosts.files import append_json, read_jsonl
-from seal_jax.hosts.processes import ask_first
 from seal_jax.inner.packing import job_losses, useful_tokens
 from seal_jax.inner.texts import num_text_tokens
 from seal_jax.outer.answers import Marks

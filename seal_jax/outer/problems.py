@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from seal_jax.hosts.processes import exchange, exchange_shares, num_processes
+from seal_jax.hosts.exchange import exchange, exchange_shares, num_processes
 from seal_jax.tasks.task import Exam, Problem, Question, Task, join_shares, load_share_of
 from seal_jax.types import Settings
 

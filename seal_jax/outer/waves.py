@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from seal_jax import keys
 from seal_jax.hosts.console import progress
-from seal_jax.hosts.processes import spread
+from seal_jax.hosts.exchange import spread
 from seal_jax.inner import packing
 from seal_jax.inner.texts import PADDED, Job, make_job, num_trained, row_length
 from seal_jax.outer.problems import Batch

@@ -1,7 +1,9 @@
 """What a run is going to do, and about how long it takes, said before it starts."""
 
+import math
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +11,24 @@ import numpy as np
 
 from seal_jax.config.setup import longest_row, text_limit
 from seal_jax.models.divisible import undivided
+from seal_jax.objectives import make_objective
 from seal_jax.outer.comparison import titles_of
 from seal_jax.outer.stages import Stages
-from seal_jax.tasks.task import Problem
-from seal_jax.types import Params
+from seal_jax.tasks.task import Exam, Problem
 
 EFFICIENCY = 0.37  # of the matmul rate over a whole quick start: compiling and writing included
 WRITTEN = 1.0  # expected length of a self-edit, as a multiple of its passage's
+
+
+class Estimate(NamedTuple):
+    """What a run takes."""
+
+    num_params: int
+    num_runs: int  # inner runs that give rewards
+    num_arms: int  # ways to adapt the base model to a held-out problem, with self-edits
+    num_held_out_runs: int
+    num_tokens: float  # that are trained on
+    at_once: int  # adapters in flight
 
 
 def matmul_rate(size: int = 1024, seconds: float = 0.5) -> float:
@@ -30,61 +43,71 @@ def matmul_rate(size: int = 1024, seconds: float = 0.5) -> float:
     return 2 * size**3 * count / (time.monotonic() - start)
 
 
-def num_params(params: Params) -> int:
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
-
-
-def text_tokens(stages: Stages, problem: Problem) -> int:
-    """Return the tokens of what is trained on without a self-edit."""
-    texts = stages.task.passage_only(problem).training_texts
-    return sum(len(stages.encode(text, False).tokens) for text in texts)
-
-
-def describe(stages: Stages, training: Sequence, held_out: Sequence) -> str:
-    """Return a few lines: the model, the inner runs, the tokens, and an estimate of the time.
+def estimate_run(
+    stages: Stages,
+    training: Sequence[tuple[Problem, Exam]],
+    held_out: Sequence[tuple[Problem, Exam]],
+) -> Estimate:
+    """Return what a run takes, by the lengths of its problems.
 
     Where the config leaves the number of adapters to the memory, it is counted and printed now.
 
     Raises:
       ValueError: not even one adapter fits.
     """
-    settings = stages.settings
-    outer, inner = settings.outer, settings.inner
+    settings, task, encode = stages.settings, stages.task, stages.model.tokenizer.encode
+    outer, inner, held = settings.outer, settings.inner, settings.eval
     used = training[: outer.problems_per_step * outer.num_steps]
+    own = [task.passage_only(problem).training_texts for problem, _ in used]
     # What a problem's own texts have, and what a self-edit adds where its text is trained on.
-    length = np.mean([text_tokens(stages, problem) for problem, _ in used])
+    length = np.mean([sum(len(stages.encode(x, False).tokens) for x in texts) for texts in own])
     added = WRITTEN if text_limit(settings) is None else 0
-    runs = len(used) * settings.sample.num_edits * inner.num_seeds
-    if outer.objective == "random_em":
-        runs = 0
-    arms = 3 if settings.eval.random_control else 2
-    tests = len(held_out) * settings.eval.num_edits * settings.eval.num_seeds
-    controls = len(held_out) * settings.eval.num_seeds
-    problems = titles_of(stages)["problems"]
-    edited = (runs + arms * tests) * length * (1 + added)
-    tokens = inner.num_epochs * (edited + controls * length)
+    prompt = np.mean([len(encode(task.edit_prompt(problem))) for problem, _ in used])
+    objective = make_objective(outer.objective, **outer.objective_kwargs)
+    edits = len(used) * settings.sample.num_edits
+    runs = edits * inner.num_seeds if objective.needs_rewards else 0
+    arms = 3 if held.random_control else 2
+    tests = arms * len(held_out) * held.num_edits * held.num_seeds
+    controls = len(held_out) * held.num_seeds
     rows = outer.num_steps * outer.problems_per_step * outer.num_epochs * (arms - 1)
-    encode = stages.model.tokenizer.encode
-    prompt = np.mean([len(encode(stages.task.edit_prompt(problem))) for problem, _ in used])
-    tokens += rows * (prompt + length * added)
-    count = num_params(stages.model.params)
-    minutes = 4 * count * tokens / (matmul_rate() * EFFICIENCY) / 60
-    control = " (and once more for the random control)" if settings.eval.random_control else ""
-    device = jax.devices()[0]
-    at_once = stages.at_once(longest_row(stages, [*used, *held_out]))
-    whole = undivided(stages.mesh, stages.model.config)
-    return "\n".join(
-        [
-            f"SEAL on {settings.model.source}: {count / 1e6:.0f}M parameters,"
-            f" {settings.model.dtype},"
-            f" on {jax.device_count()} x {device.device_kind}",
-            f"  {outer.num_steps} round(s) of {settings.outer.objective}{control}:"
-            f" {outer.problems_per_step} {problems} x {settings.sample.num_edits} self-edits x"
-            f" {inner.num_seeds} seed(s) = {runs} inner runs, up to {at_once} at once",
-            f"  then {len(held_out)} held-out {problems}: the base model and {arms + 1} ways to"
-            f" adapt it, {arms * tests + controls} inner runs",
-            f"  about {tokens / 1e3:.0f} thousand training tokens,"
-            f" about {minutes:.0f} minutes here",
-            *([f"  {whole}"] if whole else []),
-        ]
+    tokens = inner.num_epochs * ((runs + tests) * length * (1 + added) + controls * length)
+    return Estimate(
+        num_params=sum(math.prod(x.shape) for x in jax.tree.leaves(stages.model.params)),
+        num_runs=runs,
+        num_arms=arms,
+        num_held_out_runs=tests + controls,
+        num_tokens=tokens + rows * (prompt + length * added),
+        at_once=stages.at_once(longest_row(stages, [*used, *held_out])),
     )
+
+
+def describe(
+    stages: Stages,
+    training: Sequence[tuple[Problem, Exam]],
+    held_out: Sequence[tuple[Problem, Exam]],
+) -> str:
+    """Return a few lines: the model, the inner runs, the tokens, and an estimate of the time.
+
+    Raises:
+      ValueError: as `estimate_run`.
+    """
+    found = estimate_run(stages, training, held_out)
+    minutes = 4 * found.num_params * found.num_tokens / (matmul_rate() * EFFICIENCY) / 60
+    settings, problems = stages.settings, titles_of(stages)["problems"]
+    outer = settings.outer
+    control = " (and once more for the random control)" if settings.eval.random_control else ""
+    lines = [
+        f"SEAL on {settings.model.source}: {found.num_params / 1e6:.0f}M parameters,"
+        f" {settings.model.dtype}, on {jax.device_count()} x {jax.devices()[0].device_kind}",
+        f"  {outer.num_steps} round(s) of {outer.objective}{control}:"
+        f" {outer.problems_per_step} {problems} x {settings.sample.num_edits} self-edits x"
+        f" {settings.inner.num_seeds} seed(s) = {found.num_runs} inner runs,"
+        f" up to {found.at_once} at once",
+        f"  then {len(held_out)} held-out {problems}: the base model and {found.num_arms + 1} ways"
+        f" to adapt it, {found.num_held_out_runs} inner runs",
+        f"  about {found.num_tokens / 1e3:.0f} thousand training tokens,"
+        f" about {minutes:.0f} minutes here",
+    ]
+    if whole := undivided(stages.mesh, stages.model.config):
+        lines.append(f"  {whole}")
+    return "\n".join(lines)

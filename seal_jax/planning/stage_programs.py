@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from seal_jax.config.setup import row_tokens
 from seal_jax.inner.packing import LONGEST, empty_batch
@@ -45,7 +46,10 @@ from seal_jax.sharding import (
     shaped,
     tree_bytes,
 )
-from seal_jax.types import InnerBatch, Params, Settings
+from seal_jax.types import Adapters, InnerBatch, OuterSettings, Params, Settings, TrainState
+
+Shape = jax.ShapeDtypeStruct
+_POLICY_KIND = ("update", "rank", "alpha", "targets")
 
 
 class Lengths(NamedTuple):
@@ -61,12 +65,11 @@ class Program(NamedTuple):
     """One program and how to make it."""
 
     name: str
-    jaxpr: Callable[[], Any]
-    lower: Callable[[], jax.stages.Lowered]
-    loops: int  # how often a loop runs whose count is data
-    steps: int  # of what is counted, in one call
+    trace: Callable[[], jax.stages.Traced]
     size: int  # of what the config bounds: adapters, rows
     key: str  # which key of the config bounds it
+    loops: int = 1  # how often a loop runs whose count is data
+    steps: int = 1  # of what is counted, in one call
     each: int = 0  # bytes on a device that one more of it takes; 0: its share of the program's own
 
 
@@ -97,17 +100,13 @@ def num_adapters(settings: Settings, mesh: Mesh) -> int:
     return shards if wanted == -1 else -(-wanted // shards) * shards
 
 
-def _traced(function: Any, *arguments: Any, **options: Any) -> dict[str, Callable]:
-    """Return `jaxpr` and `lower` of a jitted function."""
-    return {
-        "jaxpr": lambda: function.trace(*arguments, **options).jaxpr,
-        "lower": lambda: function.lower(*arguments, **options),
-    }
-
-
-def _rows(model: Model, mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+def _rows(model: Model, mesh: Mesh, *shape: int, dtype: DTypeLike = jnp.int32) -> Shape:
     where = leading(mesh, "rows", shape[0], model.config.rules)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+
+def _everywhere(mesh: Mesh, *shape: int, dtype: DTypeLike = jnp.float32) -> Shape:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
 
 
 def _writing(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> Iterator[Program]:
@@ -117,38 +116,30 @@ def _writing(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> 
     P, S = -(-B // 4), bucket_of(min(lengths.longest_passage, model.config.max_length))
     prompts = _rows(model, mesh, P, S), _rows(model, mesh, P)
     keep_seen = section.repetition_penalty != 1
-    yield Program(
-        "prefill",
-        **_traced(
-            decode.prefill,
-            model.config,
-            model.params,
-            None,
-            *prompts,
-            mesh=mesh,
-            keep_seen=keep_seen,
-        ),
-        loops=1,
-        steps=1,
-        size=P,
-        key="sample.max_rows",
-    )
+    arguments = (model.config, model.params, None, *prompts)
+    prefill = partial(decode.prefill.trace, *arguments, mesh=mesh, keep_seen=keep_seen)
+    yield Program("prefill", prefill, size=P, key="sample.max_rows")
     dtype = model.params["embed"]["embedding"].dtype
     # Each row with a prompt of its own: as rows are that come and go.
     shapes = (B, B, S, section.max_tokens, section.max_tokens)
     rows = decode.rows_shapes(model.config, dtype, *shapes, 0, keep_seen, mesh)
-    stop_ids = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=replicated(mesh))
-    num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    stop_ids, num_steps = (_everywhere(mesh, *shape, dtype=jnp.int32) for shape in ((2,), ()))
     arguments = (model.config, model.params, None, rows, stop_ids, num_steps)
     yield Program(
         "decode",
-        **_traced(decode.decode, *arguments, mesh=mesh),
-        loops=1,
-        steps=1,
+        partial(decode.decode.trace, *arguments, mesh=mesh),
         size=B,
         key="sample.max_rows",
         each=-(-tree_bytes(rows) // B),  # the cache above all
     )
+
+
+def _adapter_shapes(settings: Settings, model: Model, mesh: Mesh) -> Adapters:
+    inner, A = settings.inner, num_adapters(settings, mesh)
+    kind = {"rank": inner.rank, "alpha": inner.alpha, "targets": inner.targets}
+    init = partial(lora.init_adapters, model.config, **kind)
+    adapters = jax.eval_shape(lambda: init(jax.random.split(jax.random.key(0), A)))
+    return shaped(adapters, leading(mesh, "adapter", A, model.config.rules))
 
 
 def _inner_step(
@@ -158,30 +149,22 @@ def _inner_step(
     optimizer = optimizer_of(inner)
     config = dataclasses.replace(model.config, remat=inner.remat)
     loop = make_inner_loop(config, optimizer, inner, mesh)
-    init = partial(
-        lora.init_adapters, model.config, rank=inner.rank, alpha=inner.alpha, targets=inner.targets
-    )
-    adapters = jax.eval_shape(lambda: init(jax.random.split(jax.random.key(0), A)))
-    adapters = shaped(adapters, leading(mesh, "adapter", A, model.config.rules))
+    adapters = _adapter_shapes(settings, model, mesh)
     longest = row_tokens(settings, lengths.longest_passage, model.config.max_length)
     with jax.set_mesh(mesh):  # for the row lengths of its platform
         shape = largest_shapes(longest, inner.tokens_per_step)[-1]
     shards = num_shards(mesh, model.config.rules)
     batch = empty_batch(shape, A, inner.steps_per_call, shards)
     batch = shaped(batch, batch_sharding(mesh, model.config.rules))
-    arguments = base, adapters, InnerBatch(*batch)
-    lanes = batch.lanes.shape[1] // shards
+    each = adapter_bytes(adapters, optimizer, inner.accumulation)
     return Program(
         "inner step",
-        jaxpr=lambda: loop.trace(*arguments).jaxpr,
-        lower=lambda: loop.trace(*arguments).lower(),
-        loops=lanes,
-        steps=inner.steps_per_call,
+        partial(loop.trace, base, adapters, InnerBatch(*batch)),
         size=A,
         key="inner.max_adapters",
-        each=adapter_bytes(adapters, optimizer, inner.accumulation)
-        * num_parts(mesh, "adapter", model.config.rules)
-        // A,
+        loops=batch.lanes.shape[1] // shards,
+        steps=inner.steps_per_call,
+        each=each * num_parts(mesh, "adapter", model.config.rules) // A,
     )
 
 
@@ -189,70 +172,59 @@ def _scoring(
     settings: Settings, model: Model, base: Params, mesh: Mesh, lengths: Lengths
 ) -> Program:
     """Return the likelihood of the right answers, asked of every adapter in flight."""
-    inner, A = settings.inner, num_adapters(settings, mesh)
-    init = partial(
-        lora.init_adapters, model.config, rank=inner.rank, alpha=inner.alpha, targets=inner.targets
-    )
-    adapters = jax.eval_shape(lambda: init(jax.random.split(jax.random.key(0), A)))
-    adapters = shaped(adapters, leading(mesh, "adapter", A, model.config.rules))
+    A, adapters = num_adapters(settings, mesh), _adapter_shapes(settings, model, mesh)
     shape = (A * lengths.num_questions, bucket_of(lengths.question + settings.answer.max_tokens))
-    arrays = (
-        _rows(model, mesh, *shape),
-        _rows(model, mesh, *shape),
-        _rows(model, mesh, *shape, dtype=jnp.bool_),
-    )
-    return Program(
-        "scoring",
-        **_traced(score_rows, model.config, base, adapters, *arrays),
-        loops=1,
-        steps=1,
-        size=A,
-        key="inner.max_adapters",
-    )
+    tokens = _rows(model, mesh, *shape)
+    arrays = tokens, tokens, _rows(model, mesh, *shape, dtype=jnp.bool_)
+    score = partial(score_rows.trace, model.config, base, adapters, *arrays)
+    return Program("scoring", score, size=A, key="inner.max_adapters")
 
 
 def _policy_update(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> Program:
     """Return one batch of the policy's training."""
-    outer = settings.outer._asdict()
-    objective = make_objective(outer["objective"], **outer["objective_kwargs"])
-    optimizer = optimizer_of(settings.outer)
-    lora_sizes = {name: outer[name] for name in ("update", "rank", "alpha", "targets")}
-    config = dataclasses.replace(model.config, remat=outer["remat"])
-    setup = Setup(config, objective, optimizer, update_settings(settings.outer), mesh, seed=0)
-    everywhere, value_head = replicated(mesh), objective.gae is not None
+    outer = settings.outer
+    objective = make_objective(outer.objective, **outer.objective_kwargs)
+    optimizer = optimizer_of(outer)
+    config = dataclasses.replace(model.config, remat=outer.remat)
+    setup = Setup(config, objective, optimizer, update_settings(outer), mesh, seed=0)
+    kind = {name: getattr(outer, name) for name in _POLICY_KIND}
+    has_values = objective.gae is not None
+    state = state_shapes(model.config, model.params, optimizer, value_head=has_values, **kind)
+    count = _everywhere(mesh, dtype=jnp.int32)
+    arguments = (
+        *_trained(outer, model, state, mesh),
+        _train_rows(settings, model, mesh, lengths),
+        Penalties(_everywhere(mesh), _everywhere(mesh)),
+        count,
+        count,
+    )
+    step = partial(train_step.trace, setup, *arguments)
+    return Program("policy update", step, size=outer.microbatch_size, key="outer.microbatch_size")
 
-    state = state_shapes(model.config, model.params, optimizer, value_head=value_head, **lora_sizes)
-    trained = {} if state.value_head is None else {"value": shaped(state.value_head, everywhere)}
-    if outer["update"] == "full":
-        frozen, scale, trained["policy"] = {}, (), model.params
+
+def _trained(
+    outer: OuterSettings, model: Model, state: TrainState, mesh: Mesh
+) -> tuple[Params, Params, Any, Any]:
+    """Return the shapes of what is trained, what is not, the optimizer's state and the scale."""
+    everywhere = replicated(mesh)
+    head = {} if state.value_head is None else {"value": shaped(state.value_head, everywhere)}
+    if outer.update == "full":
         where = param_shardings(mesh, state.opt_state, model.config.rules)
-        opt_state = shaped(state.opt_state, where)
-    else:
-        adapter = jax.eval_shape(partial(lora.take, index=0), state.adapters)
-        frozen, scale = model.params, shaped(state.adapters.scale, everywhere)
-        trained["policy"] = shaped(adapter.weights, everywhere)
-        opt_state = shaped(state.opt_state, everywhere)
-    m = outer["microbatch_size"]
-    n = -(-outer["batch_size"] // m)
+        return {**head, "policy": model.params}, {}, shaped(state.opt_state, where), ()
+    adapter = jax.eval_shape(partial(lora.take, index=0), state.adapters)
+    trained = {**head, "policy": shaped(adapter.weights, everywhere)}
+    scale = shaped(state.adapters.scale, everywhere)
+    return trained, model.params, shaped(state.opt_state, everywhere), scale
+
+
+def _train_rows(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> TrainRows:
+    m = settings.outer.microbatch_size
+    n = -(-settings.outer.batch_size // m)
     T = bucket_of(min(lengths.longest_passage + settings.sample.max_tokens, LONGEST))
-
-    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
-
     rows = TrainRows(
-        array(n, m, T, dtype=jnp.int32),
-        array(n, m, T, dtype=jnp.bool_),
-        *(array(n, m, T) for _ in range(5)),
-        array(n, m),
+        _everywhere(mesh, n, m, T, dtype=jnp.int32),
+        _everywhere(mesh, n, m, T, dtype=jnp.bool_),
+        *(_everywhere(mesh, n, m, T) for _ in range(5)),
+        _everywhere(mesh, n, m),
     )
-    rows = shaped(rows, leading(mesh, "batch", m, model.config.rules, before=1))
-    count = array(dtype=jnp.int32)
-    arguments = (rows, Penalties(array(), array()), count, count)
-    return Program(
-        "policy update",
-        **_traced(train_step, setup, trained, frozen, opt_state, scale, *arguments),
-        loops=1,
-        steps=1,
-        size=m,
-        key="outer.microbatch_size",
-    )
+    return shaped(rows, leading(mesh, "batch", m, model.config.rules, before=1))

@@ -12,14 +12,15 @@ import re
 import shutil
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from seal_jax.hosts.exchange import is_first
 from seal_jax.hosts.files import read_jsonl
-from seal_jax.hosts.processes import is_first
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
 from seal_jax.runs import checkpoint
@@ -92,14 +93,14 @@ def load_adapter(
             f"{folder} has no adapter {adapter_id!r}; it has {listed or 'none'}"
         )
     path = os.path.join(folder, "adapters", adapter_id)
-
-    def templates(position: checkpoint.Position) -> dict[str, Adapters]:
-        kind = {"rank": position["rank"], "alpha": 1.0, "targets": position["targets"]}
-        shapes = jax.eval_shape(lambda: lora.init_adapter(config, jax.random.key(0), **kind))
-        return {"adapters": jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)}
-
-    trees, position = checkpoint.restore_alone(path, templates)
+    trees, position = checkpoint.restore_alone(path, partial(_template, config))
     return trees["adapters"], position["parents"]
+
+
+def _template(config: ModelConfig, position: checkpoint.Position) -> dict[str, Adapters]:
+    kind = {"rank": position["rank"], "alpha": 1.0, "targets": position["targets"]}
+    shapes = jax.eval_shape(lambda: lora.init_adapter(config, jax.random.key(0), **kind))
+    return {"adapters": jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)}
 
 
 def list_adapters(folder: str) -> list[str]:

@@ -20,20 +20,31 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import xxhash
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from seal_jax.hosts.processes import least
+from seal_jax.hosts.exchange import least
+from seal_jax.runs.leaf_records import (
+    Leaf,
+    PyTree,
+    Record,
+    decode,
+    describe,
+    difference,
+    flatten,
+    hash_json,
+    target_of,
+    template_of,
+)
 
-PyTree = Any
 Position = dict[str, Any]
+Value = TypeVar("Value")
 Restore = Callable[..., Any]  # Orbax's restore(args=...) of one step or folder
 
 _JSON_ITEM = "position"
@@ -41,6 +52,10 @@ _JSON_ITEM = "position"
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written, or restored into what the run asks for."""
+
+
+class _Damaged(Exception):
+    """What is on disk is not what was saved."""
 
 
 def make_manager(folder: str | os.PathLike, keep: int, best: int = 0) -> ocp.CheckpointManager:
@@ -51,15 +66,14 @@ def make_manager(folder: str | os.PathLike, keep: int, best: int = 0) -> ocp.Che
       keep: how many of the latest steps stay; with 1 nothing is left to fall back on.
       best: how many of the steps of the highest value stay beside them.
     """
-    policies: list[Any] = [policy.LatestN(n=keep)]
+    stay: list[policy.PreservationPolicy] = [policy.LatestN(n=keep)]
     if best:
-        stays = policy.BestN(
-            get_metric_fn=_value_of, n=best, keep_checkpoints_without_metrics=False
+        stay.append(
+            policy.BestN(get_metric_fn=_value_of, n=best, keep_checkpoints_without_metrics=False)
         )
-        policies.append(stays)
     return _open(
         folder,
-        preservation_policy=policy.AnyPreservationPolicy(policies),
+        preservation_policy=policy.AnyPreservationPolicy(stay),
         best_fn=_value_of if best else None,  # or Orbax drops the values
         cleanup_tmp_directories=True,
     )
@@ -110,11 +124,8 @@ def _check_room(folder: str, pytrees: Mapping[str, PyTree]) -> None:
     needed = sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(pytrees)) + 1_000_000
     free = least("disk", shutil.disk_usage(folder).free)
     if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"No space left for a checkpoint: needs {needed / 1e6:,.0f} MB, has {free / 1e6:,.0f}",
-            folder,
-        )
+        sizes = f"needs {needed / 1e6:,.0f} MB, has {free / 1e6:,.0f}"
+        raise OSError(errno.ENOSPC, f"No space left for a checkpoint: {sizes}", folder)
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
@@ -177,12 +188,10 @@ def restore_alone(
       CheckpointError: it is damaged, or of other dtypes or shapes than the templates.
     """
     with _open_alone() as checkpointer:
-        pytrees, position, complaint = _restore_items(
-            partial(checkpointer.restore, _absolute(path)), templates
-        )
-    if complaint:
-        raise CheckpointError(f"damaged: {os.fspath(path)}: {complaint}")
-    return pytrees, position
+        try:
+            return _restore_items(partial(checkpointer.restore, _absolute(path)), templates)
+        except _Damaged as damage:
+            raise CheckpointError(f"damaged: {os.fspath(path)}: {damage}") from damage
 
 
 def verify(folder: str | os.PathLike) -> dict[int, str]:
@@ -204,32 +213,21 @@ def verify_alone(path: str | os.PathLike) -> str:
 
 
 def _verify(restore: Restore) -> str:
-    record, complaint = _read(lambda: _restore_record(restore))
-    if complaint:
-        return complaint
-    templates = {
-        name: {path: _as_saved(leaf) for path, leaf in leaves.items()}
-        for name, leaves in record["leaves"].items()
-    }
-    return _read(lambda: _restore_leaves(restore, record["leaves"], templates))[1]
-
-
-def _as_saved(record: Mapping[str, Any]) -> Any:
-    """Return a template of a leaf by its record.
-
-    A jax one where it can be: for it Orbax reads every file, as a run does.
-    """
-    if record["dtype"] == "str":
-        return ""
-    shape, dtype = tuple(record["shape"]), np.dtype(record["dtype"])
-    kept = jax.dtypes.canonicalize_dtype(dtype) == dtype
-    return jax.ShapeDtypeStruct(shape, dtype) if kept else np.empty(shape, dtype)
+    try:
+        records = _read(lambda: _restore_record(restore))["leaves"]
+        templates = {
+            name: {path: template_of(record) for path, record in leaves.items()}
+            for name, leaves in records.items()
+        }
+        _read(lambda: _restore_leaves(restore, records, templates))
+    except _Damaged as damage:
+        return str(damage)
+    return ""
 
 
 def tree_hash(pytree: PyTree) -> str:
     """Return 16 hex digits that name a pytree's values bit for bit, with paths and dtypes."""
-    leaves = _flatten(pytree)
-    return _hash_json({path: _describe(path, leaf) for path, leaf in leaves.items()})
+    return hash_json({path: describe(path, leaf) for path, leaf in flatten(pytree).items()})
 
 
 def _open(folder: str | os.PathLike, **options: Any) -> ocp.CheckpointManager:
@@ -256,20 +254,17 @@ def _items(pytrees: Mapping[str, PyTree], position: Position, where: str) -> ocp
         record = json.loads(json.dumps({"position": position}, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"position of {where} is not JSON: {error}") from error
-    flat = {name: _flatten(tree) for name, tree in pytrees.items()}
+    flat = {name: flatten(tree) for name, tree in pytrees.items()}
     record["leaves"] = {
-        name: {path: _describe(f"{name}{path}", leaf) for path, leaf in leaves.items()}
+        name: {path: describe(f"{name}{path}", leaf) for path, leaf in leaves.items()}
         for name, leaves in flat.items()
     }
     items: dict[str, Any] = {
-        _JSON_ITEM: ocp.args.JsonSave({"record": record, "hash": _hash_json(record)})
+        _JSON_ITEM: ocp.args.JsonSave({"record": record, "hash": hash_json(record)})
     }
     for name, leaves in flat.items():
-        arrays = {
-            path: leaf
-            for path, leaf in leaves.items()
-            if "value" not in record["leaves"][name][path]
-        }
+        records = record["leaves"][name]
+        arrays = {path: leaf for path, leaf in leaves.items() if "value" not in records[path]}
         if arrays:
             items[name] = ocp.args.StandardSave(arrays)
     return ocp.args.Composite(**items)
@@ -286,59 +281,59 @@ def _restore(
         raise CheckpointError(f"{manager.directory} has no step {step}, only {steps}")
     damaged = []
     for candidate in steps if step is None else [step]:
-        pytrees, position, complaint = _restore_items(
-            partial(manager.restore, candidate), templates
-        )
-        if not complaint:
-            if is_writer and damaged:
-                _set_aside(manager, damaged)
-            return candidate, pytrees, position
-        path = manager.directory / str(candidate)
-        complaint = _with_file(complaint, path)
-        warnings.warn(f"damaged checkpoint {path}: {complaint}", stacklevel=3)
-        damaged.append(candidate)
+        try:
+            found = _restore_items(partial(manager.restore, candidate), lambda _: templates)
+        except _Damaged as damage:
+            path = manager.directory / str(candidate)
+            complaint = _with_file(str(damage), path)
+            warnings.warn(f"damaged checkpoint {path}: {complaint}", stacklevel=3)
+            damaged.append(candidate)
+            continue
+        if is_writer and damaged:
+            _set_aside(manager, damaged)
+        return candidate, *found
     if damaged:
         raise CheckpointError(f"no good checkpoint in {manager.directory}: {damaged} damaged")
     return None
 
 
 def _restore_items(
-    restore: Restore, templates: Mapping[str, PyTree] | Callable[[Position], Mapping[str, PyTree]]
-) -> tuple[dict[str, PyTree], Position, str]:
-    """Return (pytrees, position, '') or ({}, {}, what is damaged)."""
-    record, complaint = _read(lambda: _restore_record(restore))
-    if complaint:
-        return {}, {}, complaint
-    if callable(templates):
-        templates = templates(record["position"])
-    flat = {name: _flatten(template) for name, template in templates.items()}
+    restore: Restore, make_templates: Callable[[Position], Mapping[str, PyTree]]
+) -> tuple[dict[str, PyTree], Position]:
+    """Return the pytrees and the position; raise _Damaged where a hash does not verify."""
+    record = _read(lambda: _restore_record(restore))
+    templates = make_templates(record["position"])
+    flat = {name: flatten(template) for name, template in templates.items()}
     for name, leaves in flat.items():
-        _check_templates(name, record["leaves"].get(name, {}), leaves)
-    leaves, complaint = _read(lambda: _restore_leaves(restore, record["leaves"], flat))
-    if complaint:
-        return {}, {}, complaint
+        if found := difference(record["leaves"].get(name, {}), leaves):
+            raise CheckpointError(f"{name}{found}")
+    leaves = _read(lambda: _restore_leaves(restore, record["leaves"], flat))
     pytrees = {
         name: jax.tree.unflatten(jax.tree.structure(template), leaves[name])
         for name, template in templates.items()
     }
-    return pytrees, record["position"], ""
+    return pytrees, record["position"]
 
 
-def _read(read: Callable[[], Any]) -> tuple[Any, str]:
-    """Return (`read()`, '') or, on every process if it failed on any, (None, why)."""
+def _read(read: Callable[[], Value]) -> Value:
+    """Return `read()`; raise _Damaged on every process if it failed on any."""
     value, complaint = None, ""
     try:
         value = read()
     except Exception as error:  # a damaged file fails in any way; Orbax raises bare Exception too
-        cause = _root_cause(error)
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
         # Running out of memory is no damage, and must not send a run back a step.
         if isinstance(cause, RuntimeError | MemoryError):
             raise
         complaint = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
     if jax.process_count() > 1:
         if not np.all(multihost_utils.process_allgather(np.array(not complaint))):
-            return None, complaint or "damaged as another process reads it"
-    return (None, complaint) if complaint else (value, "")
+            complaint = complaint or "damaged as another process reads it"
+    if complaint:
+        raise _Damaged(complaint)
+    return value
 
 
 def _with_file(complaint: str, step: os.PathLike) -> str:
@@ -355,124 +350,37 @@ def _with_file(complaint: str, step: os.PathLike) -> str:
     return complaint
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
 def _restore_record(restore: Restore) -> dict[str, Any]:
     items = restore(args=ocp.args.Composite(**{_JSON_ITEM: ocp.args.JsonRestore()}))
     item = items[_JSON_ITEM]
-    if _hash_json(item["record"]) != item["hash"]:
+    if hash_json(item["record"]) != item["hash"]:
         raise ValueError(f"{_JSON_ITEM}/metadata: its hash does not verify")
     return item["record"]
 
 
 def _restore_leaves(
     restore: Restore,
-    records: Mapping[str, Any],
-    templates: Mapping[str, Mapping[str, Any]],
-) -> dict[str, list[Any]]:
+    records: Mapping[str, Mapping[str, Record]],
+    templates: Mapping[str, Mapping[str, Leaf]],
+) -> dict[str, list[Leaf]]:
     """Return each pytree's leaves in order; raise ValueError if a hash does not verify."""
     items = {}
     for name, flat in templates.items():
         targets = {
-            path: _target(t) for path, t in flat.items() if "value" not in records[name][path]
+            path: target_of(t) for path, t in flat.items() if "value" not in records[name][path]
         }
         if targets:
             items[name] = ocp.args.StandardRestore(targets)
     arrays = restore(args=ocp.args.Composite(**items)) if items else {}
-    leaves: dict[str, list[Any]] = {name: [] for name in templates}
+    leaves: dict[str, list[Leaf]] = {name: [] for name in templates}
     for name, flat in templates.items():
         for path, template in flat.items():
             record = records[name][path]
-            leaf = _decode(record, template) if "value" in record else arrays[name][path]
-            if _describe(path, leaf)["hash"] != record["hash"]:
+            leaf = decode(record, template) if "value" in record else arrays[name][path]
+            if describe(path, leaf)["hash"] != record["hash"]:
                 raise ValueError(f"leaf {name}{path}: its hash does not verify")
             leaves[name].append(leaf)
     return leaves
-
-
-def _flatten(tree: PyTree) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-
-def _dtype_and_shape(leaf: Any) -> tuple[str, list[int]]:
-    if isinstance(leaf, str):
-        return "str", []
-    array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    return str(array.dtype), list(array.shape)
-
-
-def _describe(path: str, leaf: Any) -> dict[str, Any]:
-    """Return a leaf's dtype, shape and hash, and its value if Orbax would refuse the leaf."""
-    dtype, shape = _dtype_and_shape(leaf)
-    if isinstance(leaf, str):
-        return {"dtype": dtype, "shape": shape, "hash": _hash(leaf.encode()), "value": leaf}
-    if 0 in shape:
-        data = np.zeros(0, np.uint8)
-    elif dtype.startswith(("object", "<U", "key<")):
-        raise ValueError(f"leaf {path} of type {type(leaf).__name__} ({dtype}) cannot be saved")
-    else:
-        data = np.ascontiguousarray(_to_host(leaf)).view(np.uint8)
-    description = {"dtype": dtype, "shape": shape, "hash": _hash(data)}
-    if 0 in shape or not isinstance(leaf, jax.Array | np.ndarray):
-        description["value"] = data.tobytes().hex()
-    return description
-
-
-def _decode(record: Mapping[str, Any], template: Any) -> Any:
-    """Return a leaf that was kept in the JSON item, as what its template is."""
-    if isinstance(template, str):
-        return str(record["value"])
-    data = bytes.fromhex(record["value"])
-    array = np.ndarray(record["shape"], np.dtype(record["dtype"]), buffer=data).copy()
-    if isinstance(template, np.ndarray):
-        return array
-    if isinstance(template, jax.Array | jax.ShapeDtypeStruct):
-        return jax.device_put(array, _target(template).sharding)
-    return array[()] if isinstance(template, np.generic) else array.item()
-
-
-def _target(template: Any) -> Any:
-    """Return what Orbax is to restore for a template: a numpy array, or a placed jax one."""
-    if isinstance(template, np.ndarray):
-        return template
-    sharding = getattr(template, "sharding", None)
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(template.shape, template.dtype, sharding=sharding)
-
-
-def _check_templates(name: str, record: Mapping[str, Any], templates: Mapping[str, Any]) -> None:
-    for path in [*templates, *record]:
-        saved, wanted = "absent", "absent"
-        if path in record:
-            saved = f"{record[path]['dtype']}{record[path]['shape']}"
-        if path in templates:
-            dtype, shape = _dtype_and_shape(templates[path])
-            wanted = f"{dtype}{shape}"
-        if saved != wanted:
-            raise CheckpointError(f"{name}{path}: the checkpoint's is {saved}, the run's {wanted}")
-
-
-def _to_host(leaf: Any) -> np.ndarray:
-    """Return the whole of a leaf, also where its shards lie on several processes."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        if leaf.is_fully_replicated:
-            return jax.device_get(leaf.addressable_data(0))
-        return multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(jax.device_get(leaf))
-
-
-def _hash(data: Any) -> str:
-    return xxhash.xxh64_hexdigest(data)
-
-
-def _hash_json(value: Any) -> str:
-    return _hash(json.dumps(value, sort_keys=True, allow_nan=False).encode())
 
 
 def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:

@@ -5,13 +5,12 @@
 So a policy can be loaded where the base model that it came from is not at hand.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from seal_jax.hosts.files import whole_folder
-from seal_jax.hosts.processes import is_first
+from seal_jax.hosts.exchange import is_first
+from seal_jax.hosts.files import read_object, whole_folder
 from seal_jax.models.model import Model, save_config
 
 
@@ -30,10 +29,10 @@ def find_run(path: str | os.PathLike) -> RunFolder | None:
         folder = folder.parent
     for root in (folder, folder.parent if folder.name == "random" else folder):
         try:
-            config = json.loads((root / "config.json").read_text(encoding="utf-8"))
+            config = read_object(root / "config.json")
         except (OSError, ValueError):
             continue  # no config at all, or none of ours: the caller says what it looked for
-        if isinstance(config, dict) and {"model", "outer", "checkpoint"} <= config.keys():
+        if {"model", "outer", "checkpoint"} <= config.keys():
             return RunFolder(folder, root, config)
     return None
 

@@ -10,9 +10,11 @@ an adapter that is read in part is another adapter.
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from seal_jax.hosts.files import write_json
@@ -32,6 +34,8 @@ from seal_jax.sharding import to_host
 from seal_jax.types import Adapters, Params
 
 TENSOR_FILE = "adapter_model.safetensors"
+
+_ALL = (slice(None), slice(None))
 
 _BLOCKS = {"attn": "self_attn", "mlp": "mlp"}
 _NAME = re.compile(
@@ -88,12 +92,8 @@ def load_peft(folder: str | os.PathLike, config: ModelConfig) -> Adapters:
         shapes = {slot: tensor.shape for slot, tensor in tensors.items()}
         expected = _expected_shapes(settings, config, prefix, shapes)
         _check_shapes(shapes, expected, config)
-        values = {
-            slot: tensor_file.read_slice(
-                tensor, [slice(0, size) for size in tensor.shape], np.float32
-            )
-            for slot, tensor in tensors.items()
-        }
+        read = partial(tensor_file.read_slice, index=_ALL, dtype=np.float32)
+        values = {slot: read(tensor) for slot, tensor in tensors.items()}
         for slot, value in values.items():
             if not np.isfinite(value).all():
                 raise ValueError(f"{slot.module}.lora_{slot.part} is not finite")
@@ -123,12 +123,16 @@ def save_peft(
     """
     folder = Path(folder)
     adapters = to_host(adapters)
+    scale = adapters.scale[:, None, None, None]
+    weights = {
+        block: {target: {"a": ab["a"], "b": ab["b"] * scale} for target, ab in targets.items()}
+        for block, targets in adapters.weights.items()
+    }
     tensors, ranks = {}, {}
-    for block, targets in adapters.weights.items():
+    for block, targets in weights.items():
         for target, ab in targets.items():
             ranks[target] = ab["a"].shape[-2]
-            b = ab["b"] * adapters.scale[:, None, None, None]
-            for part, matrix in (("A", ab["a"]), ("B", b.swapaxes(2, 3))):
+            for part, matrix in (("A", ab["a"]), ("B", ab["b"].swapaxes(2, 3))):
                 for i in range(config.num_layers):
                     name = f"base_model.model.model.layers.{i}.{_BLOCKS[block]}.{target}"
                     tensors[f"{name}.lora_{part}.weight"] = matrix[0, i]
@@ -141,7 +145,10 @@ def save_peft(
     shapes = {name: ("F32", tensor.shape) for name, tensor in tensors.items()}
     tensor_file.write_file(folder / TENSOR_FILE, shapes, tensors.values())
     write_json(folder / CONFIG_FILE, _settings_of(ranks, base_model))
-    _check_written(folder, adapters, config)
+    found = load_peft(folder, config)
+    same = found.scale[0] == 1 and jax.tree.structure(found.weights) == jax.tree.structure(weights)
+    if not same or not jax.tree.all(jax.tree.map(np.array_equal, found.weights, weights)):
+        raise OSError(f"{folder}: the adapter read back differs from what was written")
 
 
 def _settings_of(ranks: Mapping[str, int], base_model: str) -> dict[str, Any]:
@@ -169,20 +176,6 @@ def _settings_of(ranks: Mapping[str, int], base_model: str) -> dict[str, Any]:
         "modules_to_save": None,
         "init_lora_weights": True,
     }
-
-
-def _check_written(folder: Path, adapters: Adapters, config: ModelConfig) -> None:
-    """Raise OSError unless the folder reads back as the adapter with its scale in b."""
-    found = load_peft(folder, config)
-    same = found.scale[0] == 1 and found.weights.keys() == adapters.weights.keys()
-    for block, targets in adapters.weights.items() if same else ():
-        same &= found.weights[block].keys() == targets.keys()
-        for target, ab in targets.items() if same else ():
-            theirs = found.weights[block][target]
-            b = ab["b"] * adapters.scale[:, None, None, None]
-            same &= np.array_equal(theirs["a"], ab["a"]) and np.array_equal(theirs["b"], b)
-    if not same:
-        raise OSError(f"{folder}: the adapter read back differs from what was written")
 
 
 def _find_tensors(folder: Path) -> tuple[dict[_Slot, Tensor], str]:
@@ -290,10 +283,9 @@ def _assemble(
         a = np.zeros((1, config.num_layers, rank, fan_in), np.float32)
         b = np.zeros((1, config.num_layers, rank, fan_out), np.float32)
         for slot in slots:
-            value = values[slot].T if uniform else values[slot].T * np.float32(scales[slot])
-            b[0, slot.layer, : len(value)] = value
-            value = values[slot._replace(part="A")]
-            a[0, slot.layer, : len(value)] = value
+            down, up = values[slot._replace(part="A")], values[slot].T
+            a[0, slot.layer, : len(down)] = down
+            b[0, slot.layer, : len(up)] = up if uniform else up * np.float32(scales[slot])
         weights.setdefault(TARGETS[target], {})[target] = {"a": a, "b": b}
     scale = next(iter(scales.values())) if uniform else 1.0
     return Adapters(weights, np.full((1,), scale, np.float32))

@@ -3,7 +3,6 @@
 PEFT's rules for which module is adapted, with which rank and alpha, on the names of the modules.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from seal_jax.hosts.files import read_object
 from seal_jax.models.lora import TARGETS
 
 CONFIG_FILE = "adapter_config.json"
@@ -51,14 +51,12 @@ def _is_alpha(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _items(value: Any) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def _is_names(value: Any) -> bool:
-    names = value if isinstance(value, list) else [value]
-    return value is None or all(isinstance(name, str) for name in names)
-
-
-def _is_layers(value: Any) -> bool:
-    layers = value if isinstance(value, list) else [value]
-    return value is None or all(type(layer) is int for layer in layers)
+    return all(isinstance(name, str) for name in _items(value))
 
 
 def _is_pattern(value: Any, is_value: Callable[[Any], bool]) -> bool:
@@ -74,7 +72,7 @@ _READ: dict[str, Callable[[Any], bool]] = {
     "alpha_pattern": partial(_is_pattern, is_value=_is_alpha),
     "target_modules": _is_names,
     "exclude_modules": _is_names,
-    "layers_to_transform": _is_layers,
+    "layers_to_transform": lambda value: all(type(layer) is int for layer in _items(value)),
     "layers_pattern": _is_names,
 }
 
@@ -88,12 +86,7 @@ def read_settings(path: Path) -> Settings:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent}: no {path.name}; a PEFT adapter needs one")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(settings).__name__}")
+    settings = read_object(path)
     _check(settings, path)
     return settings
 
@@ -111,14 +104,11 @@ def _check(settings: Settings, path: Path) -> None:
         if settings.get(name):
             problems.append(f"{name} ({what})")
     known = {*_REFUSED, *_READ, *_HARMLESS}
-    problems += [
-        f"{name} {settings[name]!r}"
-        for name, test in _READ.items()
-        if name in settings and not test(settings[name])
-    ]
-    problems += [
-        f"{name} (unknown)" for name, value in settings.items() if name not in known and value
-    ]
+    for name, value in settings.items():
+        if name in _READ and not _READ[name](value):
+            problems.append(f"{name} {value!r}")
+        elif name not in known and value:
+            problems.append(f"{name} (unknown)")
     if problems:
         raise ValueError(
             f"{path}: unsupported {', '.join(problems)}; supported is plain LoRA (peft_type"
@@ -132,32 +122,27 @@ def is_targeted(settings: Settings, module: str) -> bool | None:
     Raises:
       re.error: a pattern is not a regular expression; so do the functions below.
     """
-
-    def listed(names: list[str]) -> bool:
-        return any(module == name or module.endswith(f".{name}") for name in names)
-
-    excluded = settings.get("exclude_modules")
-    if excluded:
-        if re.fullmatch(excluded, module) if isinstance(excluded, str) else listed(excluded):
-            return False
-    targets = settings.get("target_modules")
+    excluded, targets = settings.get("exclude_modules"), settings.get("target_modules")
+    if excluded and _matches(excluded, module):
+        return False
     if targets is None:
         return None
-    if isinstance(targets, str):
-        if targets.lower() == "all-linear":
-            return not module.endswith(("lm_head", "embed_tokens"))
-        return re.fullmatch(targets, module) is not None
-    if not listed(targets):
-        return False
-    layers = settings.get("layers_to_transform")
-    if layers is None or layers == []:
-        return True
-    patterns = settings.get("layers_pattern") or r"[^.]*"
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
-        if match:
-            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return not module.endswith(("lm_head", "embed_tokens"))
+    listed, layers = _matches(targets, module), _items(settings.get("layers_to_transform"))
+    if not listed or not layers or isinstance(targets, str):
+        return listed
+    for pattern in _items(settings.get("layers_pattern") or r"[^.]*"):
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+            return int(match[1]) in layers
     return False
+
+
+def _matches(names: str | list[str], module: str) -> bool:
+    """Whether a pattern is the whole name, or the name ends with one of a list."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def rank_of(settings: Settings, module: str) -> int:

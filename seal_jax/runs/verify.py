@@ -1,8 +1,8 @@
 """`seal-jax verify RUN`: read all that a run has written, and say what is damaged."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from seal_jax.hosts.console import progress
 from seal_jax.hosts.files import read_json, read_jsonl
@@ -25,38 +25,29 @@ def verify_run(path: str) -> tuple[list[str], list[str]]:
             f"{path}: no run: expected a folder with config.json, as of `train`"
         )
     good, damaged = [], []
-    for name, complaint in progress(list(_findings(run.root)), "verify", "file"):
-        for what, why in complaint().items():
-            place = f"{name}/{what}" if what else name
+    for file, check in progress(list(_checks(run.root)), "verify", "file"):
+        for step, why in sorted(check().items()):
+            place = (file / str(step)).relative_to(run.root).as_posix()
             (damaged if why else good).append(f"{place}: {why}" if why else place)
     return good, damaged
 
 
-def _findings(root: Path) -> Iterator[tuple[str, Callable[[], dict[str, str]]]]:
-    """Yield names and functions that return what is wrong with each thing of that name."""
+def _checks(root: Path) -> Iterator[tuple[Path, Callable[[], dict]]]:
+    """Yield each path, and a function that returns what is wrong there, by step or by ''."""
     for folder in (root, root / "random"):
         for path in sorted(folder.glob("*.json*")):
-            read = read_jsonl if path.suffix == ".jsonl" else read_json
-            yield _name(root, path), lambda path=path, read=read: _parsed(lambda: read(path))
+            yield path, partial(_parse, path)
         steps = folder / "checkpoints"
         if steps.is_dir():
-            yield _name(root, steps), lambda steps=steps: _numbered(checkpoint.verify(steps))
+            yield steps, partial(checkpoint.verify, steps)
         for adapter in list_adapters(str(folder)):
             path = folder / "adapters" / adapter
-            yield _name(root, path), lambda path=path: {"": checkpoint.verify_alone(path)}
+            yield path, lambda path=path: {"": checkpoint.verify_alone(path)}
 
 
-def _name(root: Path, path: Path) -> str:
-    return path.relative_to(root).as_posix()
-
-
-def _numbered(found: dict[int, str]) -> dict[str, str]:
-    return {str(step): why for step, why in sorted(found.items())}
-
-
-def _parsed(read: Callable[[], Any]) -> dict[str, str]:
+def _parse(path: Path) -> dict[str, str]:
     try:
-        read()
+        read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
     except (OSError, ValueError) as error:
         return {"": str(error)}
     return {"": ""}

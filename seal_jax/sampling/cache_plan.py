@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from seal_jax.hosts.exchange import least
 from seal_jax.hosts.memory import device_bytes
-from seal_jax.hosts.processes import least
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.lengths import BUCKETS, bucket_of
 from seal_jax.models.turned import kernels, turns

@@ -23,7 +23,8 @@ from ml_collections import ConfigDict
 import seal_jax
 from seal_jax.config.load import flatten, to_json
 from seal_jax.config.workdir import check_workdir
-from seal_jax.hosts.processes import exchange, timeout_seconds
+from seal_jax.hosts.exchange import exchange
+from seal_jax.hosts.group import timeout_seconds
 from seal_jax.hosts.start_jax import lost_devices
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.divisible import check_divides

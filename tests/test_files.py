@@ -1,4 +1,4 @@
-"""Metrics files survive kills and NaN; progress is readable without a terminal."""
+"""Files of a run survive kills and NaN."""
 
 import json
 import math
@@ -6,15 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from seal_jax.hosts import console
-from seal_jax.hosts import files as metrics
+from seal_jax.hosts import files
 
 
 def test_metrics_round_trip_and_nonfinite_is_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics.append_metrics(path, 1, {"reward": np.float32(0.5), "count": 3, "one": np.ones((1,))})
-    metrics.append_metrics(path, 2, {"loss": math.nan, "norm": -math.inf, "reward": 0.25})
-    first, second = metrics.read_jsonl(path)
+    files.append_metrics(path, 1, {"reward": np.float32(0.5), "count": 3, "one": np.ones((1,))})
+    files.append_metrics(path, 2, {"loss": math.nan, "norm": -math.inf, "reward": 0.25})
+    first, second = files.read_jsonl(path)
     assert first.pop("time") > 0 and second.pop("time") > 0
     assert first == {"step": 1, "reward": 0.5, "count": 3, "one": 1.0}
     assert second == {
@@ -30,76 +29,62 @@ def test_metrics_round_trip_and_nonfinite_is_null(tmp_path):
 @pytest.mark.parametrize("tail", ['{"step": 2, "rew', '{"step": 2}', "\x00\x00\x00"])
 def test_a_torn_last_line_is_skipped_then_dropped(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
-    metrics.append_metrics(path, 1, {"reward": 0.5})
+    files.append_metrics(path, 1, {"reward": 0.5})
     with open(path, "a") as file:
         file.write(tail)
-    assert [row["step"] for row in metrics.read_jsonl(path)] == [1]
-    metrics.append_metrics(path, 3, {"reward": 0.5})
-    assert [row["step"] for row in metrics.read_jsonl(path)] == [1, 3]
+    assert [row["step"] for row in files.read_jsonl(path)] == [1]
+    files.append_metrics(path, 3, {"reward": 0.5})
+    assert [row["step"] for row in files.read_jsonl(path)] == [1, 3]
     assert tail not in path.read_text()
 
 
 def test_a_file_with_only_a_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"st')
-    assert metrics.read_jsonl(path) == []
-    metrics.append_metrics(path, 1, {})
-    assert [row["step"] for row in metrics.read_jsonl(path)] == [1]
+    assert files.read_jsonl(path) == []
+    files.append_metrics(path, 1, {})
+    assert [row["step"] for row in files.read_jsonl(path)] == [1]
 
 
 def test_a_bad_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2: not JSON"):
-        metrics.read_jsonl(path)
+        files.read_jsonl(path)
     path.write_text('{"step": 1}\n[1]\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2: not a JSON object"):
-        metrics.read_jsonl(path)
+        files.read_jsonl(path)
 
 
 def test_truncate_after_drops_the_steps_that_will_be_redone(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics.truncate_after(path, 3)
+    files.truncate_after(path, 3)
     assert not path.exists()
     for step in range(5):
-        metrics.append_metrics(path, step, {"reward": step / 4})
-    metrics.truncate_after(path, 2)
-    assert [row["step"] for row in metrics.read_jsonl(path)] == [0, 1, 2]
+        files.append_metrics(path, step, {"reward": step / 4})
+    files.truncate_after(path, 2)
+    assert [row["step"] for row in files.read_jsonl(path)] == [0, 1, 2]
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["step", "time", "nonfinite"])
 def test_reserved_names_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=f"'{name}'"):
-        metrics.append_metrics(tmp_path / "metrics.jsonl", 1, {name: 1.0})
+        files.append_metrics(tmp_path / "metrics.jsonl", 1, {name: 1.0})
 
 
 @pytest.mark.parametrize("value", ["0.5", None, [1.0, 2.0], {"a": 1}, np.zeros(0)])
 def test_only_numbers_are_metrics(tmp_path, value):
     with pytest.raises(TypeError, match="'reward'"):
-        metrics.append_metrics(tmp_path / "metrics.jsonl", 1, {"reward": value})
+        files.append_metrics(tmp_path / "metrics.jsonl", 1, {"reward": value})
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_write_json_is_whole_sorted_and_never_nan(tmp_path):
     path = tmp_path / "state.json"
-    metrics.write_json(path, {"b": 1, "a": [0.1]})
+    files.write_json(path, {"b": 1, "a": [0.1]})
     assert path.read_text() == '{\n  "a": [\n    0.1\n  ],\n  "b": 1\n}\n'
     with pytest.raises(ValueError):
-        metrics.write_json(path, {"a": math.nan})
+        files.write_json(path, {"a": math.nan})
     assert json.loads(path.read_text()) == {"a": [0.1], "b": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
-
-
-@pytest.mark.parametrize("total", [1, 7, 1000])
-def test_progress_without_a_terminal_is_a_few_plain_lines(capsys, total):
-    assert sum(1 for _ in console.progress(range(total), "answer", "question")) == total
-    with console.progress(total, "decode", "token") as bar:
-        for _ in range(total):
-            bar.update(1)
-    with console.progress((n for n in range(total)), "stream") as bar:
-        assert len(list(bar)) == total
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) <= 6 and all(lines) and "\r" not in "".join(lines)
-    assert any(line.startswith(f"answer: {total}/{total} question, 00:00 so far") for line in lines)
-    assert any(line.startswith(f"decode: {total}/{total} token") for line in lines)

@@ -8,12 +8,13 @@ it has passed.
 """
 
 import os
-from collections.abc import Sequence
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from seal_jax.hosts.files import whole_folder
 from seal_jax.models import lora
@@ -78,27 +79,30 @@ def export_run(
     mesh = make_mesh(data=1, fsdp=-1)  # the parameters spread over all devices
     base = load_model(source, dtype, mesh)
     parts, adapters, params = _adapted(found, adapter, base, mesh, need_adapters=not merged)
-    expected = _logits(base.config, params, None)
     with whole_folder(folder) as temporary:
         if merged:
             save_safetensors(temporary, params, base.config)
             save_config(temporary, base, dtype)
-            logits = _logits(base.config, _read_merged(temporary, base, dtype, mesh), None)
+            written = _logits(base.config, _read_merged(temporary, base, dtype, mesh))
         else:
             save_peft(temporary, lora.concatenate(adapters), base.config, source)
-            written = to_device(load_peft(temporary, base.config), replicated(mesh))
-            logits = _logits(base.config, base.params, written)
-        error = _difference(logits, expected)
-        change = _difference(logits, _logits(base.config, base.params, None))
-        if not error <= TOLERANCE[dtype]:
-            raise OSError(
-                f"what was written for {adapter!r} computes other logits than the run's model:"
-                f" relative difference {error:.2g}, at most {TOLERANCE[dtype]:g} is allowed."
-                " Nothing was exported"
-            )
-        if change == 0:
-            raise ValueError(f"{adapter!r} does nothing: its logits are the base model's")
+            read = to_device(load_peft(temporary, base.config), replicated(mesh))
+            written = _logits(base.config, base.params, read)
+        error = _difference(written, _logits(base.config, params))
+        change = _difference(written, _logits(base.config, base.params))
+        _check(adapter, error, change, TOLERANCE[dtype])
     return Exported(tuple(parts), error, change)
+
+
+def _check(adapter: str, error: float, change: float, tolerance: float) -> None:
+    if not error <= tolerance:
+        raise OSError(
+            f"what was written for {adapter!r} computes other logits than the run's model:"
+            f" relative difference {error:.2g}, at most {tolerance:g} is allowed."
+            " Nothing was exported"
+        )
+    if change == 0:
+        raise ValueError(f"{adapter!r} does nothing: its logits are the base model's")
 
 
 def refuse_filled(folder: str | os.PathLike) -> None:
@@ -109,38 +113,31 @@ def refuse_filled(folder: str | os.PathLike) -> None:
 
 
 def _adapted(
-    run: RunFolder, adapter: str, base: Model, mesh: Any, need_adapters: bool
+    run: RunFolder, adapter: str, base: Model, mesh: Mesh, need_adapters: bool
 ) -> tuple[list[str], list[Adapters], Params]:
     """Return the ids of the adapters that make up a model, the adapters, and the model's params."""
+    load = partial(load_adapter, str(run.folder), config=base.config)
+    ids, params = [], None
     if adapter == "policy":
         num_steps, params = restore_policy(run, base.config, mesh)
-        if not need_adapters:
-            return [], [], params
-        ids = [policy_id(step) for step in range(num_steps)]
-        return ids, _load_adapters(run, ids, base.config, mesh), params
-    _, parents = load_adapter(str(run.folder), adapter, base.config)
-    if parents is None:
-        raise ValueError(
-            f"{adapter!r} was trained on a policy that was trained as a whole (outer.update ="
-            " 'full'): it is no adapter of the base model"
-        )
-    ids = [*parents, adapter]
-    adapters = _load_adapters(run, ids, base.config, mesh)
-    params = base.params
-    merge = jax.jit(lora.merge, out_shardings=param_shardings(mesh, params, base.config.rules))
-    for part in adapters:
-        params = merge(params, part)
+        if need_adapters:
+            ids = [policy_id(step) for step in range(num_steps)]
+    else:
+        _, parents = load(adapter)
+        if parents is None:
+            raise ValueError(
+                f"{adapter!r} was trained on a policy that was trained as a whole (outer.update ="
+                " 'full'): it is no adapter of the base model"
+            )
+        ids = [*parents, adapter]
+    adapters = to_device([load(adapter_id)[0] for adapter_id in ids], replicated(mesh))
+    if params is None:
+        where = param_shardings(mesh, base.params, base.config.rules)
+        params = reduce(jax.jit(lora.merge, out_shardings=where), adapters, base.params)
     return ids, adapters, params
 
 
-def _load_adapters(
-    run: RunFolder, ids: Sequence[str], config: ModelConfig, mesh: Any
-) -> list[Adapters]:
-    loaded = [load_adapter(str(run.folder), adapter_id, config)[0] for adapter_id in ids]
-    return to_device(loaded, replicated(mesh))
-
-
-def _read_merged(folder: Path, base: Model, dtype: str, mesh: Any) -> Params:
+def _read_merged(folder: Path, base: Model, dtype: str, mesh: Mesh) -> Params:
     """Return the parameters of a written model; raise OSError if it is another kind of model."""
     model = load_model(str(folder), dtype, mesh)
     tokens = [m.tokenizer.encode(_SAMPLE) + list(m.tokenizer.stop_ids) for m in (model, base)]
@@ -149,7 +146,7 @@ def _read_merged(folder: Path, base: Model, dtype: str, mesh: Any) -> Params:
     return model.params
 
 
-def _logits(config: ModelConfig, params: Params, adapters: Adapters | None) -> np.ndarray:
+def _logits(config: ModelConfig, params: Params, adapters: Adapters | None = None) -> np.ndarray:
     """Return the logits of two fixed rows of tokens, f32[2 T V]."""
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(2, 32), dtype=np.int32)
     run = jax.jit(forward, static_argnums=0)

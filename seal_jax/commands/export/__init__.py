@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print_adapters(arguments.run)
         return 0
-    from seal_jax.runs.export import export_run
+    from seal_jax.commands.export.export_run import export_run
 
     exported = export_run(
         arguments.run, arguments.to, adapter=arguments.adapter, merged=arguments.merged

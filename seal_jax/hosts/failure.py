@@ -1,0 +1,70 @@
+"""One process of a run fails: the others end too, with its message.
+
+They may wait for it in a computation, which no exception reaches.
+"""
+
+import atexit
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+
+import jax
+from jax._src import distributed  # JAX has no public door to it
+
+_GRACE = 3.0  # seconds, for a process to end by itself where another has failed
+_ENDS = threading.Event()  # this process does, by itself
+_FAILED, _FIRST_FAILED = "seal_jax/failed", "seal_jax/first_failed"
+
+
+def watch_others() -> None:
+    """End this process a moment after another has failed, from now on, in a thread."""
+    watch = threading.Thread(target=_end_where_another_fails, daemon=True)
+    watch.start()
+
+    def stop_watching() -> None:  # before Python ends it within a call of JAX's, which aborts
+        _ENDS.set()
+        watch.join()
+
+    atexit.register(stop_watching)
+
+
+def _end_where_another_fails() -> None:
+    client, message = distributed.global_state.client, ""
+    while not message:
+        if _ENDS.wait(1.0):
+            return
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has failed
+            message = client.key_value_try_get(_FIRST_FAILED)
+    if not _ENDS.wait(_GRACE):
+        print(f"ended, as another process failed: {message}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+def end_others(message: str, code: int) -> None:
+    """Tell the others that this process has failed; they end with the same message.
+
+    Returns where all have failed, each for itself; else this process ends here, after them, as they
+    may need its service.
+
+    Args:
+      code: what this process ends with.
+    """
+    state = distributed.global_state
+    if state.client is None:
+        return
+    _ENDS.set()
+    said = f"process {state.process_id} on {socket.gethostname()}: {message}"
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or is gone
+        state.client.key_value_set(f"{_FAILED}/{state.process_id}", said)
+        state.client.key_value_set(_FIRST_FAILED, said)
+    deadline = time.monotonic() + 2 * _GRACE
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        while time.monotonic() < deadline:
+            if len(state.client.key_value_dir_get(_FAILED)) == state.num_processes:
+                return
+            time.sleep(0.1)
+    sys.stderr.flush()
+    os._exit(code)  # the others are gone: nobody comes to JAX's barrier at the end

@@ -198,3 +198,13 @@ def tree_bytes(tree: Any) -> int:
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
+
+
+def along(mesh: Mesh, rules: ParamRules = (), **sizes: int) -> NamedSharding:
+    """Return the sharding of arrays whose first axes are logical ones, of these sizes.
+
+    `along(mesh, rules, rows=8, heads=4)` is for [rows heads ...]; an axis whose size is not divided
+    is whole.
+    """
+    entries = (divided(mesh, logical, size, rules) for logical, size in sizes.items())
+    return NamedSharding(mesh, PartitionSpec(*entries))

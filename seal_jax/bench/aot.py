@@ -36,7 +36,7 @@ from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
 from seal_jax.optim import make_optimizer
 from seal_jax.planning.program_costs import cycles_of, executed
-from seal_jax.sampling.decode import decode, prefill, rows_shapes
+from seal_jax.sampling.decode import RowsShape, decode, prefill, rows_shapes
 from seal_jax.sharding import leading, param_shardings, replicated, shaped
 from seal_jax.types import InnerBatch
 
@@ -171,11 +171,11 @@ def compile_decode(
       num_slots: of a row, half of them its prompt's.
     """
     whole, half = replicated(mesh), num_slots // 2
-    shapes = num_rows, num_rows, half, half, half
+    shape = RowsShape(jnp.bfloat16, num_rows, num_rows, half, half, half, keep_seen=True)
     with jax.set_mesh(mesh):
         params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), jnp.bfloat16))
         params = shaped(params, param_shardings(mesh, params))
-        rows = rows_shapes(config, jnp.bfloat16, *shapes, 0, True, mesh)
+        rows = rows_shapes(config, shape, mesh)
         stop_ids = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=whole)
         num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
         return decode.lower(config, params, None, rows, stop_ids, num_steps, mesh=mesh).compile()

@@ -258,8 +258,6 @@ def write(
 ) -> tuple[Rollout, list[str]]:
     """Let the policy continue each prompt, as often as there are paths for it (see keys.py)."""
     settings = stages.settings
-    sample = settings.sample._asdict()
-    del sample["num_edits"], sample["constrained"]
     tokens = [stages.model.tokenizer.encode_prompt(text, settings.model.chat) for text in prompts]
     check_lengths(stages.model.config, tokens, settings.sample.max_tokens)
     bar = progress(len(paths), label, "text")
@@ -268,10 +266,10 @@ def write(
         params,
         tokens,
         paths,
+        settings.sample,
         mesh=stages.mesh,
         constrain=constrain and (lambda _, tokens: constrain(tokens)),
         show=bar.update,
-        **sample,
     )
     bar.close()
     return written

@@ -118,8 +118,9 @@ def _writing(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> 
     )
     dtype = model.params["embed"]["embedding"].dtype
     # Each row with a prompt of its own: as rows are that come and go.
-    shapes = (B, B, S, section.max_tokens, section.max_tokens)
-    rows = decode.rows_shapes(model.config, dtype, *shapes, 0, keep_seen, mesh)
+    sizes = (B, B, S, section.max_tokens, section.max_tokens)
+    shape = decode.RowsShape(dtype, *sizes, keep_seen=keep_seen)
+    rows = decode.rows_shapes(model.config, shape, mesh)
     stop_ids = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=replicated(mesh))
     num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     arguments = (model.config, model.params, None, rows, stop_ids, num_steps)

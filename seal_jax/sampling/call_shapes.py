@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -67,7 +67,7 @@ def plan_call(
     """
     A, dtype = len(prompts), params["embed"]["embedding"].dtype
     S = prompt_bucket(max(len(prompt) for group in prompts for prompt in group))
-    room = _room((params, adapters), adapters, mesh)
+    room = _room(params, adapters, mesh)
     wanted, sizes = _sizes(config, mesh, prompts, max_rows)
     for size, copies in sizes:
         at_once = _read_at_once(prompts, size, S)
@@ -126,19 +126,15 @@ def _read_at_once(prompts: Sequence[Sequence[Sequence[int]]], size: int, num_slo
     return -(-num_prompts // num_calls)
 
 
-def _room(resident: Any, adapters: Any, mesh: Mesh) -> float:
-    """Return the bytes that each device of any process has left, as adapters are split too.
-
-    A CPU does not tell what lies there already, but the arrays do.
-    """
-    stats = mesh.local_devices[0].memory_stats() or {}
-    taken = max(_array_bytes(resident), stats.get("bytes_in_use", 0))
-    room = device_bytes(mesh) - taken - _array_bytes(adapters)  # see `start`
-    return least("room for generation", room)
-
-
-def _array_bytes(trees: Any) -> int:
-    return tree_bytes([x for x in jax.tree.leaves(trees) if isinstance(x, jax.Array)])
+def _room(params: Params, adapters: Adapters | None, mesh: Mesh) -> float:
+    """Return the bytes that a device has left, of any process, with a copy of the adapters."""
+    of_model, of_adapters = (
+        tree_bytes([x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)])
+        for tree in ((params, adapters), adapters)
+    )
+    stats = mesh.local_devices[0].memory_stats() or {}  # of a CPU there are none
+    taken = max(of_model, stats.get("bytes_in_use", 0)) + of_adapters  # which `start` splits
+    return least("room for generation", device_bytes(mesh) - taken)
 
 
 def prompt_bucket(length: int) -> int:

@@ -91,13 +91,11 @@ def cache_sharding(config: ModelConfig, mesh: Mesh, num_rows: int) -> NamedShard
 
 def _where(config: ModelConfig, mesh: Mesh, state: Prefilled | Rows) -> Prefilled | Rows:
     """Return the shardings of the state, a prefix of it."""
-    by_row = leading(mesh, "rows", len(state.length), config.rules)
-    return type(state)(
-        *(
-            cache_sharding(config, mesh, len(x.keys[0])) if isinstance(x, KVCache) else by_row
-            for x in state
-        )
-    )
+    shardings = [leading(mesh, "rows", len(state.length), config.rules)] * len(state)
+    for i, x in enumerate(state):
+        if isinstance(x, KVCache):
+            shardings[i] = cache_sharding(config, mesh, len(x.keys[0]))
+    return type(state)(*shardings)
 
 
 def _placed(config: ModelConfig, mesh: Mesh, state: Prefilled | Rows) -> Prefilled | Rows:

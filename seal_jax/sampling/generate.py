@@ -68,27 +68,28 @@ class Limits(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What stays as it is during a call of `generate`."""
+    """What a call of `generate` is asked for."""
 
     config: ModelConfig
-    mesh: Mesh
     params: Params
-    turned: Params  # what decoding takes instead, see models/turned.py
-    adapters: Adapters | None  # split by layers
+    adapters: Adapters | None
     prompts: list[tuple[int, ...]]  # [N]
     key_data: np.ndarray  # [N ...]
     settings: Settings  # [N]
+    mesh: Mesh
     limits: Limits
-    shapes: CallShapes
-    chunk: int  # steps of a device call
-    num_steps: jax.Array  # the same, on the devices
-    stop_ids: jax.Array
 
 
 class _State(NamedTuple):
-    """What the host knows between two calls of the device; all but `rows` is changed in place."""
+    """What a call knows between two calls of the device; the host's part is changed in place."""
 
-    rows: decode.Rows  # on the devices
+    turned: Params  # what decoding takes instead of params, see models/turned.py
+    adapters: Adapters | None  # split by layers
+    rows: decode.Rows
+    stop_ids: jax.Array
+    num_steps: jax.Array  # of one device call
+    chunk: int  # the same, on the host
+    shapes: CallShapes
     at: np.ndarray  # i64[A B/A] which prompt each row continues; -1 is an empty row
     waiting: list[deque[int]]  # of each adapter, the prompts that no row continues yet
     so_far: dict[int, list[int]]  # what the rows at work have written, by prompt
@@ -121,19 +122,17 @@ def generate(
       ValueError: a prompt is too long for the model; not even a row of every adapter fits into
         memory; numbers of rows that differ; a row that may be continued with no token.
     """
-    bounds = Limits(**limits)
     groups = [[tuple(prompt) for prompt in group] for group in prompts]
-    flat = list(chain(*groups))
-    _check(config, flat, keys, settings, bounds)
-    samples = Samples(
-        np.full((len(flat), bounds.max_tokens), bounds.pad_id, np.int32),
-        np.zeros((len(flat), bounds.max_tokens), np.float32),
-        np.zeros((len(flat), bounds.max_tokens), bool),
-        np.zeros(len(flat), bool),
-    )
+    flat, key_data = list(chain(*groups)), to_host(jax.random.key_data(keys))
+    call = _Call(config, params, adapters, flat, key_data, settings, mesh, Limits(**limits))
+    _check(call)
+    shape = len(flat), call.limits.max_tokens
+    tokens = np.full(shape, call.limits.pad_id, np.int32)
+    logp, mask = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    samples = Samples(tokens, logp, mask, np.zeros(len(flat), bool))
     if not any(flat):
         return samples
-    call, state = _begin(config, params, adapters, groups, keys, settings, mesh, bounds)
+    state = _begin(call, groups)
     while state.so_far or any(state.waiting):
         while _is_time_to_admit(state):
             state = _admit(call, state)
@@ -144,60 +143,43 @@ def generate(
     return samples
 
 
-def _check(
-    config: ModelConfig, prompts: list, keys: jax.Array, settings: Settings, limits: Limits
-) -> None:
-    max_tokens, max_rows = limits.max_tokens, limits.max_rows
+def _check(call: _Call) -> None:
+    max_tokens, max_rows, N = call.limits.max_tokens, call.limits.max_rows, len(call.prompts)
     if max_tokens < 1 or max_rows < 1:
         raise ValueError(f"max_tokens={max_tokens}, max_rows={max_rows}: expected at least 1")
-    lengths = {len(keys), *(len(x) for x in settings)}
-    if lengths != {len(prompts)}:
-        raise ValueError(f"{len(prompts)} prompts, but keys or settings of {sorted(lengths)} rows")
-    check_lengths(config, prompts, max_tokens)
+    lengths = {len(call.key_data), *(len(x) for x in call.settings)}
+    if lengths != {N}:
+        raise ValueError(f"{N} prompts, but keys or settings of {sorted(lengths)} rows")
+    check_lengths(call.config, call.prompts, max_tokens)
 
 
-def _begin(
-    config: ModelConfig,
-    params: Params,
-    adapters: Adapters | None,
-    groups: list[list[tuple[int, ...]]],
-    keys: jax.Array,
-    settings: Settings,
-    mesh: Mesh,
-    limits: Limits,
-) -> tuple[_Call, _State]:
+def _begin(call: _Call, groups: list[list[tuple[int, ...]]]) -> _State:
     """Choose the shapes, and make rows that are all empty."""
+    config, params, adapters, *_, mesh, limits = call
     max_tokens = limits.max_tokens
     shapes = plan_call(config, params, adapters, groups, mesh, max_tokens, limits.max_rows)
     rows_shape = shapes.rows._replace(
         num_slots=grown(_CHUNK, max_tokens),
         pad_id=limits.pad_id,
-        keep_seen=bool((np.asarray(settings.repetition_penalty) != 1).any()),
+        keep_seen=bool((np.asarray(call.settings.repetition_penalty) != 1).any()),
     )
     to_turn = params if shapes.turned else None
     turned, adapters, rows = decode.start(config, to_turn, adapters, rows_shape, mesh)
     chunk = 1 if limits.constrain else STOP_CHUNK if limits.stop else _CHUNK
-    call = _Call(
-        config=config,
-        mesh=mesh,
-        params=params,
+    firsts = accumulate(map(len, groups[:-1]), initial=0)
+    numbered = [enumerate(group, first) for group, first in zip(groups, firsts, strict=True)]
+    return _State(
         turned=turned or params,
         adapters=adapters,
-        prompts=list(chain(*groups)),
-        key_data=to_host(jax.random.key_data(keys)),
-        settings=settings,
-        limits=limits,
-        shapes=shapes,
-        chunk=chunk,
-        num_steps=to_device(np.int32(chunk), replicated(mesh)),
+        rows=rows,
         stop_ids=to_device(np.asarray(limits.stop_ids, np.int32), replicated(mesh)),
+        num_steps=to_device(np.int32(chunk), replicated(mesh)),
+        chunk=chunk,
+        shapes=shapes,
+        at=np.full((len(groups), rows_shape.num_rows // len(groups)), -1),
+        waiting=[deque(i for i, prompt in group if prompt) for group in numbered],
+        so_far={},
     )
-    starts = zip(groups, accumulate(map(len, groups), initial=0), strict=False)
-    waiting = [
-        deque(i for i, prompt in enumerate(group, start) if prompt) for group, start in starts
-    ]
-    at = np.full((len(groups), shapes.rows.num_rows // len(groups)), -1)
-    return call, _State(rows, at, waiting, {})
 
 
 def _by_row(call: _Call, arrays: Any) -> Any:
@@ -208,8 +190,8 @@ def _by_row(call: _Call, arrays: Any) -> Any:
 
 def _is_time_to_admit(state: _State) -> bool:
     """Whether prompts can begin: all that wait, or many at a time, or nobody else is at work."""
-    rows = zip(state.at, state.waiting, strict=True)
-    ready = sum(min(int((row < 0).sum()), len(queue)) for row, queue in rows)
+    groups = zip(state.at, state.waiting, strict=True)
+    ready = sum(min(int((rows < 0).sum()), len(queue)) for rows, queue in groups)
     all_wait = ready == sum(map(len, state.waiting))
     return ready > 0 and (4 * ready >= state.at.size or not state.so_far or all_wait)
 
@@ -221,7 +203,7 @@ def _admit(call: _Call, state: _State) -> _State:
     with jax.set_mesh(call.mesh):  # for the attention kernels
         read = _by_row(call, tuple(read))
         new = decode.prefill(
-            call.config, call.params, call.adapters, *read, mesh=call.mesh, keep_seen=keep_seen
+            call.config, call.params, state.adapters, *read, mesh=call.mesh, keep_seen=keep_seen
         )
     index = np.maximum(chosen.reshape(-1), 0)
     settings = Settings(*(x[index] for x in call.settings))
@@ -238,12 +220,13 @@ def _choose_prompts(call: _Call, state: _State) -> tuple[np.ndarray, ...]:
     They come in order: where rows share prompts all begin at the start, and stand as planned.
 
     Returns:
-      chosen [A n]: which prompt begins in a row, or -1; `at` is changed accordingly.
-      source i32[B]: its place among the tokens i32[A * at_once, S], and those's lengths.
+      chosen [A B/A]: which prompt begins in a row, or -1; `at` is changed accordingly.
+      source i32[B]: its place among the tokens, which come next.
+      tokens i32[A * at_once, S], and their lengths.
     """
-    at, at_once = state.at, call.shapes.at_once
+    at, at_once = state.at, state.shapes.at_once
     chosen, source = np.full_like(at, -1), np.full(at.shape, -1, np.int32)
-    shape = len(at) * at_once, call.shapes.rows.prompt_slots
+    shape = len(at) * at_once, state.shapes.rows.prompt_slots
     tokens = np.full(shape, call.limits.pad_id, np.int32)
     lengths = np.zeros(len(tokens), np.int32)
     for a, queue in enumerate(state.waiting):
@@ -264,21 +247,19 @@ def _choose_prompts(call: _Call, state: _State) -> tuple[np.ndarray, ...]:
 def _grow(call: _Call, state: _State) -> _State:
     """Give the cache room for the next steps, if it has none."""
     max_tokens = call.limits.max_tokens
-    needed = min(max(map(len, state.so_far.values())) + call.chunk, max_tokens)
+    needed = min(max(map(len, state.so_far.values())) + state.chunk, max_tokens)
     if needed <= state.rows.num_slots:
         return state
     same = np.arange(state.at.size, dtype=np.int32)
-    places = _by_row(call, same), _by_row(call, same[: state.rows.num_prompts])
-    num_slots = grown(needed, max_tokens)
-    rows = decode.move(call.config, state.rows, *places, mesh=call.mesh, num_slots=num_slots)
-    return state._replace(rows=rows)
+    prompts = same[: state.rows.num_prompts]
+    return state._replace(rows=_move(call, state.rows, same, prompts, grown(needed, max_tokens)))
 
 
 def _decode(call: _Call, state: _State) -> _State:
     """Let the rows at work write some tokens."""
     allowed = _by_row(call, _allowed(call, state)) if call.limits.constrain else None
-    model = call.config, call.turned, call.adapters
-    rows = decode.decode(*model, state.rows, call.stop_ids, call.num_steps, allowed, mesh=call.mesh)
+    arguments = state.turned, state.adapters, state.rows, state.stop_ids, state.num_steps
+    rows = decode.decode(call.config, *arguments, allowed, mesh=call.mesh)
     return state._replace(rows=rows)
 
 
@@ -333,13 +314,18 @@ def _collect(call: _Call, state: _State, samples: Samples) -> _State:
 
 def _shrink(call: _Call, state: _State) -> _State:
     """Move the rows that are left into a smaller batch, where nobody waits and they are few."""
-    (A, size), few = state.at.shape, call.shapes.few
+    (A, size), few = state.at.shape, state.shapes.few
     if any(state.waiting) or few >= size or ((state.at >= 0).sum(axis=1) > few).any():
         return state
     order = np.argsort(state.at < 0, axis=1, kind="stable")[:, :few]  # at work: first
     index = (order + np.arange(A)[:, None] * size).reshape(-1).astype(np.int32)
-    prompt = index // (A * size // state.rows.num_prompts)  # a copy for each
-    places = _by_row(call, index), _by_row(call, prompt)
-    num_slots = state.rows.num_slots
-    rows = decode.move(call.config, state.rows, *places, mesh=call.mesh, num_slots=num_slots)
+    prompts = index // (A * size // state.rows.num_prompts)  # a copy for each
+    rows = _move(call, state.rows, index, prompts, state.rows.num_slots)
     return state._replace(rows=rows, at=np.take_along_axis(state.at, order, axis=1))
+
+
+def _move(
+    call: _Call, rows: decode.Rows, index: np.ndarray, prompts: np.ndarray, num_slots: int
+) -> decode.Rows:
+    places = _by_row(call, index), _by_row(call, prompts)
+    return decode.move(call.config, rows, *places, mesh=call.mesh, num_slots=num_slots)

@@ -61,7 +61,7 @@ __all__ = sorted(_HOME)
 # Modules that had another name: the old name gives what the new ones hold, with a warning.
 _MOVED = {
     "adapters": "runs.adapters",
-    "cache_plan": "sampling.cache_plan",
+    "cache_plan": "sampling.call_shapes",
     "checkpoint": "runs.checkpoint",
     "cli": "commands.main",
     "compare": "outer.comparison",

@@ -275,3 +275,13 @@ def _on_shard(
     first = jax.lax.axis_index(axes) * state.step.shape[0]
     lanes = jnp.where(batch.lanes >= 0, batch.lanes - first, -1)
     return run_steps(params, state, batch._replace(lanes=lanes))
+
+
+def along(mesh: Mesh, rules: ParamRules = (), **sizes: int) -> NamedSharding:
+    """Return the sharding of arrays whose first axes are logical ones, of these sizes.
+
+    `along(mesh, rules, rows=8, heads=4)` is for [rows heads ...]; an axis whose size is not divided
+    is whole.
+    """
+    entries = (divided(mesh, logical, size, rules) for logical, size in sizes.items())
+    return NamedSharding(mesh, PartitionSpec(*entries))

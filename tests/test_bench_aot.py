@@ -70,13 +70,13 @@ def test_cycles_count_loops_calls_and_the_dearest_branch():
     # 8 steps of a product and 5 lanes; the last loop says itself that it runs 3 times.
     lanes = 8 * 5 * 10 + 3 * 10
     assert by_op == collections.Counter({"mlp/dot": 8000, "optimizer/add": lanes, "": 8 + 20})
-    assert aot.estimated_cycles(PROGRAM, unknown_trip_count=5) == 8000 + lanes + 28
-    assert aot.estimated_cycles(PROGRAM) == 8000 + 8 * 10 + 30 + 28
+    assert aot.cycles_by_op(PROGRAM, unknown_trip_count=5).total() == 8000 + lanes + 28
+    assert aot.cycles_by_op(PROGRAM).total() == 8000 + 8 * 10 + 30 + 28
 
 
 def test_a_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
-        aot.estimated_cycles("HloModule empty\n")
+        aot.cycles_by_op("HloModule empty\n").total()
 
 
 @pytest.mark.parametrize("tied", [False, True])

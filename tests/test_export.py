@@ -12,7 +12,7 @@ import pytest
 from tiny_run import CONFIG, TESTS, run_loop, train_arguments
 
 from seal_jax.commands import main as cli
-from seal_jax.config import load_config
+from seal_jax.config import default_config, load_config
 from seal_jax.config.setup import settings_of
 from seal_jax.config.workdir import claim_workdir
 from seal_jax.hosts.files import read_jsonl
@@ -28,6 +28,7 @@ from seal_jax.runs.kept_adapters import drop_adapters
 from seal_jax.sampling.written import write_self_edits
 from seal_jax.sources import load_model
 from seal_jax.tasks.task import Exam, Problem
+from seal_jax.types import SampleSettings
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -46,8 +47,9 @@ def greedy(model, mesh, prompts=PROMPTS, num_tokens=64):
     """Return our text of each prompt, up to the stop token."""
     encoded = [model.tokenizer.encode(prompt) for prompt in prompts]
     paths = [(0, i) for i in range(len(prompts))]
-    options = {"temperature": 0.0, "top_p": 1.0, "max_tokens": num_tokens, "max_rows": 4}
-    return write_self_edits(model, model.params, encoded, paths, mesh=mesh, **options)[1]
+    settings = SampleSettings(**default_config().sample)
+    settings = settings._replace(temperature=0.0, top_p=1.0, max_tokens=num_tokens, max_rows=4)
+    return write_self_edits(model, model.params, encoded, paths, settings, mesh=mesh)[1]
 
 
 def assert_elsewhere(theirs, ours, mesh, tokenizer=None, prompts=PROMPTS):

@@ -13,17 +13,20 @@ from one_device import one_device_mesh
 
 from seal_jax.bench.peft_peer import torch_model
 from seal_jax.bench.timing import count_compiles
+from seal_jax.config import default_config
 from seal_jax.models import lora
 from seal_jax.models.transformer import forward
-from seal_jax.sampling import cache_plan
+from seal_jax.sampling import call_shapes
+from seal_jax.sampling import decode as device
 from seal_jax.sampling import generate as sample
-from seal_jax.sampling.cache_plan import check_lengths
-from seal_jax.sampling.decode import decode, no_rows
+from seal_jax.sampling.call_shapes import check_lengths, plan_call
+from seal_jax.sampling.decode import RowsShape, decode, no_rows
 from seal_jax.sampling.draw import make_settings
 from seal_jax.sampling.generate import generate
 from seal_jax.sampling.written import make_stop, text_before, texts_of, write_self_edits
 from seal_jax.sources import load_model
 from seal_jax.tasks.knowledge.passages import load_problems
+from seal_jax.types import SampleSettings
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -239,7 +242,8 @@ def test_few_programs_for_many_prompts(tiny):
 def test_the_cache_is_donated(tiny):
     config, params = tiny
     mesh = one_device_mesh()
-    rows = no_rows(config, jnp.dtype("float32"), 8, 8, 64, 64, 64, PAD, True, mesh)
+    shape = RowsShape(jnp.dtype("float32"), 8, 8, 64, 64, 64, PAD, keep_seen=True)
+    rows = no_rows(config, shape, mesh)
     stop_ids = jnp.array([NOBODY], jnp.int32)
     compiled = decode.lower(config, params, None, rows, stop_ids, jnp.int32(4), mesh=mesh).compile()
     cache = sum(x.nbytes for x in jax.tree.leaves(rows.cache))
@@ -303,7 +307,7 @@ def test_texts_that_exceed_the_context_are_refused(tiny):
 
 
 def test_a_prompt_beyond_the_largest_bucket_has_a_bucket():
-    assert [cache_plan.prompt_bucket(n) for n in (1, 17, 8192, 8193)] == [16, 24, 8192, 16384]
+    assert [call_shapes.prompt_bucket(n) for n in (1, 17, 8192, 8193)] == [16, 24, 8192, 16384]
 
 
 @pytest.mark.parametrize("max_rows", [64, 2])
@@ -395,16 +399,16 @@ def test_a_cache_grows_with_its_rows(tiny, monkeypatch):
     prompts = [PROMPTS[i % 6] for i in range(8)]
     options = {"keys": jax.random.split(jax.random.key(3), 8), "temperature": 1.0, "max_rows": 3}
     expected = write(tiny, prompts, max_tokens=40, **options)
-    monkeypatch.setattr(cache_plan, "_SHORTEST_CACHE", 4)
+    monkeypatch.setattr(call_shapes, "_SHORTEST_CACHE", 4)
     monkeypatch.setattr(sample, "_CHUNK", 3)
     lengths = []
 
     def noted(*args, num_slots, **kwargs):
         lengths.append(num_slots)
-        return sample_move(*args, num_slots=num_slots, **kwargs)
+        return move(*args, num_slots=num_slots, **kwargs)
 
-    sample_move = sample.move
-    monkeypatch.setattr(sample, "move", noted)
+    move = device.move
+    monkeypatch.setattr(device, "move", noted)
     grown = write(tiny, prompts, max_tokens=40, **options)
     assert lengths == [8, 16, 40, 40]  # and once more, as the last ones move together
     np.testing.assert_array_equal(grown.tokens, expected.tokens)
@@ -412,28 +416,27 @@ def test_a_cache_grows_with_its_rows(tiny, monkeypatch):
 
 
 def test_a_cache_begins_short_and_doubles():
-    lengths = [cache_plan.grown(n, 8000) for n in (1, 256, 257, 1024, 2049, 5000, 8000)]
+    lengths = [call_shapes.grown(n, 8000) for n in (1, 256, 257, 1024, 2049, 5000, 8000)]
     assert lengths == [128, 256, 512, 1024, 4096, 8000, 8000]
-    assert cache_plan.grown(40, 40) == 40 and cache_plan.grown(300, 600) == 600
+    assert call_shapes.grown(40, 40) == 40 and call_shapes.grown(300, 600) == 600
 
 
 def test_fewer_rows_where_memory_is_short(tiny, greedy, monkeypatch):
     config, params = tiny
 
     def needed(rows):
-        prompts = -(-rows // cache_plan.SHRINK)
-        sizes = {"num_slots": 8, "prompt_slots": 32, "num_prompts": rows, "num_read": prompts}
-        mesh = one_device_mesh()
-        return cache_plan.planned_bytes(config, mesh, "float32", num_rows=rows, **sizes)
+        shape = RowsShape("float32", rows, rows, prompt_slots=32, num_slots=8, max_tokens=8)
+        prompts = -(-rows // call_shapes.SHRINK)
+        return call_shapes.planned_bytes(config, one_device_mesh(), shape, prompts)
 
     model = sum(x.nbytes for x in jax.tree.leaves(params))
     # The cache alone of two rows, written twice, is within the plan.
     assert needed(2) > 2 * 2 * 2 * config.num_layers * 40 * config.num_kv_heads * 8 * 4
-    monkeypatch.setattr(cache_plan, "device_bytes", lambda mesh: model + needed(2) + 1)
+    monkeypatch.setattr(call_shapes, "device_bytes", lambda mesh: model + needed(2) + 1)
     with pytest.warns(UserWarning, match="generation: 2 rows at once, as 6 of up to 40 tokens"):
         samples = write(tiny)
     np.testing.assert_array_equal(samples.tokens, greedy.tokens)
-    monkeypatch.setattr(cache_plan, "device_bytes", lambda mesh: model + needed(1) - 1)
+    monkeypatch.setattr(call_shapes, "device_bytes", lambda mesh: model + needed(1) - 1)
     with pytest.raises(ValueError, match="does not fit: a row of up to 40 tokens.*max_tokens"):
         write(tiny)
 
@@ -465,8 +468,9 @@ def test_other_numbers_of_questions_are_no_other_programs(tiny):
 def test_prompts_for_which_nobody_waits_are_read_together(tiny, groups, max_rows, at_once):
     config, params = tiny
     config = dataclasses.replace(config, max_length=8192)
-    plan = cache_plan.make_plan(config, params, None, groups, one_device_mesh(), 8, max_rows)
-    assert plan.at_once == at_once and plan.few == -(-plan.size // cache_plan.SHRINK)
+    found = plan_call(config, params, None, groups, one_device_mesh(), 8, max_rows)
+    size = found.rows.num_rows // len(groups)
+    assert found.at_once == at_once and found.few == -(-size // call_shapes.SHRINK)
 
 
 @pytest.mark.parametrize(
@@ -482,8 +486,9 @@ def test_prompts_for_which_nobody_waits_are_read_together(tiny, groups, max_rows
 )
 def test_rows_share_prompts_where_nobody_waits(tiny, groups, max_rows, size, copies):
     config, params = tiny
-    plan = cache_plan.make_plan(config, params, None, groups, one_device_mesh(), 8, max_rows)
-    assert (plan.size, plan.copies) == (size, copies)
+    rows = plan_call(config, params, None, groups, one_device_mesh(), 8, max_rows).rows
+    assert rows.num_rows == size * len(groups)
+    assert rows.num_prompts == rows.num_rows // copies
 
 
 def test_rows_that_share_a_prompt_are_as_those_that_do_not(tiny, monkeypatch):
@@ -576,11 +581,14 @@ def mixed_prompts(tokenizer):
 def test_a_self_edit_ends_before_its_stop_string():
     model = load_model("random:byte-tiny")
     prompts = [model.tokenizer.encode(text) for text in ("one", "another")]
-    options = {"mesh": one_device_mesh(), "max_tokens": 12, "max_rows": 4, "temperature": 1.0}
+    settings = SampleSettings(**default_config().sample)
+    settings = settings._replace(max_tokens=12, max_rows=4, top_p=1.0)
+    options = {"mesh": one_device_mesh()}
     paths = [(0, r) for r in range(4)]
-    _, free = write_self_edits(model, model.params, prompts, paths, **options)
+    _, free = write_self_edits(model, model.params, prompts, paths, settings, **options)
     stop = (free[0][3:5], free[3][6])
-    rollout, texts = write_self_edits(model, model.params, prompts, paths, stop=stop, **options)
+    settings = settings._replace(stop=stop)
+    rollout, texts = write_self_edits(model, model.params, prompts, paths, settings, **options)
     assert texts == [text_before(text, stop) for text in free] and texts != free
     for row, text in enumerate(texts):
         written = model.tokenizer.decode(rollout.tokens[row][rollout.loss_mask[row]])

@@ -32,7 +32,7 @@ from seal_jax.optim import make_optimizer
 from seal_jax.outer.answers import ask, mean_logp
 from seal_jax.outer.policy_step import init_train_state
 from seal_jax.outer.policy_update import make_policy_update
-from seal_jax.sampling.cache_plan import make_plan
+from seal_jax.sampling.call_shapes import plan_call
 from seal_jax.sampling.draw import make_settings
 from seal_jax.sampling.generate import generate
 from seal_jax.sharding import (
@@ -175,7 +175,8 @@ def test_rows_that_share_a_prompt_are_divided_as_any(model):
 
     def write(mesh):
         params = to_device(model.params, param_shardings(mesh, model.params, CONFIG.rules))
-        assert make_plan(CONFIG, params, None, prompts, mesh, 6, 24).copies == 3
+        rows = plan_call(CONFIG, params, None, prompts, mesh, 6, 24).rows
+        assert (rows.num_rows, rows.num_prompts) == (24, 8)
         rngs, settings = keys.fold([(7, i) for i in range(24)]), make_settings(24, temperature=1.0)
         sizes = {"max_tokens": 6, "max_rows": 24, "pad_id": 256}
         with jax.transfer_guard("disallow"):

@@ -1,14 +1,12 @@
 """Inner loop and generation compiled for TPUs where there are none, and what XLA's model says.
 
-`pip install libtpu` and set JAX_PLATFORMS=cpu: only its compiler is used. Figures are for the
-28 layers of Qwen2.5-7B, rank 32 on q_proj and v_proj, and AdamW. Every chip has the whole base and
-16 adapters of its own, all of which take part in every step, with a row of 64 tokens each: nothing
-of it is padding, whose share depends on the texts and is counted by `seal-jax bench inner`.
+`pip install libtpu` and set JAX_PLATFORMS=cpu: only its compiler is used. Figures are for
+Qwen2.5-7B, rank 32 on q_proj and v_proj, and AdamW. Every chip has the whole base and 16 adapters
+of its own, each with a row of 64 tokens in every step, without padding.
 
-XLA for TPUs notes the clock cycles that it expects of nearly every instruction. Their sum is a
-model of time, for comparisons and against regressions, and no measurement: it has no figure for
-gathers, scatters and sorts that are kernels of their own, for copies between memories, for Pallas
-kernels and for collectives, and it knows no gaps.
+XLA for TPUs notes the clock cycles that it expects of nearly every instruction. Their sum is for
+comparisons, and no measurement: gathers, scatters and sorts that are kernels of their own, copies
+between memories, Pallas kernels, collectives and gaps are not in it.
 
   python -m seal_jax.bench.aot v6e            a decode step, every chip for itself
   python -m seal_jax.bench.aot v5e --tensor 4
@@ -31,29 +29,17 @@ from seal_jax.inner.packing import TPU_LAYOUT, pack, useful_tokens
 from seal_jax.inner.texts import Job, text_of
 from seal_jax.inner.update import make_inner_loop
 from seal_jax.models import lora
-from seal_jax.models.config import LINEARS, ModelConfig
+from seal_jax.models.config import ModelConfig
+from seal_jax.models.known import RANDOM
 from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
 from seal_jax.optim import make_optimizer
 from seal_jax.planning.program_costs import cycles_of, executed
-from seal_jax.sampling.decode import decode, prefill, rows_shapes
-from seal_jax.sharding import batch_sharding, leading, param_shardings, replicated, shaped
-from seal_jax.types import InnerBatch
+from seal_jax.sampling.decode import RowsShape, decode, prefill, rows_shapes
+from seal_jax.sharding import AXES, batch_sharding, leading, param_shardings, replicated, shaped
+from seal_jax.types import InnerBatch, Params
 
-QWEN_7B = ModelConfig(
-    vocab_size=152064,
-    num_layers=28,
-    embed_dim=3584,
-    num_heads=28,
-    num_kv_heads=4,
-    head_dim=128,
-    mlp_dim=18944,
-    family="qwen2",
-    rope_theta=1e6,
-    norm_eps=1e-6,
-    tie_embeddings=False,
-    biases=LINEARS[:3],
-)
+QWEN_7B = RANDOM["qwen2.5-7b"]
 ADAPTERS, TOKENS, STEPS = 16, 1024, 8  # on a chip; a step has room for, on a chip; of one call
 
 
@@ -87,15 +73,21 @@ def report(kind: str, config: ModelConfig = QWEN_7B) -> dict[str, Any]:
     chip, mesh = CHIPS[kind], topology_mesh(CHIPS[kind].topology)
     batch = make_batch(mesh.size)
     compiled = compile_inner_update(config, mesh, batch, quantize=chip.quantize)
-    text, memory = compiled.as_text(), compiled.memory_analysis()
-    seconds = estimated_cycles(text, unknown_trip_count=ADAPTERS) / STEPS / chip.clock
+    seconds = cycles_by_op(compiled.as_text(), ADAPTERS).total() / STEPS / chip.clock
     num_tokens = useful_tokens([batch])[0] / (mesh.size * STEPS)
     return {
         "ms": 1e3 * seconds,
         "share_of_peak": 4 * matmul_params(config) * num_tokens / (seconds * chip.flops),
+        **_memory_and_collectives(compiled),
+    }
+
+
+def _memory_and_collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
+    memory = compiled.memory_analysis()
+    return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
-        "collectives": len(_COLLECTIVE.findall(text)),
+        "collectives": len(_COLLECTIVE.findall(compiled.as_text())),
     }
 
 
@@ -123,8 +115,7 @@ def decode_report(
       ms: the larger of the two.
       share_of_roofline: the roofline's share of the estimate, at most 1.
       draw_ms, share_of_draw: what of it is drawing; top_k, which is optional, is left out.
-      argument_bytes, temp_bytes: on a chip, of the larger of the models that were compiled.
-      collectives: instructions by which chips wait for one another, for which there is no estimate.
+      argument_bytes, temp_bytes, collectives: see `report`; of the larger of these models.
     """
     chip = CHIPS[kind]
     mesh = topology_mesh(chip.topology, tensor)
@@ -133,15 +124,15 @@ def decode_report(
     for num_layers in (few, more):
         some = dataclasses.replace(config, num_layers=num_layers)
         compiled = compile_decode(some, mesh, rows * mesh.size // tensor, slots)
-        ops = cycles_by_op(compiled.as_text())
-        draws = {op: _in_draw(op) * cycles for op, cycles in ops.items()}
+        ops = {op: c for op, c in cycles_by_op(compiled.as_text()).items() if "/top_k/" not in op}
+        draws = {op: c for op, c in ops.items() if "/draw/" in op}
         again = sum(c for op, c in draws.items() if "while/body" in op.split("/draw/")[-1])
-        step = sum(c for op, c in ops.items() if "while/body" in op and "/top_k/" not in op)
+        step = sum(c for op, c in ops.items() if "while/body" in op)
         extra = (tries - 1) * again
         found[num_layers] = step + extra, sum(draws.values()) + extra
     layers = (config.num_layers - few) / (more - few)
     cycles = found[few][0] + layers * (found[more][0] - found[few][0])
-    seconds, memory = cycles / chip.clock, compiled.memory_analysis()
+    seconds = cycles / chip.clock
     numbers = matmul_params(config) / tensor
     numbers += 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots * rows / tensor
     roofline = 2 * numbers / chip.bandwidth
@@ -152,14 +143,14 @@ def decode_report(
         "share_of_roofline": min(1.0, roofline / seconds),
         "draw_ms": 1e3 * found[more][1] / chip.clock,
         "share_of_draw": found[more][1] / chip.clock / max(seconds, roofline),
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "collectives": len(_COLLECTIVE.findall(compiled.as_text())),
+        **_memory_and_collectives(compiled),
     }
 
 
-def _in_draw(op: str) -> bool:
-    return "/draw/" in op and "/top_k/" not in op
+def _params(config: ModelConfig, mesh: Mesh) -> Params:
+    """Return the shapes of a model in bfloat16, divided over the mesh."""
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), jnp.bfloat16))
+    return shaped(params, param_shardings(mesh, params))
 
 
 def compile_decode(
@@ -170,28 +161,23 @@ def compile_decode(
     Args:
       num_slots: of a row, half of them its prompt's.
     """
-    whole, half = replicated(mesh), num_slots // 2
-    shapes = num_rows, num_rows, half, half, half
+    half = num_slots // 2
+    shape = RowsShape(jnp.bfloat16, num_rows, num_rows, half, half, half, keep_seen=True)
     with jax.set_mesh(mesh):
-        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), jnp.bfloat16))
-        params = shaped(params, param_shardings(mesh, params))
-        rows = rows_shapes(config, jnp.bfloat16, *shapes, 0, True, mesh)
-        stop_ids = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=whole)
-        num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-        return decode.lower(config, params, None, rows, stop_ids, num_steps, mesh=mesh).compile()
+        params, rows = _params(config, mesh), rows_shapes(config, shape, mesh)
+        numbers = shaped((np.zeros(1, np.int32), np.int32()), replicated(mesh))  # see `decode`
+        return decode.lower(config, params, None, rows, *numbers, mesh=mesh).compile()
 
 
 def compile_prefill(
     config: ModelConfig, mesh: Mesh, num_prompts: int, num_slots: int
 ) -> jax.stages.Compiled:
     """Return the device call that reads prompts, compiled for a model in bfloat16."""
+    prompts = np.zeros((num_prompts, num_slots), np.int32)
     with jax.set_mesh(mesh):
-        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), jnp.bfloat16))
-        params = shaped(params, param_shardings(mesh, params))
-        by_row = leading(mesh, "rows", num_prompts)
-        prompts = jax.ShapeDtypeStruct((num_prompts, num_slots), jnp.int32, sharding=by_row)
-        length = jax.ShapeDtypeStruct((num_prompts,), jnp.int32, sharding=by_row)
-        return prefill.lower(config, params, None, prompts, length, mesh=mesh).compile()
+        read = shaped((prompts, prompts[:, 0]), leading(mesh, "rows", num_prompts))
+        params = _params(config, mesh)
+        return prefill.lower(config, params, None, *read, mesh=mesh).compile()
 
 
 def topology_mesh(name: str, tensor: int = 1) -> Mesh:
@@ -199,10 +185,7 @@ def topology_mesh(name: str, tensor: int = 1) -> Mesh:
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    axis_types = (AxisType.Auto,) * 3
-    return Mesh(
-        np.reshape(devices, (-1, 1, tensor)), ("data", "fsdp", "tensor"), axis_types=axis_types
-    )
+    return Mesh(np.reshape(devices, (-1, 1, tensor)), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def make_batch(num_chips: int) -> InnerBatch:
@@ -246,11 +229,6 @@ def compile_inner_update(
 
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _COLLECTIVE = re.compile(r" (?:all-\w+|reduce-scatter|collective-permute|send)(?:-start)?\(")
-
-
-def estimated_cycles(hlo_text: str, unknown_trip_count: int = 1) -> int:
-    """Return the clock cycles that XLA expects of a compiled program; see `cycles_by_op`."""
-    return cycles_by_op(hlo_text, unknown_trip_count).total()
 
 
 def cycles_by_op(hlo_text: str, unknown_trip_count: int = 1) -> collections.Counter:

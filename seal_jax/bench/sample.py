@@ -7,20 +7,17 @@
   eight_rows     eight of them, on accelerators
 
 All draw with temperature 1 and no row stops early, so that everybody writes as many tokens. Each is
-timed over a float32 and a bfloat16 model, on accelerators only the latter, ours and theirs by turns
-in one run, and the faster of a contestant's two counts; `--quick` leaves ours over bfloat16 out on
-processors. Ours is timed to its end and to its first few tokens: decode is the difference, and
-prefill what is left.
+timed over a float32 model (on processors) and a bfloat16 one, and the faster counts; `--quick`
+leaves ours over bfloat16 out on processors. Ours is timed to its end and to its first few tokens:
+decode is the difference, and prefill what is left.
 
 The limit of a decode step: the model and the cache are read once at the bandwidth of a large copy,
-or every row's products are made at the speed of one large product, whichever takes longer; both
-measured in the same run. A prompt's cache is read once for all rows that continue it, and of the
-slots that a row writes half, as in the middle of the work. A model that fits into a processor's
-cache can be faster than that.
+or every row's products are made at the speed of one large product, whichever takes longer. A
+prompt's cache is read once for all rows that continue it, and of the slots that a row writes half,
+as in the middle of the work. A model that fits into a processor's cache can be faster than that.
 
-A draw with top_p, without the model, is timed beside a step of many_edits, but for `--quick`.
-
-The programs that prompts of many lengths need are counted on CPUs, where compiling is cheap.
+A draw with top_p, without the model, is timed too, but for `--quick`. The programs that prompts of
+many lengths need are counted on CPUs, where compiling is cheap.
 """
 
 import itertools
@@ -32,7 +29,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh
 
 from seal_jax import keys
 from seal_jax.bench.peft_peer import has_peft, make_peft_generate
@@ -49,6 +45,7 @@ from seal_jax.models import lora
 from seal_jax.models.model import Model
 from seal_jax.sampling.draw import draw, make_settings
 from seal_jax.sampling.generate import STOP_CHUNK, Samples, generate
+from seal_jax.sharding import make_mesh
 from seal_jax.sources import load_model
 from seal_jax.tasks.knowledge.passages import load_problems
 from seal_jax.types import Adapters
@@ -56,7 +53,7 @@ from seal_jax.types import Adapters
 LORA = {"rank": 32, "alpha": 64.0, "targets": ("q_proj", "v_proj")}
 _TIMED_ADAPTERS = 2  # of torch and PEFT's
 _FIRST = STOP_CHUNK  # tokens of the calls that are cut short: one device call of generate's
-_DRAWS = 16  # timed at once: one takes 5 ms, and once 39 on a busy machine
+_DRAWS = 16  # timed at once, as one is short
 
 
 class Work(NamedTuple):
@@ -90,7 +87,9 @@ def run(
     for (name, work), dtype in itertools.product(works.items(), dtypes):
         write = partial(_write, models[dtype], work, _adapters(models[dtype], work))
         calls[f"ours_{name}_{dtype}"] = write
-        calls[f"ours_{name}_{dtype}_first"] = partial(write, stop=_has_first)
+        calls[f"ours_{name}_{dtype}_first"] = partial(
+            write, stop=lambda tokens: len(tokens) >= _FIRST
+        )
     if not quick:  # with few tokens to choose from, what is timed is the call
         calls["draw"] = _make_draw(models[dtypes[0]], works["many_edits"].num_rows)
     if has_peft():
@@ -107,14 +106,8 @@ def run(
         compiles = len(compiled)
     if profile:
         profiled(profile, calls[f"ours_many_edits_{dtypes[0]}"])
-    bandwidth = copied_bytes / seconds["copy"]
-    figures = _figures(models, works, seconds, flops, bandwidth)
-    figures |= {
-        "compiles": compiles,
-        "model": source,
-        "quick": quick,
-        "machine": machine(),
-    }
+    figures = _figures(models, works, seconds, flops, copied_bytes / seconds["copy"])
+    figures |= {"compiles": compiles, "model": source, "quick": quick, "machine": machine()}
     _print(figures)
     if json_file:
         Path(json_file).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -130,22 +123,24 @@ def make_works(model: Model, quick: bool) -> dict[str, Work]:
     ]
     num_prompts, copies, num_adapters = (4, 3, 8) if quick else (8, 5, 32)
     short, long = (16, 24) if quick else (32, 128)
-    chosen = list(itertools.islice(itertools.cycle(passages), num_prompts))
-    edits = [prompt for prompt in chosen for _ in range(copies)]
-    asked = list(itertools.islice(itertools.cycle(questions), num_adapters))
+    edits = [prompt for prompt in _cycled(passages, num_prompts) for _ in range(copies)]
     works = {
         "many_edits": Work([edits], long),
-        "many_adapters": Work(asked, short),
+        "many_adapters": Work(_cycled(questions, num_adapters), short),
         "one_row": Work([passages[:1]], long),
     }
     if jax.default_backend() != "cpu":
-        works["eight_rows"] = Work([list(itertools.islice(itertools.cycle(passages), 8))], long)
+        works["eight_rows"] = Work([_cycled(passages, 8)], long)
     return works
+
+
+def _cycled(items: list, count: int) -> list:
+    return list(itertools.islice(itertools.cycle(items), count))
 
 
 def _mixed(work: Work) -> Work:
     """Return the work with prompts of many lengths, more than fit at once."""
-    prompts = itertools.islice(itertools.cycle(work.prompts[0]), 200)
+    prompts = _cycled(work.prompts[0], 200)
     return Work([[p[: 1 + 7 * i % len(p)] for i, p in enumerate(prompts)]], 8)
 
 
@@ -154,10 +149,6 @@ def _adapters(model: Model, work: Work) -> Adapters | None:
         return None
     rngs = keys.fold([(0, i) for i in range(len(work.prompts))])
     return jax.jit(partial(lora.init_adapters, model.config, **LORA))(rngs)
-
-
-def _has_first(tokens: list[int]) -> bool:
-    return len(tokens) >= _FIRST
 
 
 def _write(
@@ -173,7 +164,7 @@ def _write(
         work.prompts,
         keys.fold([(1, i) for i in range(work.num_rows)]),
         make_settings(work.num_rows, temperature=1.0),
-        mesh=_one_device(),
+        mesh=make_mesh(devices=jax.devices()[:1]),
         stop_ids=[-1],  # nobody writes that
         max_tokens=work.num_tokens,
         max_rows=max(40, work.num_rows if adapters is not None else 0),
@@ -191,25 +182,12 @@ def _make_draw(model: Model, num_rows: int) -> Callable[[], Any]:
     return lambda: [draw_once(logits, rngs, settings) for _ in range(_DRAWS)]
 
 
-def _one_device() -> Mesh:
-    types = (AxisType.Auto,) * 3
-    return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), types, devices=jax.devices()[:1])
-
-
-@partial(jax.jit, donate_argnums=0)
-def _copied(x: jax.Array) -> jax.Array:
-    return x + 1
-
-
 def make_copy(num_bytes: int) -> Callable[[], jax.Array]:
-    """Return a copy to time, that reads and writes `num_bytes` in all.
-
-    In place: memory that is fresh from the system costs ten times as much to write.
-    """
-    x = [jnp.zeros(num_bytes // 8, jnp.float32)]
+    """Return a copy to time, in place, that reads and writes `num_bytes` in all."""
+    x, copied = [jnp.zeros(num_bytes // 8, jnp.float32)], jax.jit(lambda x: x + 1, donate_argnums=0)
 
     def copy() -> jax.Array:
-        x[0] = _copied(x[0])
+        x[0] = copied(x[0])
         return x[0]
 
     return copy
@@ -224,37 +202,25 @@ def _figures(
 ) -> dict[str, Any]:
     peaks = {dtype: flops[dtype] / seconds[f"matmul_{dtype}"] for dtype in models}
     ours, prefill, theirs, steps, shares = {}, {}, {}, {}, {}
-    for name, work in works.items():
-        num_written = work.num_rows * work.num_tokens
-        timed = min(len(work.prompts), _TIMED_ADAPTERS) / len(work.prompts)
-        for dtype in models:
-            key = f"{name}_{dtype}"
+    for (name, work), dtype in itertools.product(works.items(), base_dtypes()):
+        key, num_written = f"{name}_{dtype}", work.num_rows * work.num_tokens
+        if dtype in models:
             whole, first = seconds[f"ours_{key}"], seconds[f"ours_{key}_first"]
             ours[key] = num_written / whole
-            step = (whole - first) / (work.num_tokens - _FIRST)
+            steps[key] = (whole - first) / (work.num_tokens - _FIRST)
             num_prompt_tokens = sum(len(p) for group in work.prompts for p in group)
-            prefill[key] = num_prompt_tokens / (first - _FIRST * step)
-            steps[key] = step
-            shares[key] = _limit(models[dtype], work, bandwidth, peaks[dtype]) / step
-        for key in [f"{name}_{dtype}" for dtype in base_dtypes()]:
-            if f"torch_{key}" in seconds:
-                theirs[key] = num_written * timed / seconds[f"torch_{key}"]
-
-    def best(rates: dict[str, float], name: str) -> float | None:
-        found = (rates.get(f"{name}_{dtype}") for dtype in base_dtypes())
-        return max(filter(None, found), default=None)
-
+            prefill[key] = num_prompt_tokens / (first - _FIRST * steps[key])
+            shares[key] = _limit(models[dtype], work, bandwidth, peaks[dtype]) / steps[key]
+        if f"torch_{key}" in seconds:
+            timed = min(len(work.prompts), _TIMED_ADAPTERS) / len(work.prompts)
+            theirs[key] = num_written * timed / seconds[f"torch_{key}"]
+    best = {name: _best(theirs, name) for name in works}
     step = min(steps[f"many_edits_{dtype}"] for dtype in models)
-    draw_share = seconds["draw"] / _DRAWS / step if "draw" in seconds else None
-    ratios = {
-        name: best(ours, name) / best(theirs, name) if best(theirs, name) else None
-        for name in works
-    }
     return {
-        "ratios": ratios,
+        "ratios": {name: _best(ours, name) / x if x else None for name, x in best.items()},
         "share_of_limit": max(shares[f"many_edits_{dtype}"] for dtype in models),
         "shares_of_limit": shares,
-        "share_of_draw": draw_share,
+        "share_of_draw": seconds["draw"] / _DRAWS / step if "draw" in seconds else None,
         "seconds_per_decode_step": steps,
         "tokens_per_second": ours,
         "prompt_tokens_per_second": prefill,
@@ -262,6 +228,11 @@ def _figures(
         "peak_gflops": {dtype: peak / 1e9 for dtype, peak in peaks.items()},
         "copy_gb_per_second": bandwidth / 1e9,
     }
+
+
+def _best(rates: dict[str, float], name: str) -> float | None:
+    found = (rates.get(f"{name}_{dtype}") for dtype in base_dtypes())
+    return max(filter(None, found), default=None)
 
 
 def _limit(model: Model, work: Work, bandwidth: float, peak: float) -> float:

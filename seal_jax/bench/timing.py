@@ -26,8 +26,7 @@ def interleave(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dic
     """Return the median seconds of each contestant's call, after one call each to warm up.
 
     They take turns, so that what else the machine does hits all alike. One that is too large is
-    left out, and the others' figures are not lost with it. Interrupted, once all have been timed,
-    it returns what there is.
+    left out. Interrupted, once all have been timed, it returns what there is.
     """
     contestants = dict(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -70,11 +69,7 @@ def matmul(dtype: str) -> tuple[Callable[[], jax.Array], float]:
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     out = jnp.float32 if jax.default_backend() == "cpu" else dtype
     product = jax.jit(lambda x, y: jnp.dot(x, y, preferred_element_type=out))
-
-    def several() -> jax.Array:
-        return [product(x, x) for _ in range(count)][-1]
-
-    return several, count * 2.0 * size**3
+    return lambda: [product(x, x) for _ in range(count)][-1], count * 2.0 * size**3
 
 
 def matmul_params(config: ModelConfig) -> int:

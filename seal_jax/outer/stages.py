@@ -18,7 +18,7 @@ from seal_jax.inner.update import InnerUpdate
 from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
 from seal_jax.outer.problems import Batch, OuterStep
-from seal_jax.sampling.cache_plan import check_lengths
+from seal_jax.sampling.call_shapes import check_lengths
 from seal_jax.sampling.written import write_self_edits
 from seal_jax.tasks.task import (
     Exam,
@@ -111,8 +111,6 @@ def write(
 ) -> tuple[Rollout, list[str]]:
     """Let the policy continue each prompt, as often as there are paths for it (see keys.py)."""
     settings = stages.settings
-    options = settings.sample._asdict()
-    del options["num_edits"], options["constrained"]
     encode, chat = stages.model.tokenizer.encode_prompt, settings.model.chat
     tokens = [encode(text, chat) for text in prompts]
     check_lengths(stages.model.config, tokens, settings.sample.max_tokens)
@@ -122,10 +120,10 @@ def write(
         params,
         tokens,
         paths,
+        settings.sample,
         mesh=stages.mesh,
         constrain=constrain and (lambda _, tokens: constrain(tokens)),
         show=bar.update,
-        **options,
     )
     bar.close()
     return written

@@ -121,8 +121,9 @@ def _writing(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> 
     yield Program("prefill", prefill, size=P, key="sample.max_rows")
     dtype = model.params["embed"]["embedding"].dtype
     # Each row with a prompt of its own: as rows are that come and go.
-    shapes = (B, B, S, section.max_tokens, section.max_tokens)
-    rows = decode.rows_shapes(model.config, dtype, *shapes, 0, keep_seen, mesh)
+    sizes = (B, B, S, section.max_tokens, section.max_tokens)
+    shape = decode.RowsShape(dtype, *sizes, keep_seen=keep_seen)
+    rows = decode.rows_shapes(model.config, shape, mesh)
     stop_ids, num_steps = (_everywhere(mesh, *shape, dtype=jnp.int32) for shape in ((2,), ()))
     arguments = (model.config, model.params, None, rows, stop_ids, num_steps)
     yield Program(

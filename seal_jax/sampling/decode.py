@@ -1,17 +1,17 @@
 """The device's part of generation: read prompts, begin rows, let them write, move them.
 
-All state is `Rows`: which the host makes once, and every call gives back. Rows that continue one
-prompt are neighbours, and share its keys and values; each writes its own into slots of its own, so
-rows of any age stand side by side. Rows are divided over the mesh as any rows are, and the caches
-over the heads too.
+All state is `Rows`, which every call takes and gives back. Rows that continue one prompt are
+neighbors and share its keys and values. Each row writes into slots of its own, so rows of any age
+stand side by side. Rows are divided over the mesh as any rows are, and the caches over the heads
+too.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import (
@@ -24,7 +24,7 @@ from seal_jax.models.transformer import (
 )
 from seal_jax.models.turned import turn_kernels
 from seal_jax.sampling.draw import Settings, draw, first_uniforms
-from seal_jax.sharding import divided, leading
+from seal_jax.sharding import along, leading, shaped
 from seal_jax.types import Adapters, Params
 
 
@@ -54,31 +54,48 @@ class Rows(NamedTuple):
     done: jax.Array  # bool[B] written to the end, or empty
     finished: jax.Array  # bool[B] by a stop token
 
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompts.keys[0])
+
+    @property
+    def num_slots(self) -> int:
+        return self.cache.values[0].shape[2]
+
+
+class RowsShape(NamedTuple):
+    """The sizes of `Rows`: static, as each set of them is a program."""
+
+    dtype: jnp.dtype  # of the params; see `cache_dtype`
+    num_rows: int  # B
+    num_prompts: int  # P
+    prompt_slots: int  # S
+    num_slots: int  # tokens of each row that its cache has room for
+    max_tokens: int  # T
+    pad_id: int = 0
+    keep_seen: bool = False  # whether it is kept which tokens a row has
+
 
 def cache_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
     """Return the type of a cache of parameters of type `dtype`: float32 on CPUs.
 
-    XLA writes no bfloat16 there: at each token the whole cache would become float32, and go back.
+    XLA writes no bfloat16 there: at each token it would turn the whole cache into float32 and back.
     """
     return jnp.dtype(jnp.float32 if mesh.devices.flat[0].platform == "cpu" else dtype)
 
 
 def cache_sharding(config: ModelConfig, mesh: Mesh, num_rows: int) -> NamedSharding:
     """Return where a cache's [B K ...] lie: divided over rows and heads where they can be."""
-    rows = divided(mesh, "rows", num_rows, config.rules)
-    heads = divided(mesh, "heads", config.num_kv_heads, config.rules)
-    return NamedSharding(mesh, PartitionSpec(rows, heads))
+    return along(mesh, config.rules, rows=num_rows, heads=config.num_kv_heads)
 
 
 def _where(config: ModelConfig, mesh: Mesh, state: Prefilled | Rows) -> Prefilled | Rows:
     """Return the shardings of the state, a prefix of it."""
-
-    def one(x: Any) -> NamedSharding:
+    shardings = [leading(mesh, "rows", len(state.length), config.rules)] * len(state)
+    for i, x in enumerate(state):
         if isinstance(x, KVCache):
-            return cache_sharding(config, mesh, len(x.keys[0]))
-        return leading(mesh, "rows", len(state.length), config.rules)
-
-    return type(state)(*map(one, state))
+            shardings[i] = cache_sharding(config, mesh, len(x.keys[0]))
+    return type(state)(*shardings)
 
 
 def _placed(config: ModelConfig, mesh: Mesh, state: Prefilled | Rows) -> Prefilled | Rows:
@@ -89,12 +106,9 @@ def _placed(config: ModelConfig, mesh: Mesh, state: Prefilled | Rows) -> Prefill
 def _next_logits(config: ModelConfig, mesh: Mesh, params: Params, hidden: jax.Array) -> jax.Array:
     """Return the logits f32[B V] of hidden states [B D].
 
-    Every device draws from whole rows. Without a word in between, it would collect the output
-    head's kernel for that, and not the logits.
+    Their place is said, or every device would collect the output head's kernel to draw from them.
     """
-    rows = divided(mesh, "rows", len(hidden), config.rules)
-    vocab = divided(mesh, "vocab", config.vocab_size, config.rules)
-    where = NamedSharding(mesh, PartitionSpec(rows, vocab))
+    where = along(mesh, config.rules, rows=len(hidden), vocab=config.vocab_size)
     return jax.lax.with_sharding_constraint(unembed(config, params, hidden), where)
 
 
@@ -109,11 +123,7 @@ def prefill(
     mesh: Mesh,
     keep_seen: bool = False,
 ) -> Prefilled:
-    """Read prompts i32[P S], padded on the right, of length [P].
-
-    Args:
-      keep_seen: whether it is kept which tokens a prompt has, for a repetition penalty.
-    """
+    """Read prompts i32[P S], padded on the right, of length [P]; for `keep_seen` see `Rows`."""
     P, S = prompts.shape
     slots = jnp.broadcast_to(jnp.arange(S), (P, S))
     ones = jnp.ones((P, S), jnp.int32)  # causal: nobody looks at what is behind a prompt
@@ -129,67 +139,51 @@ def prefill(
     return _placed(config, mesh, Prefilled(logits, seen, length, cache))
 
 
-@partial(jax.jit, static_argnums=range(10))
-def no_rows(
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    num_rows: int,
-    num_prompts: int,
-    prompt_slots: int,
-    num_slots: int,
-    max_tokens: int,
-    pad_id: int,
-    keep_seen: bool,
-    mesh: Mesh,
-) -> Rows:
-    """Return `num_rows` empty rows for `num_prompts` prompts of up to `prompt_slots` tokens.
-
-    Args:
-      num_slots: how many tokens of each row its cache has room for.
-      max_tokens: how many tokens each row may write.
-      keep_seen: whether it is kept which tokens a row has, for a repetition penalty.
-    """
-    B, shape, dtype = num_rows, (num_rows, max_tokens), cache_dtype(dtype, mesh)
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def no_rows(config: ModelConfig, shape: RowsShape, mesh: Mesh) -> Rows:
+    """Return empty rows."""
+    B, each = shape.num_rows, (shape.num_rows, shape.max_tokens)
+    dtype = cache_dtype(shape.dtype, mesh)
     count, some = jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.float32)
     rows = Rows(
         logits=jnp.zeros((B, config.vocab_size), jnp.float32),
-        seen=jnp.zeros((B, config.vocab_size), bool) if keep_seen else None,
+        seen=jnp.zeros((B, config.vocab_size), bool) if shape.keep_seen else None,
         length=count,
-        prompts=init_cache(config, num_prompts, prompt_slots, dtype),
-        cache=init_cache(config, B, num_slots, dtype),
-        keys=jnp.broadcast_to(jax.random.key(0), shape),
-        uniforms=jnp.zeros(shape, jnp.float32),
+        prompts=init_cache(config, shape.num_prompts, shape.prompt_slots, dtype),
+        cache=init_cache(config, B, shape.num_slots, dtype),
+        keys=jnp.broadcast_to(jax.random.key(0), each),
+        uniforms=jnp.zeros(each, jnp.float32),
         settings=Settings(some, count, some, some, some),
         written=count,
-        tokens=jnp.full(shape, pad_id, jnp.int32),
-        logp=jnp.zeros(shape, jnp.float32),
+        tokens=jnp.full(each, shape.pad_id, jnp.int32),
+        logp=jnp.zeros(each, jnp.float32),
         done=jnp.ones(B, bool),
         finished=jnp.zeros(B, bool),
     )
     return _placed(config, mesh, rows)
 
 
-def rows_shapes(config: ModelConfig, *shapes: Any) -> Rows:
-    """Return `no_rows(config, *shapes)` as ShapeDtypeStructs with their shardings."""
-    rows, mesh = jax.eval_shape(lambda: no_rows(config, *shapes)), shapes[-1]
-
-    def put(where: NamedSharding, part: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), part)
-
-    return jax.tree.map(put, _where(config, mesh, rows), rows)
+def rows_shapes(config: ModelConfig, shape: RowsShape, mesh: Mesh) -> Rows:
+    """Return `no_rows` as ShapeDtypeStructs with their shardings."""
+    rows = jax.eval_shape(lambda: no_rows(config, shape, mesh))
+    return jax.tree.map(lambda s, part: shaped(part, s), _where(config, mesh, rows), rows)
 
 
-@partial(jax.jit, static_argnums=(0, *range(3, 12)))
+@partial(jax.jit, static_argnames=("config", "shape", "mesh"))
 def start(
-    config: ModelConfig, params: Params | None, adapters: Adapters | None, *shapes: Any
+    config: ModelConfig,
+    params: Params | None,
+    adapters: Adapters | None,
+    shape: RowsShape,
+    mesh: Mesh,
 ) -> tuple[Params | None, Adapters | None, Rows]:
-    """Return params with turned kernels, adapters split by layers, and `no_rows(config, *shapes)`.
+    """Return params with turned kernels, adapters split by layers, and `no_rows`.
 
-    What every call would make anew, in one program.
+    One program for what a call needs before it begins.
     """
     if adapters is not None:
         adapters = adapters._replace(weights=split_layers(adapters.weights))
-    return params and turn_kernels(params), adapters, no_rows(config, *shapes)
+    return params and turn_kernels(params), adapters, no_rows(config, shape, mesh)
 
 
 @partial(jax.jit, donate_argnames="rows", static_argnames=("config", "mesh", "pad_id"))
@@ -209,8 +203,7 @@ def admit(
     Rows that share a prompt begin together: those of them that are -1 stay empty.
     """
     fresh = source >= 0
-    num_prompts = len(rows.prompts.keys[0])
-    prompt = source.reshape(num_prompts, -1).max(axis=1)
+    prompt = source.reshape(rows.num_prompts, -1).max(axis=1)
 
     def put(old: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), x, old)
@@ -218,7 +211,7 @@ def admit(
     def put_prompt(old: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.where((prompt >= 0).reshape(-1, 1, 1, 1), x[prompt], old)
 
-    # All at once: one by one they were 12 % of a tiny model's steps.
+    # Of all tokens at once, not one by one in the loop.
     numbers = jnp.arange(rows.tokens.shape[1])
     token_keys = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(numbers))
     keys = token_keys(jax.random.wrap_key_data(key_data))
@@ -251,10 +244,9 @@ def move(
 ) -> Rows:
     """Return the rows at index [B'] with the prompts at prompt [P'], which B'/P' of them share.
 
-    Args:
-      num_slots: how many tokens of each row its cache has room for then: as now, or more.
+    Their caches then have room for `num_slots` tokens each: as many as now, or more.
     """
-    more = num_slots - rows.cache.values[0].shape[2]
+    more = num_slots - rows.num_slots
 
     def longer(arrays: tuple[jax.Array, ...], axis: int) -> tuple[jax.Array, ...]:
         width = [(0, more if i == axis else 0) for i in range(4)]
@@ -286,7 +278,7 @@ def decode(
       allowed: bool[B V], the tokens that may be drawn: for one step.
     """
     B, max_tokens = rows.tokens.shape
-    each, last = jnp.arange(B), rows.cache.values[0].shape[2] - 1
+    each, last = jnp.arange(B), rows.num_slots - 1
     ones, prompts = jnp.ones((B, 1), jnp.int32), rows.prompts
 
     def running(carry: tuple) -> jax.Array:

@@ -2,13 +2,13 @@
 
   penalty on what was seen -> temperature -> top_k -> top_p -> min_p -> draw
 
-as Hugging Face's warpers do it, one after the other; tokens of equal probability stay together. A
-token is drawn from all and then asked whether it belongs to the nucleus: it does if the mass of the
-likelier ones is below top_p. If not, neither does any that is less likely, so the next try is among
-those that are likelier: few tries, each one pass over the vocabulary, and the exact distribution.
+as Hugging Face's warpers do it, one after the other; tokens of equal probability stay together.
 
-A pass sums exponentials over blocks of the vocabulary, and leaves the sums alone; a token is found
-in them, and then within one block.
+A token is drawn from all of them. It belongs to the nucleus if the mass of the likelier ones is
+below top_p. If it does not, no less likely one does either, so the next try is among the likelier
+ones. A few tries give the exact distribution, each with one pass over the vocabulary. A pass keeps
+only sums of exponentials, one of each block of the vocabulary. A token is found by its block's sum,
+and then within the block.
 """
 
 import math
@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A cumulative sum over the vocabulary is made in two levels: over blocks, then within one. Smaller
-# ones where these divide the vocabulary: Qwen's small models have 1187 * 128 tokens.
+# Tokens in a block of the vocabulary; fewer where that divides the vocabulary without padding.
 _BLOCK, _SMALLEST_BLOCK = 256, 64
 
 
@@ -128,11 +127,7 @@ def first_uniforms(keys: jax.Array, number: jax.Array | int = 0) -> jax.Array:
 
 
 def _summarize(logits: jax.Array) -> _Summary:
-    """Look at logits [B V] once.
-
-    A maximum of blocks, and then of these: XLA:CPU takes an argmax on one core, a number at a time,
-    and three times as long for one plain maximum of the whole.
-    """
+    """Look at logits [B V] once, block by block: XLA:CPU is slow at an argmax of whole rows."""
     blocks = _blocks(logits, -jnp.inf)
     maxima = blocks.max(axis=-1)
     highest = maxima.max(axis=-1)[:, None, None]
@@ -154,69 +149,100 @@ def _for_some(some: jax.Array, make: Callable[[], jax.Array], others: jax.Array)
     return jax.lax.cond(some.any(), lambda: jnp.where(some, make(), others), lambda: others)
 
 
+class _Chances(NamedTuple):
+    """How likely each token is: as exp((logit - highest) / temperature)."""
+
+    logits: jax.Array  # f32[B V]
+    blocks: jax.Array  # f32[B n block] of them
+    highest: jax.Array  # f32[B 1 1]
+    temperature: jax.Array  # f32[B] above 0
+
+
+def _weigh(chances: _Chances, logits: jax.Array) -> jax.Array:
+    """Return how likely tokens with these logits [B ? ?] are."""
+    return jnp.exp((logits - chances.highest) / chances.temperature[:, None, None])
+
+
+def _masses_above(chances: _Chances, low: jax.Array, *, itself: bool) -> jax.Array:
+    """Return the masses f32[B n] of what is likelier than logits low [B], or as likely."""
+    low, blocks = low[:, None, None], chances.blocks
+    kept = blocks >= low if itself else blocks > low
+    return jnp.where(kept, _weigh(chances, blocks), 0).sum(axis=-1)
+
+
 def _draw(
-    logits: jax.Array,
-    summary: _Summary,
-    keys: jax.Array,
-    settings: Settings,
-    first: jax.Array,
+    logits: jax.Array, summary: _Summary, keys: jax.Array, settings: Settings, first: jax.Array
 ) -> jax.Array:
     """Return a token of each row, by its temperature, top_k, top_p and min_p.
 
     A pass over the vocabulary is made where a row needs it, and only what such a row gets from it
-    is used: or its text would depend on its neighbours, by rounding.
+    is used: or its text would depend on its neighbors, by rounding.
     """
     temperature = jnp.maximum(settings.temperature, 1e-6)
-    blocks = _blocks(logits, -jnp.inf)
-
-    def weigh(x: jax.Array) -> jax.Array:
-        return jnp.exp((x - summary.highest) / temperature[:, None, None])
-
-    def above(low: jax.Array, *, itself: bool) -> jax.Array:
-        """Return the masses f32[B n] of what is likelier than logits low [B], or as likely."""
-        low = low[:, None, None]
-        return jnp.where(blocks >= low if itself else blocks > low, weigh(blocks), 0).sum(axis=-1)
-
+    chances = _Chances(logits, _blocks(logits, -jnp.inf), summary.highest, temperature)
+    above = partial(_masses_above, chances, itself=True)
     random = settings.temperature > 0
     has_scale = random & (settings.temperature != 1)
-    masses = _for_some(has_scale, lambda: weigh(blocks).sum(axis=-1), summary.masses)
+    masses = _for_some(
+        has_scale, lambda: _weigh(chances, chances.blocks).sum(axis=-1), summary.masses
+    )
     has_top_k, has_min_p = random & (settings.top_k > 0), random & (settings.min_p > 0)
     none = jnp.full(len(logits), -jnp.inf)
     least = jax.lax.cond(has_top_k.any(), _least_of_top_k, lambda *_: none, logits, settings.top_k)
-    masses = _for_some(has_top_k, lambda: above(least, itself=True), masses)
+    masses = _for_some(has_top_k, lambda: above(least), masses)
     room = settings.top_p * masses.sum(axis=-1)
     least = jnp.maximum(least, summary.highest[:, 0, 0] + temperature * jnp.log(settings.min_p))
-    masses = _for_some(has_min_p, lambda: above(least, itself=True), masses)
+    masses = _for_some(has_min_p, lambda: above(least), masses)
+    has_top_p = random & (settings.top_p < 1)
+    # A branch: XLA would make what every try needs, as exponentials, whether one is made or not.
+    return jax.lax.cond(
+        has_top_p.any(),
+        lambda token: _try_again(chances, least, room, keys, token, ~has_top_p),
+        lambda token: token,
+        _pick(chances, masses, none, least, first),
+    )
 
-    def pick(masses: jax.Array, low: jax.Array, u: jax.Array) -> jax.Array:
-        """Return a token of what is likelier than `low` and not below the least."""
-        block, rest = _step(masses, u)
-        x = _take_block(blocks, block)
-        kept = (x > low[:, None]) & (x >= least[:, None])
-        place, _ = _step(jnp.where(kept, weigh(x[:, None])[:, 0], 0), rest, share=False)
-        place += block * blocks.shape[-1]
-        # Weights that are not numbers may lead anywhere, but not beyond the vocabulary.
-        return jnp.minimum(place, logits.shape[1] - 1).astype(jnp.int32)
+
+def _pick(
+    chances: _Chances, masses: jax.Array, low: jax.Array, least: jax.Array, u: jax.Array
+) -> jax.Array:
+    """Return a token of each row above the logit `low` and not below `least`, all [B].
+
+    Such tokens have the masses f32[B n]; `u`, in [0, 1), says where in their sum it stands.
+    """
+    block, rest = _step(masses, u)
+    x = _take_block(chances.blocks, block)
+    kept = (x > low[:, None]) & (x >= least[:, None])
+    weights = jnp.where(kept, _weigh(chances, x[:, None])[:, 0], 0)
+    place, _ = _step(weights, rest, share=False)
+    place += block * chances.blocks.shape[-1]
+    # Weights that are not numbers may lead anywhere, but not beyond the vocabulary.
+    return jnp.minimum(place, chances.logits.shape[1] - 1).astype(jnp.int32)
+
+
+def _try_again(
+    chances: _Chances,
+    least: jax.Array,
+    room: jax.Array,
+    keys: jax.Array,
+    token: jax.Array,
+    done: jax.Array,
+) -> jax.Array:
+    """Draw the tokens that are not done anew, until what is likelier has less mass than `room`."""
 
     def undecided(carry: tuple) -> jax.Array:
         return ~carry[-1].all()
 
     def attempt(carry: tuple) -> tuple:
         number, token, done = carry
-        found = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        likelier = above(found, itself=False)
+        found = jnp.take_along_axis(chances.logits, token[:, None], axis=-1)[:, 0]
+        likelier = _masses_above(chances, found, itself=False)
         mass = likelier.sum(axis=-1)
         done |= (mass < room) | ~(mass > 0)
-        other = pick(likelier, found, first_uniforms(keys, number))
+        other = _pick(chances, likelier, found, least, first_uniforms(keys, number))
         return number + 1, jnp.where(done, token, other), done
 
-    def decide(token: jax.Array) -> jax.Array:
-        return jax.lax.while_loop(undecided, attempt, (jnp.int32(1), token, ~has_top_p))[1]
-
-    has_top_p = random & (settings.top_p < 1)
-    # A branch: XLA takes out of a loop what is the same each time, as exponentials, and makes it
-    # before, whether the loop runs or not.
-    return jax.lax.cond(has_top_p.any(), decide, lambda token: token, pick(masses, none, first))
+    return jax.lax.while_loop(undecided, attempt, (jnp.int32(1), token, done))[1]
 
 
 @partial(jax.named_call, name="top_k")
@@ -259,8 +285,11 @@ def _take_block(blocks: jax.Array, block: jax.Array) -> jax.Array:
 
 
 def _step(weights: jax.Array, target: jax.Array, share: bool = True) -> tuple[jax.Array, jax.Array]:
-    """Return the first place where the running sum of weights [B n] exceeds the target [B], and
-    what of the target is left there. Beyond the end, by rounding, it is the last with a weight."""
+    """Return the first place where the running sum of weights [B n] exceeds the target [B].
+
+    Beyond the end, by rounding, it is the last with a weight. And what of the target is left there.
+    With `share`, the target is a share of the sum of all.
+    """
     sums = jnp.cumsum(weights, axis=-1)
     if share:
         target = target * sums[:, -1]

@@ -3,40 +3,36 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 
 from seal_jax.keys import fold
-from seal_jax.sampling.cache_plan import prompt_bucket
-from seal_jax.sampling.draw import make_settings
+from seal_jax.models.model import Model
+from seal_jax.models.tokenizer import Tokenizer
+from seal_jax.sampling.call_shapes import prompt_bucket
+from seal_jax.sampling.draw import Settings, make_settings
 from seal_jax.sampling.generate import Samples, generate
-from seal_jax.types import Adapters, Params, Rollout
+from seal_jax.types import Params, Rollout, SampleSettings
 
 
 def write_self_edits(
-    model,
+    model: Model,
     params: Params,
     prompts: Sequence[Sequence[int]],
     paths: Sequence[Sequence[int]],
+    settings: SampleSettings,
     *,
-    mesh,
-    max_tokens: int,
-    max_rows: int,
-    adapters: Adapters | None = None,
-    stop: Sequence[str] = (),
+    mesh: Mesh,
     constrain: Callable[[int, list[int]], np.ndarray] | None = None,
     show: Callable[[int], None] = lambda rows: None,
-    **settings: float,
 ) -> tuple[Rollout, list[str]]:
     """Let the policy continue each of P prompts R times, rows p * R + r.
+
+    A text ends before the first of the strings in `settings.stop`, whose tokens count as written.
 
     Args:
       model: whose config and tokenizer are used; the policy is `params`.
       paths: of each of the P * R rows' key (see keys.py).
-      max_rows: rows decoded at once.
-      adapters: one adapter, or None.
-      stop: a text ends before the first of these strings, whose tokens count as written.
-      constrain: see `generate`; rows are p * R + r.
-      show: called with the number of rows that have come to their end.
-      settings: see `make_settings`.
+      constrain, show: see `Limits`.
 
     Returns:
       The rollout (host, one row each), and the texts.
@@ -46,23 +42,24 @@ def write_self_edits(
     samples = generate(
         model.config,
         params,
-        adapters,
+        None,
         [prompts],
         fold(paths),
-        make_settings(len(paths), **settings),
+        make_settings(len(paths), **{name: getattr(settings, name) for name in Settings._fields}),
         mesh=mesh,
         stop_ids=tokenizer.stop_ids,
-        max_tokens=max_tokens,
-        max_rows=max_rows,
+        max_tokens=settings.max_tokens,
+        max_rows=settings.max_rows,
         pad_id=tokenizer.pad_id,
-        stop=make_stop(tokenizer, stop),
+        stop=make_stop(tokenizer, settings.stop),
         constrain=constrain,
         show=show,
     )
-    return to_rollout(prompts, samples, tokenizer.pad_id), texts_of(tokenizer, samples, stop)
+    texts = texts_of(tokenizer, samples, settings.stop)
+    return to_rollout(prompts, samples, tokenizer.pad_id), texts
 
 
-def texts_of(tokenizer, samples: Samples, stop: Sequence[str] = ()) -> list[str]:
+def texts_of(tokenizer: Tokenizer, samples: Samples, stop: Sequence[str] = ()) -> list[str]:
     """Return what was written as texts, each up to the first of the strings in `stop`."""
     return [
         text_before(tokenizer.decode(row[written].tolist()), stop)
@@ -70,7 +67,7 @@ def texts_of(tokenizer, samples: Samples, stop: Sequence[str] = ()) -> list[str]
     ]
 
 
-def make_stop(tokenizer, strings: Sequence[str]) -> Callable[[list[int]], bool] | None:
+def make_stop(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[list[int]], bool] | None:
     """Return whether the text of tokens has one of the strings in it, for `generate`.
 
     Special tokens are no text: ids are what stops at them.

@@ -54,9 +54,7 @@ def load_problems(
         raise ValueError(f"unknown split {split!r}: expected 'train' or 'eval'")
     kind, colon, rest = source.partition(":")
     if source == "builtin":
-        text = (
-            importlib.resources.files("seal_jax.tasks").joinpath("passages.json").read_text("utf-8")
-        )
+        text = importlib.resources.files(__package__).joinpath("passages.json").read_text("utf-8")
         items = _json_items(_parse_json(text, "builtin"), "builtin", split, share)
     elif kind == "json" and colon:
         items = _json_items(_parse_json(_read_text(rest), rest), rest, split, share)

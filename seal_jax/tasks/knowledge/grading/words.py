@@ -4,8 +4,10 @@ Standard library only. Left out: embeddings, and a lexicon beyond a few dozen gr
 """
 
 import functools
+import os.path
 import re
 import unicodedata
+from collections.abc import Set
 from typing import NamedTuple
 
 STOP = frozenset(
@@ -33,29 +35,24 @@ _ONES = """zero one two three four five six seven eight nine ten eleven twelve t
     fifteen sixteen seventeen eighteen nineteen""".split()
 _ORDINALS = """first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth
     thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth""".split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 ONES = {w: i for i, w in enumerate(_ONES)} | {w: i for i, w in enumerate(_ORDINALS, 1)}
-TENS = {
-    w: 10 * i
-    for i, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
-}
+TENS = dict(zip(_TENS, range(20, 100, 10), strict=True))
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 # Short forms, written out.
 EXPANSIONS = {
-    k: tuple(v.split())
-    for k, v in (
-        pair.split(":")
+    short: tuple(long.split())
+    for short, _, long in (
+        pair.strip().partition(":")
         for pair in """uk:united kingdom|usa:united states|eu:europe union|un:united nations|bce:bc|
         ce:ad|nyc:new york city|%:percent|percentage:percent|km:kilometer|kilometre:kilometer|
         kilometres:kilometer|kg:kilogram|st:saint|dr:doctor|mt:mount|tv:television|tb:tuberculosis|
         ww2:world war 2|wwii:world war 2|vs:versus|jan:january|feb:february|aug:august|
         sept:september|oct:october|nov:november|dec:december|$:dollar|usd:dollar|€:euro|
-        £:pound""".replace("\n", "")
-        .replace(" " * 8, "")
-        .split("|")
+        £:pound""".split("|")
     )
 }
-_SPECIAL = ONES.keys() | TENS.keys() | EXPANSIONS.keys()
 # Each group counts as its first word: peoples and faiths, then everyday synonyms.
 SYNONYM_GROUPS = """france french|poland polish|germany german germans germanic|england english|
 britain british|spain spanish|italy italian italians|russia russian russians|china chinese|
@@ -84,9 +81,7 @@ lose lost loss|fast quick rapid|illegal unlawful|allow permit|need require requi
 stop halt prevent|worker labor laborer|soldier troop|religious religion|
 pathogen microbe germ bacteria|thought idea"""
 CANONICAL = {
-    word: group.split()[0]
-    for group in SYNONYM_GROUPS.replace("\n", "").split("|")
-    for word in group.split()
+    word: group.split()[0] for group in SYNONYM_GROUPS.split("|") for word in group.split()
 }
 _SUFFIXES = tuple(
     tuple(pair.split(":"))
@@ -107,6 +102,10 @@ class Text(NamedTuple):
     words: tuple[str, ...]
     stems: tuple[str, ...]
 
+    def stems_without(self, ignored: Set[str] = STOP) -> tuple[str, ...]:
+        """Return the stems of all words but the ignored ones."""
+        return tuple(s for w, s in zip(self.words, self.stems, strict=True) if w not in ignored)
+
 
 def fold(text: str) -> str:
     """Return `text` in lower case without accents and invisible characters."""
@@ -126,6 +125,13 @@ def _format_number(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(value)
 
 
+def _parse_number(word: str) -> float | None:
+    if is_number(word):  # beyond 15 characters a float is not exact
+        return float(word.rstrip("stndrh").replace(",", "")) if len(word) < 16 else None
+    value = ONES.get(word, TENS.get(word))
+    return None if value is None else float(value)
+
+
 def split_words(text: str) -> list[str]:
     """Split `text` into folded words; 'twenty-five', '1.4 million' and '9,430' become digits."""
     text = fold(_AMERICA.sub(" united states ", text))
@@ -133,26 +139,17 @@ def split_words(text: str) -> list[str]:
     words: list[str] = []
     value, is_ten = None, False  # the number being read, and whether it ends in a bare ten
     for word in _WORD.findall(_POSSESSIVE.sub("", text)):
-        if value is None and word not in _SPECIAL and not word[0].isdecimal():
-            words.append(word)
-            continue
-        scale = SCALES.get(word) or SCALES.get(word.rstrip("s"))
-        if scale and value is not None and value < 1000:
-            value, is_ten = value * scale, False
-            continue
-        if value is not None and is_ten and 0 < ONES.get(word, 0) < 10:
-            value, is_ten = value + ONES[word], False
-            continue
         if value is not None:
+            scale = SCALES.get(word) or SCALES.get(word.rstrip("s"))
+            if scale and value < 1000:
+                value, is_ten = value * scale, False
+                continue
+            if is_ten and 0 < ONES.get(word, 0) < 10:
+                value, is_ten = value + ONES[word], False
+                continue
             words.append(_format_number(value))
-            value = None
-        if word[0].isdecimal() and len(word) < 16:
-            value, is_ten = float(word.rstrip("stndrh").replace(",", "")), False
-        elif word in ONES:
-            value, is_ten = float(ONES[word]), False
-        elif word in TENS:
-            value, is_ten = float(TENS[word]), True
-        else:
+        value, is_ten = _parse_number(word), word in TENS
+        if value is None:
             words.extend(EXPANSIONS.get(word, (word,)))
     if value is not None:
         words.append(_format_number(value))
@@ -164,7 +161,7 @@ def _strip_suffix(word: str) -> str:
         return word
     for suffix, rest in _SUFFIXES:
         if word.endswith(suffix) and len(word) - len(suffix) >= 3:
-            word = word[: len(word) - len(suffix)] + rest
+            word = word.removesuffix(suffix) + rest
             break
     if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "aeiouls":
         word = word[:-1]
@@ -203,11 +200,7 @@ def similarity(a: str, b: str) -> float:
         return 1.0
     if is_number(a) or is_number(b):
         return 0.0
-    shared = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        shared += 1
+    shared = len(os.path.commonprefix((a, b)))
     prefix = shared / max(len(a), len(b)) if shared >= 4 else 0.0
     start = 0.9 * shared / min(len(a), len(b)) if shared >= 5 else 0.0
     left, right = trigrams(a), trigrams(b)

@@ -3,26 +3,31 @@
     grade(question, gold, prediction) = exact match, or
                                         no rule rejects it, and the fitted probability is over 1/2
 
-The rules (`grading_rules.py`) reject what a policy might try instead of answering. The probability
-is a sum of points, read off `grading_params.py` feature by feature, which imitates GPT-4.1
-(`fit_grading.py`). It knows words, not meaning: a paraphrase that shares no word with the gold is
-wrong here, and a right word in a false sentence can pass.
+The rules (`rules.py`) reject what a policy might try instead of answering. The probability is that
+of a sum of points, read off `points.json` feature by feature, which imitates GPT-4.1 (`fit.py`). It
+knows words, not meaning: a paraphrase that shares no word with the gold is wrong here, and a right
+word in a false sentence can pass.
 
-`exact_match` and `token_f1` are SQuAD's (https://arxiv.org/abs/1606.05250). The judge that asks an
-OpenAI-compatible endpoint belongs in `judge.py`, with the signature of `grade`.
+`exact_match` and `token_f1` are SQuAD's (https://arxiv.org/abs/1606.05250).
 """
 
 import bisect
 import collections
+import importlib.resources
+import json
 import math
 import re
 import string
 
-from seal_jax.tasks.knowledge.grading_features import Key, features, read_key
-from seal_jax.tasks.knowledge.grading_params import INTERCEPT, POINTS
-from seal_jax.tasks.knowledge.grading_rules import MAX_CHARS, answer_part, rejection
-from seal_jax.tasks.knowledge.grading_text import NEGATIONS, Text, read
+from seal_jax.tasks.knowledge.grading.features import Key, features, read_key
+from seal_jax.tasks.knowledge.grading.rules import MAX_CHARS, answer_part, rejection
+from seal_jax.tasks.knowledge.grading.words import NEGATIONS, Text, read
 
+_TABLE = json.loads(
+    importlib.resources.files(__package__).joinpath("points.json").read_text("utf-8")
+)
+INTERCEPT: float = _TABLE["intercept"]
+POINTS: dict[str, tuple[list[float], list[float]]] = _TABLE["points"]  # edges, points
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 

@@ -20,9 +20,6 @@ from typing import NamedTuple
 import numpy as np
 
 from seal_jax.tasks.knowledge.grading import grader
-from seal_jax.tasks.knowledge.grading.features import features, read_key
-from seal_jax.tasks.knowledge.grading.rules import answer_part
-from seal_jax.tasks.knowledge.grading.words import read
 
 MAX_EDGES = 6  # per feature
 PENALTY = 10.0
@@ -55,8 +52,7 @@ def load(path: str) -> Answers:
     for row in rows:
         texts = row["question"], row["gold"], row["prediction"]
         settled.append(grader.settle(*texts))
-        key, answer = read_key(*texts[:2]), answer_part(texts[2])
-        values.append(features(key, read(answer), answer) if settled[-1] is None else {})
+        values.append(grader.measure(*texts) if settled[-1] is None else {})
     names = list(max(values, key=len))
     return Answers(
         questions=[row["question"] for row in rows],

@@ -61,18 +61,21 @@ def grade(question: str, gold: str, prediction: str) -> bool:
 
 
 def grade_probability(question: str, gold: str, prediction: str) -> float:
-    """Return the estimated probability that GPT-4.1 says yes: 0 where a rule rejects.
-
-    Raises:
-      ValueError: `gold` is empty, so nothing could be right.
-    """
+    """Return the estimated probability that GPT-4.1 says yes: 0 where a rule rejects."""
     settled = settle(question, gold, prediction)
     if settled is not None:
         return settled
+    score = INTERCEPT
+    for name, value in measure(question, gold, prediction).items():
+        edges, points = POINTS[name]
+        score += points[bisect.bisect_right(edges, value)]
+    return 1 / (1 + math.exp(-round(score, 2)))  # a tie is exactly 0
+
+
+def measure(question: str, gold: str, prediction: str) -> dict[str, float]:
+    """Return the features of a prediction that `settle` leaves open."""
     answer = answer_part(prediction)
-    values = features(read_key(question[:MAX_CHARS], gold[:MAX_CHARS]), read(answer), answer)
-    score = round(INTERCEPT + sum(map(_points, values.items())), 2)  # a tie is exactly 0
-    return 1 / (1 + math.exp(-score))
+    return features(read_key(question[:MAX_CHARS], gold[:MAX_CHARS]), read(answer), answer)
 
 
 def settle(question: str, gold: str, prediction: str) -> float | None:
@@ -112,12 +115,6 @@ def _is_family_name(key: Key, text: Text) -> bool:
     asks_who = not {"who", "whom", "whose"}.isdisjoint(key.question.words)
     is_name = len(key.names) == len(key.gold.words) and len(key.items) == 1
     return asks_who and is_name and text.stems == key.gold.stems[-1:]
-
-
-def _points(feature: tuple[str, float]) -> float:
-    name, value = feature
-    edges, points = POINTS[name]
-    return points[bisect.bisect_right(edges, value)]
 
 
 def _says_yes(key: Key, text: Text) -> bool | None:

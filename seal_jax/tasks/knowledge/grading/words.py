@@ -1,94 +1,38 @@
 """Text to words for the grader: folded, numbers as digits, light stems, everyday synonyms.
 
-Standard library only. Left out: embeddings, and a lexicon beyond a few dozen groups.
+Standard library only. The word lists are in `lexicon.json`. Left out: embeddings, and a lexicon
+beyond a few dozen groups.
 """
 
 import functools
+import importlib.resources
+import json
 import os.path
 import re
 import unicodedata
 from collections.abc import Set
 from typing import NamedTuple
 
-STOP = frozenset(
-    """a an the of in on at to for by with from as is are was were be been being it its this that
-    these those and or but not no do does did has have had which who whom whose what when where why
-    how than then there their they them he she his her him i you we our my your s into during also
-    such so if can could will would may might must should name""".split()
-)
-# Words that qualify an answer without being it.
-LIGHT = frozenset(
-    """about around approximately roughly nearly almost over under more less least most some many
-    several various other others certain since until up onwards onward just only very often usually
-    mainly primarily main new people thing things area areas way ways kind type types form called
-    known""".split()
-)
-NEGATIONS = frozenset(
-    """not no never none neither nor without cannot cant didnt doesnt isnt wasnt arent werent dont
-    wont couldnt unable""".split()
-)
-YES_NO_STARTS = frozenset(
-    "is are was were do does did can could has have had will would should".split()
-)
+_FILE = importlib.resources.files(__package__).joinpath("lexicon.json")
+_LEXICON = json.loads(_FILE.read_text("utf-8"))
 
-_ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
-    fifteen sixteen seventeen eighteen nineteen""".split()
-_ORDINALS = """first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth
-    thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth""".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-ONES = {w: i for i, w in enumerate(_ONES)} | {w: i for i, w in enumerate(_ORDINALS, 1)}
-TENS = dict(zip(_TENS, range(20, 100, 10), strict=True))
+
+def _words(name: str) -> list[str]:
+    return " ".join(_LEXICON[name]).split()
+
+
+STOP = frozenset(_words("stop"))
+LIGHT = frozenset(_words("light"))  # they qualify an answer without being it
+NEGATIONS = frozenset(_words("negations"))
+YES_NO_STARTS = frozenset(_words("yes_no_starts"))
+ONES = {w: i for i, w in enumerate(_words("ones"))}
+ONES |= {w: i for i, w in enumerate(_words("ordinals"), 1)}
+TENS = {w: 10 * i for i, w in enumerate(_words("tens"), 2)}
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-
-# Short forms, written out.
-EXPANSIONS = {
-    short: tuple(long.split())
-    for short, _, long in (
-        pair.strip().partition(":")
-        for pair in """uk:united kingdom|usa:united states|eu:europe union|un:united nations|bce:bc|
-        ce:ad|nyc:new york city|%:percent|percentage:percent|km:kilometer|kilometre:kilometer|
-        kilometres:kilometer|kg:kilogram|st:saint|dr:doctor|mt:mount|tv:television|tb:tuberculosis|
-        ww2:world war 2|wwii:world war 2|vs:versus|jan:january|feb:february|aug:august|
-        sept:september|oct:october|nov:november|dec:december|$:dollar|usd:dollar|€:euro|
-        £:pound""".split("|")
-    )
-}
-# Each group counts as its first word: peoples and faiths, then everyday synonyms.
-SYNONYM_GROUPS = """france french|poland polish|germany german germans germanic|england english|
-britain british|spain spanish|italy italian italians|russia russian russians|china chinese|
-japan japanese|sweden swedish|switzerland swiss|denmark danish|netherlands dutch|
-turkey turkish turks|greece greek greeks|ireland irish|scotland scottish scots|
-wales welsh|norway norwegian|finland finnish|portugal portuguese|america american americans|
-canada canadian|mexico mexican|india indian|egypt egyptian|israel israeli|iran iranian|
-iraq iraqi|australia australian|europe european|asia asian|africa african|rome roman romans|
-austria austrian|hungary hungarian|czechia czech|korea korean|vietnam vietnamese|brazil brazilian|
-cuba cuban|argentina argentine|kenya kenyan|nigeria nigerian|
-mongolia mongol mongolian mongols|belgium belgian|ukraine ukrainian|
-catholic catholicism|protestant protestantism|christian christianity|islam islamic muslim muslims|
-jews jewish judaism|buddhist buddhism|hindu hinduism|
-decrease reduce decline shrink diminish drop lower fall fell reduction|
-increase rise grow growth raise rose risen grew|begin start commence began begun onset beginning|
-trade commerce trading|help aid assist assistance|kill murder slain slay killed|
-die death died dead deceased|end finish conclude ended|large big huge vast|buy purchase bought|
-create make made|build built construct construction|movie film|author writer|heat thermal|
-doctor physician|teach taught teacher teaching|food nutrient nutrition|speed velocity|
-rich wealthy wealth|poor poverty|sea ocean|city town|war conflict|fight fought battle|harm damage|
-job employment occupation work|price cost|show display|law legal legislation|child children kid|
-man men male|woman women female|sun solar|moon lunar|king monarch|ship vessel boat|car automobile|
-sick ill illness disease|pagan paganism|write wrote written writing|speak spoke spoken|
-give gave given|take took taken|go went gone|choose chose chosen choice|sell sold|send sent|
-lose lost loss|fast quick rapid|illegal unlawful|allow permit|need require requirement|
-stop halt prevent|worker labor laborer|soldier troop|religious religion|
-pathogen microbe germ bacteria|thought idea"""
-CANONICAL = {
-    word: group.split()[0] for group in SYNONYM_GROUPS.split("|") for word in group.split()
-}
-_SUFFIXES = tuple(
-    tuple(pair.split(":"))
-    for pair in """ational:at ization:iz ations:at ation:at ities:it ments:ment iness:i ness: ingly:
-    ings: ing: edly: ies:y ied:y ions: ion: ists:ist ism:ist ives:iv ive:iv ally:al ly: ers:er ed:
-    es: e: s:""".split()
-)
+EXPANSIONS = {short: tuple(long.split()) for short, long in _LEXICON["expansions"].items()}
+# Each group of synonyms counts as its first word.
+CANONICAL = {word: group.split()[0] for group in _LEXICON["synonyms"] for word in group.split()}
+_SUFFIXES = dict(pair.split(":") for pair in _words("suffixes"))  # and what takes their place
 
 _WORD = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d+\.\d+|\d+(?:st|nd|rd|th|s)\b|\d+|[^\W\d_]+|[%$€£]")
 _DOTTED = re.compile(r"\b(?:[a-z]\.){2,}")
@@ -159,7 +103,7 @@ def split_words(text: str) -> list[str]:
 def _strip_suffix(word: str) -> str:
     if len(word) <= 3 or is_number(word):
         return word
-    for suffix, rest in _SUFFIXES:
+    for suffix, rest in _SUFFIXES.items():
         if word.endswith(suffix) and len(word) - len(suffix) >= 3:
             word = word.removesuffix(suffix) + rest
             break

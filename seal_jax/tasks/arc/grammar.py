@@ -11,19 +11,18 @@ from typing import Any
 
 import numpy as np
 
-_GROUPS = ("basic", "size", "chain", "repeat")
-_SWITCHES = ", ".join(rf'"use_{group}_augmentations": (true|false)' for group in _GROUPS)
+from seal_jax.tasks.arc.augmentations import GROUPS
+from seal_jax.tasks.arc.self_edit import FORM
+
 _RATE = r"([1-9](\.[0-9]{1,2})?e-[2-7]|0\.0{1,6}[1-9][0-9]{0,2})"
 
 
 def self_edit_pattern(max_epochs: int) -> str:
     """Return the regular expression of a self-edit with 1 to `max_epochs` epochs."""
     epochs = "|".join(map(str, range(1, max_epochs + 1)))
-    return (
-        r'\{"data_generation": \{' + _SWITCHES + r'\}, "training": \{"strategy": '
-        r'"train_using_(all|output)_tokens", "learning_rate": '
-        rf'{_RATE}, "num_train_epochs": ({epochs})' + r"\}\}"
-    )
+    switches = ["(true|false)"] * len(GROUPS)
+    form = FORM.replace("{", r"\{").replace("}", r"\}")
+    return form % (*switches, '"train_using_(all|output)_tokens"', _RATE, f"({epochs})")
 
 
 def load_vocabulary(tokenizer_json: str, vocab_size: int, stop_ids: Sequence[int]) -> Any:

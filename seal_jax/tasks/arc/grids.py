@@ -65,7 +65,7 @@ def fits(grid: np.ndarray) -> bool:
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
     """Return whether two grids are equal, shape included."""
-    return a.shape == b.shape and bool((a == b).all())
+    return np.array_equal(a, b)
 
 
 def grid_key(grid: np.ndarray) -> tuple:

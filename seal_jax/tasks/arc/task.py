@@ -17,22 +17,11 @@ import numpy as np
 
 from seal_jax.tasks.arc import grammar, self_edit, voting
 from seal_jax.tasks.arc.augmentations import GROUPS
-from seal_jax.tasks.arc.format import (
-    INSTRUCTION,
-    Undecodable,
-    decode_grid,
-    encode_grid,
-    make_prompt,
-)
+from seal_jax.tasks.arc.format import INSTRUCTION, decode_grid, encode_grid, make_prompt
 from seal_jax.tasks.arc.grids import ArcTask, same
 from seal_jax.tasks.arc.queries import Predictions, Query, make_queries, read_answers
 from seal_jax.tasks.arc.sources import load_tasks, parse_task, pick_tasks
-from seal_jax.tasks.arc.training_data import (
-    MAX_TOKENS,
-    MAX_TURNS,
-    TrainingData,
-    make_training_data,
-)
+from seal_jax.tasks.arc.training_data import MAX_TOKENS, MAX_TURNS, TrainingData, make_training_data
 from seal_jax.tasks.task import Exam, Problem, Question, Rejected, SelfEdit, Turn
 
 # The paper's tasks, of ARC-AGI-1's two splits.
@@ -89,7 +78,7 @@ class Arc:
         unknown = [group for group in self.recipe.split() if group not in GROUPS]
         if unknown:
             raise ValueError(f"recipe has {unknown[0]!r}, expected some of {', '.join(GROUPS)}")
-        both = set(self.train_tasks.split()) & set(self.eval_tasks.split())
+        both = {*self.train_tasks.split()} & {*self.eval_tasks.split()}
         if both:
             raise ValueError(f"tasks to train on and to evaluate on: {', '.join(sorted(both))}")
 
@@ -116,20 +105,19 @@ class Arc:
     def parse(self, problem: Problem, text: str) -> SelfEdit | Rejected:
         """Turn the policy's JSON into training texts and settings, or a reason. Never raises."""
         prompt = self.edit_prompt(problem)
-        edit = self_edit.parse_self_edit(text)
-        if isinstance(edit, str):
-            return Rejected(problem.id, prompt, text, edit)
-        made = _training_data(self, problem, edit.groups)
-        epochs = edit.training.num_train_epochs
-        steps = self_edit.num_steps(len(made.turns), epochs, self.batch_size)
-        if not made.turns:
-            reason = f"no training text: {made.too_large} too large, {made.too_long} too long"
-            return Rejected(problem.id, prompt, text, reason)
-        if steps > self.max_steps:
-            reason = f"too many steps: {steps:,} ({epochs} epochs), at most {self.max_steps:,}"
-            return Rejected(problem.id, prompt, text, reason)
-        settings = edit.training.learning_rate, epochs, edit.outputs_only
-        return SelfEdit(problem.id, prompt, text, made.turns, *settings)
+        reason = edit = self_edit.parse_self_edit(text)
+        if not isinstance(edit, str):
+            made = _training_data(self, problem, edit.groups)
+            epochs = edit.training.num_train_epochs
+            steps = self_edit.num_steps(len(made.turns), epochs, self.batch_size)
+            settings = edit.training.learning_rate, epochs, edit.outputs_only
+            if not made.turns:
+                reason = f"no training text: {made.too_large} too large, {made.too_long} too long"
+            elif steps > self.max_steps:
+                reason = f"too many steps: {steps:,} ({epochs} epochs), at most {self.max_steps:,}"
+            else:
+                return SelfEdit(problem.id, prompt, text, made.turns, *settings)
+        return Rejected(problem.id, prompt, text, reason)
 
     def passage_only(self, problem: Problem) -> SelfEdit:
         """Return the control that no policy's text is in: fixed test-time training.
@@ -156,7 +144,7 @@ class Arc:
     def grade(self, question: Question, prediction: str) -> bool:
         """Return whether the prediction is the solution: pass@1, without votes."""
         grid = decode_grid(prediction)
-        return not isinstance(grid, Undecodable) and same(grid, _solution(question))
+        return isinstance(grid, np.ndarray) and same(grid, _solution(question))
 
     def queries(self, problem: Problem, exam: Exam) -> list[str]:
         """Return the prompts whose answers are voted on, for the exam's test grids."""

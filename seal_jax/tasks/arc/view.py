@@ -13,22 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from seal_jax.tasks.arc import voting
-from seal_jax.tasks.arc.augmentations import AUGMENTATIONS, GROUPS
+from seal_jax.tasks.arc.augmentations import AUGMENTATIONS, GROUPS, check_groups
 from seal_jax.tasks.arc.grids import ArcTask, as_grid
 from seal_jax.tasks.arc.sources import load_tasks
 
 # One color for each of 0 to 9, told apart by lightness too.
 COLORS = (
-    "#101010",
-    "#1f6fd1",
-    "#e2403a",
-    "#3aa845",
-    "#f4cf1d",
-    "#9a9a9a",
-    "#d63aa6",
-    "#f08030",
-    "#7fd3ea",
-    "#7d1f2b",
+    *("#101010", "#1f6fd1", "#e2403a", "#3aa845", "#f4cf1d"),
+    *("#9a9a9a", "#d63aa6", "#f08030", "#7fd3ea", "#7d1f2b"),
 )
 PICTURES = (".png", ".svg")
 
@@ -76,10 +68,9 @@ def make_panels(
     for i, grid in enumerate(task.tests):
         solution = [("solution", task.solutions[i])] if task.solutions else []
         panels.append(Panel(f"test {i}", (("input", grid), *solution)))
+    check_groups(groups)
+    first = task.examples[0].input
     for group in groups:
-        if group not in GROUPS:
-            raise ValueError(f"unknown group {group!r}: expected some of {', '.join(GROUPS)}")
-        first = task.examples[0].input
         shown = tuple((name, AUGMENTATIONS[name](first)) for name in GROUPS[group])
         panels.append(Panel(f"{group} augmentations of input 0", shown))
     if predictions is not None:

@@ -9,6 +9,7 @@ Python entry point, whose group is `seal_jax.KIND` (tasks, objectives, rewards, 
 Nothing is imported before it is asked for by its name. Imports no jax.
 """
 
+import importlib
 import pkgutil
 from importlib.metadata import entry_points
 from types import ModuleType
@@ -42,3 +43,16 @@ def load_plugin(kind: str, name: str) -> Any:
         return entry.load()
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{kind}: {name!r} is registered as {value}: {error}") from error
+
+
+def import_optional(name: str, what: str, install: str) -> ModuleType:
+    """Import a library that only some runs need.
+
+    Raises:
+      ModuleNotFoundError: `what` needs it; the message has what to pip install.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        message = f"{what} needs {error.name}: pip install {install}"
+        raise ModuleNotFoundError(message, name=error.name) from error

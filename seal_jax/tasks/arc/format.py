@@ -63,6 +63,11 @@ def make_prompt(
     return tuple(parts)
 
 
+def text_of(prompt: Sequence[Part]) -> str:
+    """Return a prompt's text."""
+    return "".join(part.text for part in prompt)
+
+
 def make_turn(examples: Sequence[Example], query: Example, instruction: str = INSTRUCTION) -> Turn:
     """Return the text that trains on `query` with `examples` in context."""
     prompt = make_prompt(examples, query.input, instruction)

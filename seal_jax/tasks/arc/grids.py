@@ -58,11 +58,6 @@ def as_grid(value: Any, where: str) -> np.ndarray:
     return np.array(value, np.int8)
 
 
-def fits(grid: np.ndarray) -> bool:
-    """Return whether a grid is within ARC's 30 x 30."""
-    return max(grid.shape) <= MAX_SIDE
-
-
 def same(a: np.ndarray, b: np.ndarray) -> bool:
     """Return whether two grids are equal, shape included."""
     return np.array_equal(a, b)

@@ -12,7 +12,7 @@ What the policy writes is untrusted: it is this object and nothing else, or it i
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from seal_jax.tasks.arc.augmentations import GROUPS
 from seal_jax.tasks.arc.format import ARROW, encode_grid, unique_keys
@@ -50,8 +50,8 @@ The task's examples:
 """
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+class _Strict(BaseModel, strict=True, extra="forbid", frozen=True):
+    pass
 
 
 class DataGeneration(_Strict):

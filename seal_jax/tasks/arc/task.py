@@ -17,7 +17,7 @@ import numpy as np
 
 from seal_jax.tasks.arc import grammar, self_edit, voting
 from seal_jax.tasks.arc.augmentations import GROUPS
-from seal_jax.tasks.arc.format import INSTRUCTION, decode_grid, encode_grid, make_prompt
+from seal_jax.tasks.arc.format import INSTRUCTION, decode_grid, encode_grid, make_prompt, text_of
 from seal_jax.tasks.arc.grids import ArcTask, same
 from seal_jax.tasks.arc.queries import Predictions, Query, make_queries, read_answers
 from seal_jax.tasks.arc.sources import load_tasks, parse_task, pick_tasks
@@ -78,7 +78,7 @@ class Arc:
         unknown = [group for group in self.recipe.split() if group not in GROUPS]
         if unknown:
             raise ValueError(f"recipe has {unknown[0]!r}, expected some of {', '.join(GROUPS)}")
-        both = {*self.train_tasks.split()} & {*self.eval_tasks.split()}
+        both = set(self.train_tasks.split()) & set(self.eval_tasks.split())
         if both:
             raise ValueError(f"tasks to train on and to evaluate on: {', '.join(sorted(both))}")
 
@@ -86,7 +86,7 @@ class Arc:
         """Return the tasks of 'train' or 'eval' in the order of their names.
 
         Raises:
-            ValueError: an unknown split or task, or one whose solutions are not known.
+          ValueError: an unknown split or task, or one whose solutions are not known.
         """
         names = {"train": self.train_tasks, "eval": self.eval_tasks}
         if split not in names:
@@ -125,7 +125,7 @@ class Arc:
         Its augmentations are the recipe's, its learning rate and epochs the config's.
 
         Raises:
-            ValueError: every text of the problem is too long or too large.
+          ValueError: every text of the problem is too long or too large.
         """
         made = _training_data(self, problem, tuple(self.recipe.split()))
         if not made.turns:
@@ -138,8 +138,7 @@ class Arc:
     def answer_prompt(self, problem: Problem, question: str) -> str:
         """Return the examples and the test grid of this number, as they are."""
         task = _task(problem)
-        parts = make_prompt(task.examples, task.tests[int(question)], self.instruction)
-        return "".join(part.text for part in parts)
+        return text_of(make_prompt(task.examples, task.tests[int(question)], self.instruction))
 
     def grade(self, question: Question, prediction: str) -> bool:
         """Return whether the prediction is the solution: pass@1, without votes."""
@@ -152,12 +151,11 @@ class Arc:
 
     def marks(self, problem: Problem, exam: Exam, answers: Sequence[str]) -> list[float]:
         """Return pass@2 of each of the exam's test grids, 0 or 1."""
-        predictions = self.predictions(problem, exam, answers)
-        marks = []
-        for question in exam.questions:
-            attempts = voting.vote(predictions.by_test[int(question.question)])
-            marks.append(float(voting.is_solved(attempts, _solution(question))))
-        return marks
+        made = self.predictions(problem, exam, answers).by_test
+        return [
+            float(voting.is_solved(voting.vote(made[int(q.question)]), _solution(q)))
+            for q in exam.questions
+        ]
 
     def predictions(self, problem: Problem, exam: Exam, answers: Sequence[str]) -> Predictions:
         """Return the grids that the answers to `queries` are, turned back."""

@@ -26,7 +26,7 @@ from seal_jax.tasks.arc.augmentations import (
     translation,
 )
 from seal_jax.tasks.arc.format import INSTRUCTION, make_turn
-from seal_jax.tasks.arc.grids import ArcTask, Example, fits, task_key
+from seal_jax.tasks.arc.grids import MAX_SIDE, ArcTask, Example, task_key
 from seal_jax.tasks.task import Turn
 
 MAX_TURNS = 250  # these two limits are the paper's
@@ -34,6 +34,7 @@ MAX_TOKENS = 8192
 _TRANSLATION = "translation"
 
 Examples = tuple[Example, ...]  # the context, then the query
+Rng = np.random.Generator
 
 
 class TrainingData(NamedTuple):
@@ -105,7 +106,7 @@ def make_training_data(
         if len(turns) == max_turns:
             break
         examples = _apply(*plans[index], rng)
-        if not all(fits(grid) for example in examples for grid in example):
+        if max(side for example in examples for grid in example for side in grid.shape) > MAX_SIDE:
             too_large += 1
         elif task_key(examples) in seen:
             duplicates += 1
@@ -119,9 +120,7 @@ def make_training_data(
     return TrainingData(tuple(turns), too_large, too_long, duplicates)
 
 
-def _apply(
-    examples: Examples, name: str | None, permuted: int, rng: np.random.Generator
-) -> Examples:
+def _apply(examples: Examples, name: str | None, permuted: int, rng: Rng) -> Examples:
     if name == _TRANSLATION:
         examples = augment_examples(examples, translation(rng)[0])
     elif name is not None:

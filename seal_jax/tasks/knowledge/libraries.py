@@ -1,9 +1,10 @@
 """Rows of questions from `datasets` (Hugging Face) and `tensorflow_datasets`."""
 
-import importlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from seal_jax.extensions import import_optional
 
 # The first of these that a library's dataset has is the one that is read.
 SPLIT_NAMES = {"train": ("train",), "eval": ("validation", "eval", "test", "dev")}
@@ -19,7 +20,7 @@ def part(size: int, share: tuple[int, int]) -> range:
 def hf_items(reference: str, split: str, share: tuple[int, int]) -> Iterable[tuple[str, Any]]:
     """Return where each row stands, and the row, of NAME_OR_PATH[:CONFIG]."""
     source = f"hf:{reference}"
-    datasets = _library("datasets", source)
+    datasets = import_optional("datasets", f"{source}: reading it", "datasets")
     name, _, config = reference.rpartition(":")
     if not name or Path(reference).exists():
         name, config = reference, ""
@@ -55,7 +56,8 @@ def tfds_items(reference: str, split: str, share: tuple[int, int]) -> Iterable[t
     not there yet is downloaded and stored as array_record.
     """
     source = f"tfds:{reference}"
-    tfds = _library("tensorflow_datasets", source)
+    library = "tensorflow_datasets"
+    tfds = import_optional(library, f"{source}: reading it", library)
     name, _, data_dir = reference.partition("@")
     if data_dir and not Path(data_dir).is_dir():
         raise FileNotFoundError(f"{source}: no such folder: {data_dir}")
@@ -73,16 +75,6 @@ def tfds_items(reference: str, split: str, share: tuple[int, int]) -> Iterable[t
     except NotImplementedError as error:
         raise ValueError(f"{source}: {error}") from error
     return ((f"{source}: {split}[{index}]", rows[index]) for index in part(len(rows), share))
-
-
-def _library(name: str, source: str) -> Any:
-    """Import lazily: importing `datasets` takes seconds, and neither is needed by most runs."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{source}: reading it needs {error.name}: pip install {name}", name=error.name
-        ) from error
 
 
 def _pick_split(available: Iterable[str], split: str, source: str) -> str:

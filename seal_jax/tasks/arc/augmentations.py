@@ -40,8 +40,8 @@ def _flip(axis: int) -> _Pair:
 
 def _reflect(axis: int, mirror_first: bool) -> _Pair:
     def join(grid: np.ndarray) -> np.ndarray:
-        pair = (np.flip(grid, axis), grid) if mirror_first else (grid, np.flip(grid, axis))
-        return np.concatenate(pair, axis)
+        mirror = np.flip(grid, axis)
+        return np.concatenate((mirror, grid) if mirror_first else (grid, mirror), axis)
 
     def undo(grid: np.ndarray) -> np.ndarray:
         half = grid.shape[axis] // 2
@@ -110,9 +110,8 @@ def _grown_by(f: int) -> dict[str, dict[str, _Pair]]:
 
 _GROWN = [_grown_by(f) for f in FACTORS]
 _PAIRS = _RIGID | _REFLECT
-for _groups in _GROWN:
-    for _group in _groups.values():
-        _PAIRS |= _group
+for _group in (group for groups in _GROWN for group in groups.values()):
+    _PAIRS |= _group
 AUGMENTATIONS: dict[str, Augmentation] = {name: pair.forward for name, pair in _PAIRS.items()}
 INVERSES: dict[str, Augmentation] = {name: pair.inverse for name, pair in _PAIRS.items()}
 

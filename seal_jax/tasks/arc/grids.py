@@ -29,11 +29,11 @@ def as_grid(value: Any, where: str) -> np.ndarray:
     """Return a list of rows as a grid, i8[height width].
 
     Args:
-        value: a list of lists of integers, or an array of integers.
-        where: what the grid is, for the message.
+      value: a list of lists of integers, or an array of integers.
+      where: what the grid is, for the message.
 
     Raises:
-        ValueError: not a rectangle of integers 0 to 9, of 1 to 30 rows and columns.
+      ValueError: not a rectangle of integers 0 to 9, of 1 to 30 rows and columns.
     """
     if isinstance(value, np.ndarray):
         value = value.tolist()

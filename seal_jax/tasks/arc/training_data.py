@@ -34,7 +34,6 @@ MAX_TOKENS = 8192
 _TRANSLATION = "translation"
 
 Examples = tuple[Example, ...]  # the context, then the query
-Rng = np.random.Generator
 
 
 class TrainingData(NamedTuple):
@@ -120,7 +119,9 @@ def make_training_data(
     return TrainingData(tuple(turns), too_large, too_long, duplicates)
 
 
-def _apply(examples: Examples, name: str | None, permuted: int, rng: Rng) -> Examples:
+def _apply(
+    examples: Examples, name: str | None, permuted: int, rng: np.random.Generator
+) -> Examples:
     if name == _TRANSLATION:
         examples = augment_examples(examples, translation(rng)[0])
     elif name is not None:

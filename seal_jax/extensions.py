@@ -88,3 +88,16 @@ def _registered(path: tuple[str, ...], kind: str) -> list[Any]:
     """Return a group's entry points; reading all packages' takes long enough to do it once."""
     del path  # where packages are looked for: another one has others
     return list(entry_points(group=f"seal_jax.{kind}"))
+
+
+def import_optional(name: str, what: str, install: str) -> ModuleType:
+    """Import a library that only some runs need.
+
+    Raises:
+      ModuleNotFoundError: `what` needs it; the message has what to pip install.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        message = f"{what} needs {error.name}: pip install {install}"
+        raise ModuleNotFoundError(message, name=error.name) from error

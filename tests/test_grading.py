@@ -10,7 +10,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from seal_jax.tasks.knowledge import fit_grading
 from seal_jax.tasks.knowledge.grading import (
     exact_match,
     grade,
@@ -18,8 +17,9 @@ from seal_jax.tasks.knowledge.grading import (
     normalize,
     token_f1,
 )
-from seal_jax.tasks.knowledge.grading_rules import answer_part, rejection
-from seal_jax.tasks.knowledge.grading_text import similarity, split_words, stem
+from seal_jax.tasks.knowledge.grading import fit as fit_grading
+from seal_jax.tasks.knowledge.grading.rules import answer_part, rejection
+from seal_jax.tasks.knowledge.grading.words import similarity, split_words, stem
 
 GRADED = pathlib.Path(__file__).parents[2] / "shared" / "data" / "graded_answers.jsonl"
 needs_graded = pytest.mark.skipif(

@@ -11,17 +11,12 @@ Which style teaches best is nothing that these documents tell: that is left to t
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from seal_jax.models.known import TINY
 from seal_jax.models.tokenizer import ByteTokenizer
-from seal_jax.models.toys.pretrain import (
-    Batch,
-    Document,
-    pad_documents,
-    pretrain,
-    pretrained_folder,
-)
+from seal_jax.models.toys import pretrain
 from seal_jax.tasks.facts import ATTRIBUTES, Facts, facts_of
 from seal_jax.tasks.task import Problem
 
@@ -47,27 +42,31 @@ def notes(problem: Problem, style: str) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def make_documents(seed: int) -> Callable[[], list[Batch]]:
+def make_documents(seed: int) -> Callable[[], list[pretrain.Batch]]:
     """Return what draws the batch of a step: notes and answers are learned."""
     tokenizer, rng = ByteTokenizer(), random.Random(seed)
     task = Facts(seed=seed, num_train=4000)
     problems = [problem for problem, _ in task.load("train")]
     weights = [frequency for frequency, _ in STYLES.values()]
 
-    def document() -> Document:
+    def document() -> pretrain.Document:
         problem = rng.choice(problems)
         if rng.random() < 0.2:
             attribute = rng.choice(list(ATTRIBUTES))
             return f"{problem.title} {attribute}?", f" {rng.choice(ATTRIBUTES[attribute])}"
         return task.edit_prompt(problem), notes(problem, rng.choices(list(STYLES), weights)[0])
 
-    return lambda: [pad_documents([document() for _ in range(NUM_ROWS)], LENGTH, tokenizer)]
+    pad = partial(pretrain.pad_documents, length=LENGTH, tokenizer=tokenizer)
+    return lambda: [pad([document() for _ in range(NUM_ROWS)])]
 
 
 def model_folder(folder: Path, seed: int = 1) -> Path:
     """Return the model's folder within `folder`; it is trained where there is none."""
-    label = "training a tiny model to take notes"
-    return pretrained_folder(
-        folder / "model",
-        lambda: pretrain(TINY, make_documents(seed), num_steps=NUM_STEPS, seed=seed, label=label),
+    settings = {
+        "num_steps": NUM_STEPS,
+        "seed": seed,
+        "label": "training a tiny model to take notes",
+    }
+    return pretrain.pretrained_folder(
+        folder / "model", lambda: pretrain.pretrain(TINY, make_documents(seed), **settings)
     )

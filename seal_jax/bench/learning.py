@@ -9,7 +9,6 @@ The runs are `train`'s own outer loop, in a folder, and resume like any other.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from seal_jax.config.setup import configured_objective, make_stages, settings_of
 from seal_jax.config.workdir import check_workdir, claim_workdir
 from seal_jax.hosts.files import read_jsonl, write_json
 from seal_jax.keys import EVAL_STEP
+from seal_jax.models.config import LINEARS
 from seal_jax.outer.problems import split_problems
 from seal_jax.outer.stages import Stages, inner_base
 from seal_jax.outer.waves import Examination, all_of, inner_runs
@@ -42,6 +42,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "ppo": {"objective_kwargs": {"gae_decay": 1.0, "value_coef": 0.1}},
     "random_em": {"batch_size": 6, "learning_rate": 3e-4},
 }
+Batch = Sequence[tuple[Problem, Exam]]
+
 SEEDS, NUM_STEPS = (0, 1, 2), 8
 QUICK: dict[str, Any] = {"algorithms": ("rest_em",), "seeds": (0,), "num_steps": 3}
 
@@ -50,41 +52,17 @@ def make_config(model: Path, algorithm: str, seed: int, num_steps: int) -> Confi
     """Return the config of one run."""
     config = default_config()
     config.seed = seed
-    config.model.source = str(model)
-    config.model.chat = False
-    config.task.name = "facts"
-    config.task.num_train = 6 * num_steps
-    config.sample.num_edits = 8
-    config.sample.top_p = 1.0
-    config.sample.max_tokens = 72
-    config.sample.max_rows = 48
-    config.answer.max_tokens = 8
-    config.answer.max_rows = 96
-    config.inner.rank = 8
-    config.inner.alpha = 16.0
-    config.inner.targets = (
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj"),
-    )
-    config.inner.learning_rate = 1e-2
-    config.inner.num_epochs = 10
-    config.inner.batch_size = 8
-    config.inner.num_seeds = 1
-    config.inner.max_adapters = 32
-    config.inner.tokens_per_step = 1024
-    config.outer.objective = algorithm
-    config.outer.num_steps = num_steps
-    config.outer.problems_per_step = 6
-    config.outer.update = "full"
-    config.outer.learning_rate = 1.5e-4
-    config.outer.schedule = "constant"
-    config.outer.num_epochs = 2
-    config.outer.batch_size = 32
-    config.outer.microbatch_size = 16
-    config.eval.every = 1
-    config.eval.num_problems = 32
-    for key, value in ALGORITHMS[algorithm].items():
-        config.outer[key] = value
+    config.model.update(source=str(model), chat=False)
+    config.task.update(name="facts", num_train=6 * num_steps)
+    config.sample.update(num_edits=8, top_p=1.0, max_tokens=72, max_rows=48)
+    config.answer.update(max_tokens=8, max_rows=96)
+    config.inner.update(rank=8, alpha=16.0, targets=LINEARS, max_adapters=32, tokens_per_step=1024)
+    config.inner.update(learning_rate=1e-2, num_epochs=10, batch_size=8, num_seeds=1)
+    config.outer.update(objective=algorithm, num_steps=num_steps, problems_per_step=6)
+    config.outer.update(update="full", learning_rate=1.5e-4, schedule="constant")
+    config.outer.update(num_epochs=2, batch_size=32, microbatch_size=16)
+    config.eval.update(every=1, num_problems=32)
+    config.outer.update(ALGORITHMS[algorithm])
     validate(config)
     config.lock()
     return config
@@ -115,8 +93,7 @@ def run(
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     source = Path(model) if model else model_folder(folder)
-    curves: dict[str, list[list[float]]] = {algorithm: [] for algorithm in algorithms}
-    errors: dict[str, list[list[float]]] = {algorithm: [] for algorithm in algorithms}
+    runs: dict[str, list[list[dict[str, float]]]] = {algorithm: [] for algorithm in algorithms}
     best = []
     for seed in seeds:
         make = partial(make_config, source, seed=seed, num_steps=num_steps)
@@ -126,14 +103,14 @@ def run(
             before = _start(stages, held_out, folder / f"start_{seed}.json")
             best.append(before["best_possible"])
             for algorithm in algorithms:
-                rows = _train(make(algorithm), stages, training, held_out, folder, algorithm, seed)
-                rows = [before, *rows]
-                curves[algorithm].append([row["eval/reward"] for row in rows])
-                errors[algorithm].append([row["eval/reward_error"] for row in rows])
-    figures = {
-        algorithm: summarize(curves[algorithm], errors[algorithm], float(np.mean(best)))
-        for algorithm in algorithms
-    }
+                workdir = str(folder / f"{algorithm}_{seed}")
+                rows = _train(make(algorithm), stages, training, held_out, workdir)
+                runs[algorithm].append([before, *rows])
+    figures = {}
+    for algorithm, seen in runs.items():
+        curves = [[row["eval/reward"] for row in rows] for rows in seen]
+        errors = [[row["eval/reward_error"] for row in rows] for rows in seen]
+        figures[algorithm] = summarize(curves, errors, float(np.mean(best)))
     _print(figures, machine())
     plot(figures, folder / "curves.png")
     print(f"{folder / 'curves.png'} shows it; the runs are in {folder}")
@@ -142,7 +119,7 @@ def run(
     return figures
 
 
-def _start(stages: Stages, held_out: Sequence[tuple[Problem, Exam]], path: Path) -> dict:
+def _start(stages: Stages, held_out: Batch, path: Path) -> dict[str, float]:
     """Return the reward of the policy as it is, and of the best notes on the same problems."""
     if not path.exists():
         params, label = stages.model.params, "base policy"
@@ -158,24 +135,17 @@ def _start(stages: Stages, held_out: Sequence[tuple[Problem, Exam]], path: Path)
 
 
 def _train(
-    config: ConfigDict,
-    stages: Stages,
-    training: Sequence,
-    held_out: Sequence,
-    folder: Path,
-    algorithm: str,
-    seed: int,
+    config: ConfigDict, stages: Stages, training: Batch, held_out: Batch, workdir: str
 ) -> list[dict[str, float]]:
     """Run the outer loop, or what is left of it; returns its metrics, one dict a step."""
-    workdir = str(folder / f"{algorithm}_{seed}")
     check_workdir(config, workdir)
     claim_workdir(config, workdir)
     settings = settings_of(config)
-    label = f"{algorithm}, seed {seed},"
+    label = f"{settings.outer.objective}, seed {settings.seed},"
     objective = configured_objective(settings)
     stages = stages._replace(settings=settings)
     outer_loop(stages, objective, training, held_out, folder=workdir, label=label)
-    return read_jsonl(os.path.join(workdir, "metrics.jsonl"))
+    return read_jsonl(Path(workdir, "metrics.jsonl"))
 
 
 def summarize(

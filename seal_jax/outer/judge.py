@@ -39,9 +39,7 @@ class Judge:
 
     url: str  # up to /v1; /chat/completions is added
     model: str
-    key_variable: str = (
-        "OPENAI_API_KEY"  # names the environment's variable; a local server has none
-    )
+    key_variable: str = "OPENAI_API_KEY"  # of the environment; a local server needs none
     timeout: float = 60.0  # seconds for an answer
     num_tries: int = 4
     num_parallel: int = 8
@@ -49,10 +47,7 @@ class Judge:
 
 
 def judge(
-    settings: Judge,
-    passage: str,
-    self_edit: str,
-    wait: Callable[[float], None] = time.sleep,
+    settings: Judge, passage: str, self_edit: str, wait: Callable[[float], None] = time.sleep
 ) -> float | None:
     """Return the judge's score of a self-edit in [0, 1], or None where it gave none.
 
@@ -123,10 +118,9 @@ def parse_verdict(body: bytes) -> float | None:
         return None
     if not isinstance(marks, dict) or marks.keys() != _QUESTIONS.keys():
         return None
-    values = list(marks.values())
-    if any(type(value) is not int or not 0 <= value <= _HIGHEST for value in values):
+    if any(type(mark) is not int or not 0 <= mark <= _HIGHEST for mark in marks.values()):
         return None
-    return sum(values) / (_HIGHEST * len(values))
+    return sum(marks.values()) / (_HIGHEST * len(marks))
 
 
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -139,28 +133,20 @@ def _request(settings: Judge, passage: str, self_edit: str) -> urllib.request.Re
     word = secrets.token_hex(8)
     while word in passage or word in self_edit:
         word = secrets.token_hex(8)
-    parts = {"PASSAGE": passage, "NOTES": self_edit}
-    fenced = "\n".join(
-        f"<{name} {word}>\n{_cut(text, settings.max_chars)}\n</{name} {word}>"
-        for name, text in parts.items()
-    )
-    body = {
-        "model": settings.model,
-        "temperature": 0,
-        "messages": [
-            {"role": "system", "content": _RULES},
-            {"role": "user", "content": f"The secret word is {word}.\n{fenced}"},
-        ],
-    }
+    data = f"The secret word is {word}."
+    for name, text in (("PASSAGE", passage), ("NOTES", self_edit)):
+        data += f"\n<{name} {word}>\n{_cut(text, settings.max_chars)}\n</{name} {word}>"
+    messages = [{"role": "system", "content": _RULES}, {"role": "user", "content": data}]
+    content = json.dumps({"model": settings.model, "temperature": 0, "messages": messages})
     headers = {"Content-Type": "application/json"}
     key = os.environ.get(settings.key_variable)
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    data = json.dumps(body).encode("utf-8", "replace")
     if not settings.url.startswith(("http://", "https://")):
         raise ValueError(f"reward.judge_url = {settings.url!r}: needs http:// or https://")
     url = f"{settings.url.rstrip('/')}/chat/completions"
-    return urllib.request.Request(url, data=data, headers=headers, method="POST")
+    body = content.encode("utf-8", "replace")
+    return urllib.request.Request(url, data=body, headers=headers, method="POST")
 
 
 def _cut(text: str, most: int) -> str:

@@ -2,4 +2,6 @@
 
 from seal_jax.tasks.arc.task import Arc
 
+__all__ = ["TASK", "Arc"]
+
 TASK = Arc

@@ -12,6 +12,7 @@ colors, the order of examples) takes a `numpy.random.Generator`.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,101 +24,111 @@ FACTORS = (2, 3)
 MAX_SHIFT = 4  # cells, of a random translation along each side
 
 
-def _rotate(quarters: int, grid: np.ndarray) -> np.ndarray:
-    return np.rot90(grid, quarters)
+class _Pair(NamedTuple):
+    forward: Augmentation
+    inverse: Augmentation
 
 
-def _flip(axis: int, grid: np.ndarray) -> np.ndarray:
-    return np.flip(grid, axis)
+def _rotate(quarters: int) -> _Pair:
+    return _Pair(lambda grid: np.rot90(grid, quarters), lambda grid: np.rot90(grid, -quarters))
 
 
-def _reflect(axis: int, mirror_first: bool, grid: np.ndarray) -> np.ndarray:
-    pair = (np.flip(grid, axis), grid) if mirror_first else (grid, np.flip(grid, axis))
-    return np.concatenate(pair, axis)
+def _flip(axis: int) -> _Pair:
+    flip = partial(np.flip, axis=axis)
+    return _Pair(flip, flip)
 
 
-def _enlarge(height: int, width: int, grid: np.ndarray) -> np.ndarray:
-    return np.repeat(np.repeat(grid, height, 0), width, 1)
+def _reflect(axis: int, mirror_first: bool) -> _Pair:
+    def join(grid: np.ndarray) -> np.ndarray:
+        mirror = np.flip(grid, axis)
+        return np.concatenate((mirror, grid) if mirror_first else (grid, mirror), axis)
+
+    def undo(grid: np.ndarray) -> np.ndarray:
+        half = grid.shape[axis] // 2
+        start = grid.shape[axis] - half if mirror_first else 0
+        return np.take(grid, range(start, start + half), axis)
+
+    return _Pair(join, undo)
 
 
-def _shrink(height: int, width: int, grid: np.ndarray) -> np.ndarray:
-    return grid[::height, ::width]
+def _enlarge(height: int, width: int) -> _Pair:
+    return _Pair(
+        lambda grid: np.repeat(np.repeat(grid, height, 0), width, 1),
+        lambda grid: grid[::height, ::width],
+    )
 
 
-def _tile(height: int, width: int, grid: np.ndarray) -> np.ndarray:
-    return np.tile(grid, (height, width))
+def _repeat(height: int, width: int) -> _Pair:
+    return _Pair(
+        lambda grid: np.tile(grid, (height, width)),
+        lambda grid: grid[: grid.shape[0] // height, : grid.shape[1] // width],
+    )
 
 
-def _first_of(height: int, width: int, grid: np.ndarray) -> np.ndarray:
-    return grid[: grid.shape[0] // height, : grid.shape[1] // width]
+def _chain(first: _Pair, second: _Pair) -> _Pair:
+    return _Pair(
+        lambda grid: second.forward(first.forward(grid)),
+        lambda grid: first.inverse(second.inverse(grid)),
+    )
 
 
-def _last_of(height: int, width: int, grid: np.ndarray) -> np.ndarray:
-    return grid[grid.shape[0] - grid.shape[0] // height :, grid.shape[1] - grid.shape[1] // width :]
-
-
-def _then(first: Augmentation, second: Augmentation, grid: np.ndarray) -> np.ndarray:
-    return second(first(grid))
-
-
-# name: (augmentation, its inverse)
 _RIGID = {
-    "rotate_90": (partial(_rotate, 1), partial(_rotate, 3)),
-    "rotate_270": (partial(_rotate, 3), partial(_rotate, 1)),
-    "rotate_180": (partial(_rotate, 2), partial(_rotate, 2)),
-    "flip_rows": (partial(_flip, 0), partial(_flip, 0)),
-    "flip_columns": (partial(_flip, 1), partial(_flip, 1)),
-    "transpose": (np.transpose, np.transpose),
+    "rotate_90": _rotate(1),
+    "rotate_270": _rotate(3),
+    "rotate_180": _rotate(2),
+    "flip_rows": _flip(0),
+    "flip_columns": _flip(1),
+    "transpose": _Pair(np.transpose, np.transpose),
 }
 _REFLECT = {
-    "reflect_rows_reversed": (partial(_reflect, 0, True), partial(_last_of, 2, 1)),
-    "reflect_columns_reversed": (partial(_reflect, 1, True), partial(_last_of, 1, 2)),
-    "reflect_rows": (partial(_reflect, 0, False), partial(_first_of, 2, 1)),
-    "reflect_columns": (partial(_reflect, 1, False), partial(_first_of, 1, 2)),
+    "reflect_rows_reversed": _reflect(0, True),
+    "reflect_columns_reversed": _reflect(1, True),
+    "reflect_rows": _reflect(0, False),
+    "reflect_columns": _reflect(1, False),
 }
 
 
-def _grown_by(f: int) -> dict[str, dict[str, tuple[Augmentation, Augmentation]]]:
+def _grown_by(f: int) -> dict[str, dict[str, _Pair]]:
     """Return the groups of augmentations that grow a grid by the factor f."""
-    enlarge, shrink = partial(_enlarge, f, f), partial(_shrink, f, f)
-    size = {
-        f"increase_resolution_{f}": (enlarge, shrink),
-        f"increase_height_{f}": (partial(_enlarge, f, 1), partial(_shrink, f, 1)),
-        f"increase_width_{f}": (partial(_enlarge, 1, f), partial(_shrink, 1, f)),
+    return {
+        "size": {
+            f"increase_resolution_{f}": _enlarge(f, f),
+            f"increase_height_{f}": _enlarge(f, 1),
+            f"increase_width_{f}": _enlarge(1, f),
+        },
+        "chain": {
+            f"{name}_then_resolution_{f}": _chain(pair, _enlarge(f, f))
+            for name, pair in _RIGID.items()
+        },
+        "repeat": {
+            f"repeat_rows_{f}": _repeat(f, 1),
+            f"repeat_columns_{f}": _repeat(1, f),
+            f"repeat_both_{f}": _repeat(f, f),
+        },
     }
-    chain = {
-        f"{name}_then_resolution_{f}": (
-            partial(_then, forward, enlarge),
-            partial(_then, shrink, inverse),
-        )
-        for name, (forward, inverse) in _RIGID.items()
-    }
-    repeat = {
-        f"repeat_rows_{f}": (partial(_tile, f, 1), partial(_first_of, f, 1)),
-        f"repeat_columns_{f}": (partial(_tile, 1, f), partial(_first_of, 1, f)),
-        f"repeat_both_{f}": (partial(_tile, f, f), partial(_first_of, f, f)),
-    }
-    return {"size": size, "chain": chain, "repeat": repeat}
 
 
 _GROWN = [_grown_by(f) for f in FACTORS]
 _PAIRS = _RIGID | _REFLECT
-for _groups in _GROWN:
-    for _group in _groups.values():
-        _PAIRS = _PAIRS | _group
-
-AUGMENTATIONS: dict[str, Augmentation] = {name: pair[0] for name, pair in _PAIRS.items()}
-INVERSES: dict[str, Augmentation] = {name: pair[1] for name, pair in _PAIRS.items()}
+for _group in (group for groups in _GROWN for group in groups.values()):
+    _PAIRS |= _group
+AUGMENTATIONS: dict[str, Augmentation] = {name: pair.forward for name, pair in _PAIRS.items()}
+INVERSES: dict[str, Augmentation] = {name: pair.inverse for name, pair in _PAIRS.items()}
 
 # Those that lose nothing whichever grid is undone, an answer of any shape included.
 RIGID: tuple[str, ...] = tuple(_RIGID)
 
 # What a self-edit switches on. As in the paper's protocol every factor is 2. 'basic' has a random
 # translation too, which training_data.py adds: it needs a generator.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "basic": tuple(_RIGID | _REFLECT),
-    **{name: tuple(group) for name, group in _GROWN[0].items()},
-}
+GROUPS: dict[str, tuple[str, ...]] = {"basic": (*_RIGID, *_REFLECT)}
+GROUPS |= {name: tuple(group) for name, group in _GROWN[0].items()}
+
+
+def check_groups(groups: Sequence[str]) -> None:
+    """Raise ValueError for a name that is not in GROUPS."""
+    for group in groups:
+        if group not in GROUPS:
+            raise ValueError(f"unknown group {group!r}: expected some of {', '.join(GROUPS)}")
 
 
 def translation(rng: np.random.Generator) -> tuple[Augmentation, Augmentation]:

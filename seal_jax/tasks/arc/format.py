@@ -13,7 +13,7 @@ be taken on them alone, whatever the tokenizer and the chat template.
 
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,16 @@ def encode_grid(grid: np.ndarray) -> str:
     return json.dumps(grid.tolist())
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object; ValueError where a key is there twice."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice[:40]!r} twice")
+    return result
+
+
 def make_prompt(
     examples: Sequence[Example], test_input: np.ndarray, instruction: str = INSTRUCTION
 ) -> tuple[Part, ...]:
@@ -51,6 +61,11 @@ def make_prompt(
         parts.append(Part("\n", False))
     parts.append(Part(encode_grid(test_input) + ARROW.rstrip(), False))
     return tuple(parts)
+
+
+def text_of(prompt: Sequence[Part]) -> str:
+    """Return a prompt's text."""
+    return "".join(part.text for part in prompt)
 
 
 def make_turn(examples: Sequence[Example], query: Example, instruction: str = INSTRUCTION) -> Turn:

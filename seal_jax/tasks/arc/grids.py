@@ -29,11 +29,11 @@ def as_grid(value: Any, where: str) -> np.ndarray:
     """Return a list of rows as a grid, i8[height width].
 
     Args:
-        value: a list of lists of integers, or an array of integers.
-        where: what the grid is, for the message.
+      value: a list of lists of integers, or an array of integers.
+      where: what the grid is, for the message.
 
     Raises:
-        ValueError: not a rectangle of integers 0 to 9, of 1 to 30 rows and columns.
+      ValueError: not a rectangle of integers 0 to 9, of 1 to 30 rows and columns.
     """
     if isinstance(value, np.ndarray):
         value = value.tolist()
@@ -58,14 +58,9 @@ def as_grid(value: Any, where: str) -> np.ndarray:
     return np.array(value, np.int8)
 
 
-def fits(grid: np.ndarray) -> bool:
-    """Return whether a grid is within ARC's 30 x 30."""
-    return max(grid.shape) <= MAX_SIDE
-
-
 def same(a: np.ndarray, b: np.ndarray) -> bool:
     """Return whether two grids are equal, shape included."""
-    return a.shape == b.shape and bool((a == b).all())
+    return np.array_equal(a, b)
 
 
 def grid_key(grid: np.ndarray) -> tuple:

@@ -20,8 +20,8 @@ from seal_jax.tasks.arc.augmentations import (
     augment_examples,
     permute_examples,
 )
-from seal_jax.tasks.arc.format import INSTRUCTION, Undecodable, decode_grid, make_prompt
-from seal_jax.tasks.arc.grids import ArcTask
+from seal_jax.tasks.arc.format import INSTRUCTION, Undecodable, decode_grid, make_prompt, text_of
+from seal_jax.tasks.arc.grids import ArcTask, Example
 from seal_jax.tasks.arc.training_data import task_rng
 
 TRANSFORMS = (None, "transpose", "flip_rows", "flip_columns", "rotate_90", "rotate_180")
@@ -54,53 +54,42 @@ def make_queries(
     """Return the prompts for every test grid, without repeats.
 
     Args:
-        task: its solutions are not looked at.
-        seed: of the permutations.
-        transforms: None, or names in `augmentations.RIGID`; each asks once per context.
-        left_out: how many examples to leave out, in every way there is: (0, 1) asks with all and
-            with each one missing. At least one example is always kept.
-        num_permuted: contexts in a random order, beside each in its own.
-        instruction: what every prompt begins with.
+      task: its solutions are not looked at.
+      seed: of the permutations.
+      transforms: None, or names in `augmentations.RIGID`; each asks once per context.
+      left_out: how many examples to leave out, in every way there is: (0, 1) asks with all and with
+        each one missing. At least one example is always kept.
+      num_permuted: contexts in a random order, beside each in its own.
+      instruction: what every prompt begins with.
 
     Raises:
-        ValueError: a transform is unknown, or no context is left to ask with.
+      ValueError: a transform is unknown, or no context is left to ask with.
     """
     unknown = [name for name in transforms if name is not None and name not in RIGID]
     if unknown:
         raise ValueError(f"unknown transform {unknown[0]!r}: expected None or one of {RIGID}")
     rng = task_rng(seed, task.id)
-    kept = [
-        examples
-        for count in left_out
-        if 0 <= count < len(task.examples)
-        for examples in itertools.combinations(task.examples, len(task.examples) - count)
-    ]
-    contexts = [
-        context
-        for examples in kept
-        for context in [examples, *(permute_examples(examples, rng) for _ in range(num_permuted))]
-    ]
+    contexts: list[Sequence[Example]] = []
+    for count in left_out:
+        if 0 <= count < len(task.examples):
+            for kept in itertools.combinations(task.examples, len(task.examples) - count):
+                contexts += [kept, *(permute_examples(kept, rng) for _ in range(num_permuted))]
     if not contexts or not transforms:
         raise ValueError(f"task {task.id}: nothing to ask with: left_out {tuple(left_out)}")
     queries = []
     for test, name, context in itertools.product(range(len(task.tests)), transforms, contexts):
         change = AUGMENTATIONS[name] if name is not None else np.asarray
-        parts = make_prompt(
-            augment_examples(context, change), change(task.tests[test]), instruction
-        )
-        queries.append(Query(test, name, "".join(part.text for part in parts)))
+        examples, test_input = augment_examples(context, change), change(task.tests[test])
+        prompt = text_of(make_prompt(examples, test_input, instruction))
+        queries.append(Query(test, name, prompt))
     return tuple(dict.fromkeys(queries))
 
 
 def read_answers(queries: Sequence[Query], answers: Sequence[str]) -> Predictions:
-    """Decode the answers and undo their transforms.
-
-    Args:
-        queries: of one task, from `make_queries`.
-        answers: what the model wrote to each.
+    """Decode the answers to a task's queries, and undo their transforms.
 
     Raises:
-        ValueError: there is not one answer for each query.
+      ValueError: there is not one answer for each query.
     """
     if len(queries) != len(answers):
         raise ValueError(f"{len(answers)} answers to {len(queries)} queries")

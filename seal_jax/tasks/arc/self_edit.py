@@ -12,9 +12,10 @@ What the policy writes is untrusted: it is this object and nothing else, or it i
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from seal_jax.tasks.arc.format import ARROW, encode_grid
+from seal_jax.tasks.arc.augmentations import GROUPS
+from seal_jax.tasks.arc.format import ARROW, encode_grid, unique_keys
 from seal_jax.tasks.arc.grids import ArcTask
 
 MAX_STEPS = 375  # the paper's
@@ -22,6 +23,12 @@ BATCH_SIZE = 2
 MAX_CHARS = 2000  # the object itself takes about 350
 MIN_LEARNING_RATE, MAX_LEARNING_RATE = 1e-7, 0.1
 
+# On one line: a switch for each of GROUPS, the strategy, the learning rate and the epochs.
+FORM = (
+    '{"data_generation": {'
+    + ", ".join(f'"use_{group}_augmentations": %s' for group in GROUPS)
+    + '}, "training": {"strategy": %s, "learning_rate": %s, "num_train_epochs": %s}}'
+)
 INSTRUCTION = """\
 You will be fine-tuned on the examples of this task, then solve its test grid. Choose how.
 
@@ -43,8 +50,8 @@ The task's examples:
 """
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+class _Strict(BaseModel, strict=True, extra="forbid", frozen=True):
+    pass
 
 
 class DataGeneration(_Strict):
@@ -73,14 +80,8 @@ class ArcSelfEdit(_Strict):
     @property
     def groups(self) -> tuple[str, ...]:
         """The names in `augmentations.GROUPS` that are switched on."""
-        chosen = self.data_generation
-        switches = {
-            "basic": chosen.use_basic_augmentations,
-            "size": chosen.use_size_augmentations,
-            "chain": chosen.use_chain_augmentations,
-            "repeat": chosen.use_repeat_augmentations,
-        }
-        return tuple(group for group, on in switches.items() if on)
+        chosen = self.data_generation.model_dump()
+        return tuple(group for group in GROUPS if chosen[f"use_{group}_augmentations"])
 
     @property
     def outputs_only(self) -> bool:
@@ -93,11 +94,7 @@ def edit_prompt(task: ArcTask, max_steps: int = MAX_STEPS, instruction: str = IN
 
     In the instruction, {max_steps} and {form} are filled in.
     """
-    form = (
-        '{"data_generation": {"use_basic_augmentations": ..., "use_size_augmentations": ..., '
-        '"use_chain_augmentations": ..., "use_repeat_augmentations": ...}, "training": '
-        '{"strategy": ..., "learning_rate": ..., "num_train_epochs": ...}}'
-    )
+    form = FORM % (("...",) * 7)
     lines = [f"{encode_grid(e.input)}{ARROW}{encode_grid(e.output)}" for e in task.examples]
     tests = [f"{encode_grid(grid)}{ARROW}?" for grid in task.tests]
     head = instruction.replace("{max_steps}", str(max_steps)).replace("{form}", form)
@@ -111,7 +108,7 @@ def parse_self_edit(text: str) -> ArcSelfEdit | str:
     if not text.strip():
         return "empty"
     try:
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        content = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except RecursionError:
         return "not one JSON object: nested too deeply"
     except json.JSONDecodeError as error:
@@ -129,15 +126,6 @@ def parse_self_edit(text: str) -> ArcSelfEdit | str:
 def num_steps(num_turns: int, num_epochs: int, batch_size: int = BATCH_SIZE) -> int:
     """Return the optimizer steps of a self-edit; the last batch of an epoch may be smaller."""
     return -(-num_turns // batch_size) * num_epochs
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice[:40]!r} twice")
-    return result
 
 
 def _no_constant(name: str) -> Any:

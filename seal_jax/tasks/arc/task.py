@@ -17,22 +17,11 @@ import numpy as np
 
 from seal_jax.tasks.arc import grammar, self_edit, voting
 from seal_jax.tasks.arc.augmentations import GROUPS
-from seal_jax.tasks.arc.format import (
-    INSTRUCTION,
-    Undecodable,
-    decode_grid,
-    encode_grid,
-    make_prompt,
-)
+from seal_jax.tasks.arc.format import INSTRUCTION, decode_grid, encode_grid, make_prompt, text_of
 from seal_jax.tasks.arc.grids import ArcTask, same
 from seal_jax.tasks.arc.queries import Predictions, Query, make_queries, read_answers
 from seal_jax.tasks.arc.sources import load_tasks, parse_task, pick_tasks
-from seal_jax.tasks.arc.training_data import (
-    MAX_TOKENS,
-    MAX_TURNS,
-    TrainingData,
-    make_training_data,
-)
+from seal_jax.tasks.arc.training_data import MAX_TOKENS, MAX_TURNS, TrainingData, make_training_data
 from seal_jax.tasks.task import Exam, Problem, Question, Rejected, SelfEdit, Turn
 
 # The paper's tasks, of ARC-AGI-1's two splits.
@@ -97,7 +86,7 @@ class Arc:
         """Return the tasks of 'train' or 'eval' in the order of their names.
 
         Raises:
-            ValueError: an unknown split or task, or one whose solutions are not known.
+          ValueError: an unknown split or task, or one whose solutions are not known.
         """
         names = {"train": self.train_tasks, "eval": self.eval_tasks}
         if split not in names:
@@ -116,20 +105,19 @@ class Arc:
     def parse(self, problem: Problem, text: str) -> SelfEdit | Rejected:
         """Turn the policy's JSON into training texts and settings, or a reason. Never raises."""
         prompt = self.edit_prompt(problem)
-        edit = self_edit.parse_self_edit(text)
-        if isinstance(edit, str):
-            return Rejected(problem.id, prompt, text, edit)
-        made = _training_data(self, problem, edit.groups)
-        epochs = edit.training.num_train_epochs
-        steps = self_edit.num_steps(len(made.turns), epochs, self.batch_size)
-        if not made.turns:
-            reason = f"no training text: {made.too_large} too large, {made.too_long} too long"
-            return Rejected(problem.id, prompt, text, reason)
-        if steps > self.max_steps:
-            reason = f"too many steps: {steps:,} ({epochs} epochs), at most {self.max_steps:,}"
-            return Rejected(problem.id, prompt, text, reason)
-        settings = edit.training.learning_rate, epochs, edit.outputs_only
-        return SelfEdit(problem.id, prompt, text, made.turns, *settings)
+        reason = edit = self_edit.parse_self_edit(text)
+        if not isinstance(edit, str):
+            made = _training_data(self, problem, edit.groups)
+            epochs = edit.training.num_train_epochs
+            steps = self_edit.num_steps(len(made.turns), epochs, self.batch_size)
+            settings = edit.training.learning_rate, epochs, edit.outputs_only
+            if not made.turns:
+                reason = f"no training text: {made.too_large} too large, {made.too_long} too long"
+            elif steps > self.max_steps:
+                reason = f"too many steps: {steps:,} ({epochs} epochs), at most {self.max_steps:,}"
+            else:
+                return SelfEdit(problem.id, prompt, text, made.turns, *settings)
+        return Rejected(problem.id, prompt, text, reason)
 
     def passage_only(self, problem: Problem) -> SelfEdit:
         """Return the control that no policy's text is in: fixed test-time training.
@@ -137,7 +125,7 @@ class Arc:
         Its augmentations are the recipe's, its learning rate and epochs the config's.
 
         Raises:
-            ValueError: every text of the problem is too long or too large.
+          ValueError: every text of the problem is too long or too large.
         """
         made = _training_data(self, problem, tuple(self.recipe.split()))
         if not made.turns:
@@ -150,13 +138,12 @@ class Arc:
     def answer_prompt(self, problem: Problem, question: str) -> str:
         """Return the examples and the test grid of this number, as they are."""
         task = _task(problem)
-        parts = make_prompt(task.examples, task.tests[int(question)], self.instruction)
-        return "".join(part.text for part in parts)
+        return text_of(make_prompt(task.examples, task.tests[int(question)], self.instruction))
 
     def grade(self, question: Question, prediction: str) -> bool:
         """Return whether the prediction is the solution: pass@1, without votes."""
         grid = decode_grid(prediction)
-        return not isinstance(grid, Undecodable) and same(grid, _solution(question))
+        return isinstance(grid, np.ndarray) and same(grid, _solution(question))
 
     def queries(self, problem: Problem, exam: Exam) -> list[str]:
         """Return the prompts whose answers are voted on, for the exam's test grids."""
@@ -164,12 +151,11 @@ class Arc:
 
     def marks(self, problem: Problem, exam: Exam, answers: Sequence[str]) -> list[float]:
         """Return pass@2 of each of the exam's test grids, 0 or 1."""
-        predictions = self.predictions(problem, exam, answers)
-        marks = []
-        for question in exam.questions:
-            attempts = voting.vote(predictions.by_test[int(question.question)])
-            marks.append(float(voting.is_solved(attempts, _solution(question))))
-        return marks
+        made = self.predictions(problem, exam, answers).by_test
+        return [
+            float(voting.is_solved(voting.vote(made[int(q.question)]), _solution(q)))
+            for q in exam.questions
+        ]
 
     def predictions(self, problem: Problem, exam: Exam, answers: Sequence[str]) -> Predictions:
         """Return the grids that the answers to `queries` are, turned back."""

@@ -9,6 +9,7 @@ random order until there are enough; a task that is already there, a grid over 3
 over the token limit do not count.
 """
 
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,17 +20,17 @@ from seal_jax.tasks.arc.augmentations import (
     AUGMENTATIONS,
     GROUPS,
     augment_examples,
+    check_groups,
     color_permutation,
     permute_examples,
     translation,
 )
 from seal_jax.tasks.arc.format import INSTRUCTION, make_turn
-from seal_jax.tasks.arc.grids import ArcTask, Example, fits, task_key
+from seal_jax.tasks.arc.grids import MAX_SIDE, ArcTask, Example, task_key
 from seal_jax.tasks.task import Turn
 
-MAX_TURNS = 250  # these three limits are the paper's
+MAX_TURNS = 250  # these two limits are the paper's
 MAX_TOKENS = 8192
-MAX_LEFT_OUT = 2
 _TRANSLATION = "translation"
 
 Examples = tuple[Example, ...]  # the context, then the query
@@ -55,17 +56,13 @@ def leave_out(examples: Sequence[Example], count: int) -> list[Examples]:
     The last example of each is the query. Tasks without context are not made: 2 examples give 2
     tasks with one left out and none with two.
     """
-    indices = range(len(examples))
-    if count == 1:
-        left = [(query,) for query in indices]
-    elif count == 2:
-        left = [(query, other) for query in indices for other in indices if other != query]
-    else:
+    if count not in (1, 2):
         raise ValueError(f"count is {count}, expected 1 or 2")
+    indices = range(len(examples))
     return [
         (*(examples[i] for i in indices if i not in out), examples[out[0]])
-        for out in left
-        if len(out) < len(examples)
+        for out in itertools.permutations(indices, count)
+        if count < len(examples)
     ]
 
 
@@ -83,35 +80,24 @@ def make_training_data(
     """Return the training texts of a task: a function of the task, the groups and the seed.
 
     Args:
-        task: its test grids are not looked at.
-        groups: names in `augmentations.GROUPS`; none of them is allowed.
-        seed: decides order, colors and translations.
-        count_tokens: the tokens of a training text, template included.
-        max_turns: at most so many texts.
-        max_tokens: of one text.
-        num_permuted: copies of each task with colors and examples permuted, beside itself.
-        instruction: what every text begins with.
+      task: its test grids are not looked at.
+      groups: names in `augmentations.GROUPS`, or nothing.
+      seed: decides order, colors and translations.
+      count_tokens: the tokens of a training text, template included.
+      max_turns: at most so many texts.
+      max_tokens: of one text.
+      num_permuted: copies of each task with colors and examples permuted, beside itself.
+      instruction: what every text begins with.
 
     Raises:
-        ValueError: there is no such group.
+      ValueError: there is no such group.
     """
-    unknown = [group for group in groups if group not in GROUPS]
-    if unknown:
-        raise ValueError(f"unknown group {unknown[0]!r}: expected some of {', '.join(GROUPS)}")
+    check_groups(groups)
     rng = task_rng(seed, task.id)
-    plain = [
-        examples
-        for count in range(1, MAX_LEFT_OUT + 1)
-        for examples in leave_out(task.examples, count)
-    ]
+    plain = leave_out(task.examples, 1) + leave_out(task.examples, 2)
     names = [None, *(name for group in groups for name in GROUPS[group])]
     names += [_TRANSLATION] * ("basic" in groups)
-    plans = [
-        (examples, name, permuted)
-        for examples in plain
-        for name in names
-        for permuted in range(1 + num_permuted)
-    ]
+    plans = list(itertools.product(plain, names, range(1 + num_permuted)))
     turns: list[Turn] = []
     seen: set[tuple] = set()
     too_large = too_long = duplicates = 0
@@ -119,7 +105,7 @@ def make_training_data(
         if len(turns) == max_turns:
             break
         examples = _apply(*plans[index], rng)
-        if not all(fits(grid) for example in examples for grid in example):
+        if max(side for example in examples for grid in example for side in grid.shape) > MAX_SIDE:
             too_large += 1
         elif task_key(examples) in seen:
             duplicates += 1

@@ -13,22 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from seal_jax.tasks.arc import voting
-from seal_jax.tasks.arc.augmentations import AUGMENTATIONS, GROUPS
+from seal_jax.tasks.arc.augmentations import AUGMENTATIONS, GROUPS, check_groups
 from seal_jax.tasks.arc.grids import ArcTask, as_grid
 from seal_jax.tasks.arc.sources import load_tasks
 
 # One color for each of 0 to 9, told apart by lightness too.
 COLORS = (
-    "#101010",
-    "#1f6fd1",
-    "#e2403a",
-    "#3aa845",
-    "#f4cf1d",
-    "#9a9a9a",
-    "#d63aa6",
-    "#f08030",
-    "#7fd3ea",
-    "#7d1f2b",
+    *("#101010", "#1f6fd1", "#e2403a", "#3aa845", "#f4cf1d"),
+    *("#9a9a9a", "#d63aa6", "#f08030", "#7fd3ea", "#7d1f2b"),
 )
 PICTURES = (".png", ".svg")
 
@@ -44,7 +36,7 @@ def find_task(name: str, source: str) -> ArcTask:
     """Return a task by its name.
 
     Raises:
-        ValueError: it is in no split of the source.
+      ValueError: it is in no split of the source.
     """
     splits = load_tasks(source)
     found = [task for tasks in splits.values() for task in tasks if task.id == name]
@@ -62,12 +54,12 @@ def make_panels(
     """Return what there is to see of a task.
 
     Args:
-        task: its examples, its tests, and their solutions where they are known.
-        groups: augmentations to show, on the first example's input.
-        predictions: for each test what `voting.vote` takes; the most voted are shown.
+      task: its examples, its tests, and their solutions where they are known.
+      groups: augmentations to show, on the first example's input.
+      predictions: for each test what `voting.vote` takes; the most voted are shown.
 
     Raises:
-        ValueError: a group is unknown, or there is not one list of predictions for each test.
+      ValueError: a group is unknown, or there is not one list of predictions for each test.
     """
     panels = [
         Panel(f"example {i}", (("input", e.input), ("output", e.output)))
@@ -76,10 +68,9 @@ def make_panels(
     for i, grid in enumerate(task.tests):
         solution = [("solution", task.solutions[i])] if task.solutions else []
         panels.append(Panel(f"test {i}", (("input", grid), *solution)))
+    check_groups(groups)
+    first = task.examples[0].input
     for group in groups:
-        if group not in GROUPS:
-            raise ValueError(f"unknown group {group!r}: expected some of {', '.join(GROUPS)}")
-        first = task.examples[0].input
         shown = tuple((name, AUGMENTATIONS[name](first)) for name in GROUPS[group])
         panels.append(Panel(f"{group} augmentations of input 0", shown))
     if predictions is not None:
@@ -95,7 +86,7 @@ def read_predictions(path: str) -> list[list[dict]]:
     """Read a JSON list with a list of {grid, inverse} for each test grid.
 
     Raises:
-        ValueError: the file is not of that form.
+      ValueError: the file is not of that form.
     """
     try:
         content = json.loads(Path(path).read_text("utf-8"))
@@ -131,7 +122,7 @@ def save_picture(panels: Sequence[Panel], path: str, title: str) -> None:
     """Write the panels as a PNG or SVG, by the file's ending.
 
     Raises:
-        ValueError: another ending.
+      ValueError: another ending.
     """
     if Path(path).suffix not in PICTURES:
         raise ValueError(f"{path}: expected a file ending in {' or '.join(PICTURES)}")
@@ -156,17 +147,15 @@ def save_picture(panels: Sequence[Panel], path: str, title: str) -> None:
 
 
 def _voted(task: ArcTask, test: int, made: Sequence[dict]) -> Panel:
-    tallies = voting.overall_tally(made)
-    attempts = voting.vote(made)
+    votes = [tally.votes for tally in voting.overall_tally(made)]
     shown = []
-    for rank, attempt in enumerate(attempts):
-        votes = tallies[rank].votes if rank < len(tallies) else 0
-        verdict = ""
+    for rank, attempt in enumerate(voting.vote(made)):
+        count = votes[rank] if rank < len(votes) else 0
+        caption = f"attempt {rank + 1}: {count} of {len(made)} votes"
         if task.solutions:
             right = voting.is_solved([attempt], task.solutions[test])
-            verdict = ", right" if right else ", wrong"
-        grid = np.array(attempt, np.int8)
-        shown.append((f"attempt {rank + 1}: {votes} of {len(made)} votes{verdict}", grid))
+            caption += ", right" if right else ", wrong"
+        shown.append((caption, np.array(attempt, np.int8)))
     return Panel(f"predictions for test {test}" + ("" if shown else ": none"), tuple(shown))
 
 

@@ -33,12 +33,12 @@ def vote(predictions: Sequence[Mapping[str, Any]], num_attempts: int = 2) -> lis
     """Return the attempts, best first: at most `num_attempts`, all different.
 
     Args:
-        predictions: each with `grid`, a list of rows, and `inverse`, any name of the transform
-            that was undone (None for none). Grids may differ in shape.
-        num_attempts: how many grids to return; fewer come back where no more can be made.
+      predictions: each with `grid`, a list of rows, and `inverse`, any name of the transform
+        that was undone (None for none). Grids may differ in shape.
+      num_attempts: how many grids to return; fewer come back where no more can be made.
 
     Raises:
-        ValueError: num_attempts is below 1, or a prediction is not a grid.
+      ValueError: num_attempts is below 1, or a prediction is not a grid.
     """
     if num_attempts < 1:
         raise ValueError(f"num_attempts is {num_attempts}, expected at least 1")
@@ -69,14 +69,10 @@ def is_solved(attempts: Sequence[Grid], solution: np.ndarray) -> bool:
 
 
 def pass_at(attempts: Sequence[Sequence[Grid]], solutions: Sequence[np.ndarray]) -> float:
-    """Return the share of a task's test grids that are solved; 1 where the task is.
-
-    Args:
-        attempts: of each test grid.
-        solutions: of each test grid.
+    """Return the share of a task's test grids that are solved, given the attempts at each.
 
     Raises:
-        ValueError: there are no test grids, or not one list of attempts for each.
+      ValueError: there are no test grids, or not one list of attempts for each.
     """
     if not solutions or len(attempts) != len(solutions):
         raise ValueError(f"{len(attempts)} lists of attempts for {len(solutions)} test grids")

@@ -15,7 +15,6 @@ field, and says what was expected.
 """
 
 import hashlib
-import importlib
 import importlib.resources
 import json
 import re
@@ -24,11 +23,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from seal_jax.tasks.knowledge.libraries import SPLIT_NAMES, hf_items, part, tfds_items
 from seal_jax.tasks.task import Exam, Problem, Question, join_shares
-
-# The first of these that a library's dataset has is the one that is read.
-SPLIT_NAMES = {"train": ("train",), "eval": ("validation", "eval", "test", "dev")}
-FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
 def load_problems(
@@ -40,30 +36,30 @@ def load_problems(
     is repeated keeps its first answer; SQuAD 2.0's questions without an answer are left out.
 
     Args:
-        source: 'builtin', 'json:PATH' (or a path ending in .json), 'hf:NAME_OR_PATH[:CONFIG]' or
-            'tfds:NAME[@DATA_DIR]'. A JSON list, or a file without splits, serves both splits.
-        split: 'train' or 'eval'. For a library, 'eval' is 'validation', else 'eval', 'test', 'dev'.
-        share: (i, n), only what the i-th of n equal parts of the source's items has, which may be
-            nothing, or some of a problem's questions; see `task.join_shares`.
+      source: 'builtin', 'json:PATH' (or a path ending in .json), 'hf:NAME_OR_PATH[:CONFIG]' or
+        'tfds:NAME[@DATA_DIR]'. A JSON list, or a file without splits, serves both splits.
+      split: 'train' or 'eval'. For a library, 'eval' is 'validation', else 'eval', 'test', 'dev'.
+      share: (i, n), only what the i-th of n equal parts of the source's items has, which may be
+        nothing, or some of a problem's questions; see `task.join_shares`.
 
     Raises:
-        ValueError: the source, the split or an item is not what is described above.
-        FileNotFoundError: there is no such file or dataset.
+      ValueError: the source, the split or an item is not what is described above.
+      FileNotFoundError: there is no such file or dataset.
     """
     if split not in SPLIT_NAMES:
         raise ValueError(f"unknown split {split!r}: expected 'train' or 'eval'")
-    kind, colon, rest = source.partition(":")
-    if source == "builtin":
-        text = importlib.resources.files(__package__).joinpath("passages.json").read_text("utf-8")
-        items = _json_items(_parse_json(text, "builtin"), "builtin", split, share)
-    elif kind == "json" and colon:
-        items = _json_items(_parse_json(_read_text(rest), rest), rest, split, share)
-    elif kind == "hf" and rest:
-        items = _hf_items(rest, split, share)
+    kind, _, rest = source.partition(":")
+    items: Iterable[tuple[str, Any]]
+    if kind == "hf" and rest:
+        items = hf_items(rest, split, share)
     elif kind == "tfds" and rest:
-        items = _tfds_items(rest, split, share)
-    elif source.endswith(".json"):
-        items = _json_items(_parse_json(_read_text(source), source), source, split, share)
+        items = tfds_items(rest, split, share)
+    elif source == "builtin":
+        text = importlib.resources.files(__package__).joinpath("passages.json").read_text("utf-8")
+        items = _json_items(_parse_json(text, source), source, split, share)
+    elif source.startswith("json:") or source.endswith(".json"):
+        path = source.removeprefix("json:")
+        items = _json_items(_parse_json(_read_text(path), path), path, split, share)
     else:
         raise ValueError(
             f"unknown source {source!r}: expected 'builtin', 'json:PATH', "
@@ -79,12 +75,12 @@ def load_passages(path: str) -> list[Problem]:
     """Load passages to write self-edits about: no questions needed.
 
     Args:
-        path: a JSON file with a list of {title, context}, or a .txt file that holds one passage,
-            which is then titled by its file name.
+      path: a JSON file with a list of {title, context}, or a .txt file that holds one passage,
+        which is then titled by its file name.
 
     Raises:
-        ValueError: the file is not of that form.
-        FileNotFoundError: there is no such file.
+      ValueError: the file is not of that form.
+      FileNotFoundError: there is no such file.
     """
     text = _read_text(path)
     if path.endswith(".txt"):
@@ -107,34 +103,30 @@ def make_problem(title: str, passage: str) -> Problem:
     return Problem(f"{slug}-{digest}" if slug else digest, title, passage)
 
 
-# ------------------------------------------------------------------------ items -> problems
-
-
 def _group(items: Iterable[tuple[str, Any]]) -> list[tuple[Problem, Exam]]:
     """Merge (where, item) pairs into problems, in the order in which they first appear."""
     found = []
     for where, item in items:
-        problem, questions = _problem(item, where), _questions(item, where)
+        problem, questions = _problem(item, where), tuple(_questions(item, where))
         if questions:
-            found.append((problem, Exam(problem.id, tuple(Question(*pair) for pair in questions))))
+            found.append((problem, Exam(problem.id, questions)))
     return join_shares([found])
 
 
 def _problem(item: Any, where: str) -> Problem:
-    if not isinstance(item, Mapping):
-        raise ValueError(f"{where}: expected {{title, context, ...}}, found {_describe(item)}")
-    title = _text(item, "title", where)
+    title = _text(_object(item, where, "title, context, ..."), "title", where)
     if "answers" in item:  # SQuAD writes its titles as they stand in a URL: Super_Bowl_50
         title = unquote(title).replace("_", " ")
     return make_problem(title, _text(item, "context", where))
 
 
-def _questions(item: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
-    """Return (question, answer) pairs of a grouped item or of a row."""
+def _questions(item: Mapping[str, Any], where: str) -> Iterable[Question]:
+    """Yield the questions of a grouped item or of a row."""
     if "questions" not in item:
         if "question" not in item:
             raise ValueError(f"{where}: no field 'questions'; found {_describe(item)}")
-        return _question(item, where)
+        yield from _question(item, where)
+        return
     questions = item["questions"]
     if isinstance(questions, Mapping):
         questions = _records(questions, f"{where}.questions")
@@ -142,20 +134,16 @@ def _questions(item: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
         raise ValueError(f"{where}: field 'questions' is {_describe(questions)}, expected a list")
     if not questions:
         raise ValueError(f"{where}: field 'questions' is empty, expected at least one question")
-    return [
-        pair
-        for index, entry in enumerate(questions)
-        for pair in _question(entry, f"{where}.questions[{index}]")
-    ]
+    for index, entry in enumerate(questions):
+        yield from _question(entry, f"{where}.questions[{index}]")
 
 
-def _question(entry: Any, where: str) -> list[tuple[str, str]]:
-    """Return the pair of one entry, or nothing where SQuAD 2.0 says that there is no answer."""
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"{where}: expected {{question, answer}}, found {_describe(entry)}")
-    question = _text(entry, "question", where)
+def _question(entry: Any, where: str) -> Iterable[Question]:
+    """Yield the question of one entry, or nothing where SQuAD 2.0 says that it has no answer."""
+    question = _text(_object(entry, where, "question, answer"), "question", where)
     if "answers" not in entry:
-        return [(question, _text(entry, "answer", where))]
+        yield Question(question, _text(entry, "answer", where))
+        return
     answers = entry["answers"]
     if isinstance(answers, Mapping):  # rows: {text: [...]}
         texts = answers.get("text", answers)
@@ -165,11 +153,16 @@ def _question(entry: Any, where: str) -> list[tuple[str, str]]:
             f"{where}: field 'answers' is {_describe(entry['answers'])}, "
             f"expected {{text: [...]}} or [{{text}}]"
         )
-    if not answers:
-        return []
-    if not isinstance(answers[0], Mapping):
-        raise ValueError(f"{where}.answers[0]: expected {{text}}, found {_describe(answers[0])}")
-    return [(question, _text(answers[0], "text", f"{where}.answers[0]"))]
+    if answers:
+        first = f"{where}.answers[0]"
+        yield Question(question, _text(_object(answers[0], first, "text"), "text", first))
+
+
+def _object(value: Any, where: str, form: str, *fields: str) -> Mapping[str, Any]:
+    """Return a value that must be an object with these fields; `form` describes it."""
+    if not isinstance(value, Mapping) or not set(fields) <= value.keys():
+        raise ValueError(f"{where}: expected {{{form}}}, found {_describe(value)}")
+    return value
 
 
 def _records(columns: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -213,9 +206,6 @@ def _describe(value: Any) -> str:
     return f"{type(value).__name__} {str(value)[:40]}"
 
 
-# ------------------------------------------------------------------------ files
-
-
 def _read_text(path: str) -> str:
     try:
         return Path(path).read_text("utf-8-sig")
@@ -238,12 +228,6 @@ def _parse_json(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON that can be read: nested too deeply") from None
 
 
-def _part(size: int, share: tuple[int, int]) -> range:
-    """Return the i-th of n equal parts of so many items."""
-    i, n = share
-    return range(size * i // n, size * (i + 1) // n)
-
-
 def _json_items(
     content: Any, where: str, split: str, share: tuple[int, int]
 ) -> list[tuple[str, Any]]:
@@ -251,7 +235,7 @@ def _json_items(
     name = ""
     if isinstance(content, Mapping) and "data" in content:
         items = _squad_items(content["data"], where)
-        return [items[index] for index in _part(len(items), share)]
+        return [items[index] for index in part(len(items), share)]
     if isinstance(content, Mapping) and SPLIT_NAMES.keys() & content.keys():
         if split not in content:
             raise ValueError(f"{where}: no split {split!r}; found {_describe(content)}")
@@ -261,7 +245,7 @@ def _json_items(
             f"{where}: expected a list of {{title, context, questions}}, an object with 'train' "
             f"and 'eval' lists of them, or SQuAD's {{data: [...]}}; found {_describe(content)}"
         )
-    return [(f"{where}: {name}[{index}]", content[index]) for index in _part(len(content), share)]
+    return [(f"{where}: {name}[{index}]", content[index]) for index in part(len(content), share)]
 
 
 def _squad_items(data: Any, where: str) -> list[tuple[str, Any]]:
@@ -269,13 +253,11 @@ def _squad_items(data: Any, where: str) -> list[tuple[str, Any]]:
     items = []
     for i, article in enumerate(_list(data, f"{where}: data")):
         there = f"{where}: data[{i}]"
-        if not isinstance(article, Mapping) or "paragraphs" not in article:
-            raise ValueError(f"{there}: expected {{title, paragraphs}}, found {_describe(article)}")
+        _object(article, there, "title, paragraphs", "paragraphs")
         title = unquote(_text(article, "title", there)).replace("_", " ")
         for j, paragraph in enumerate(_list(article["paragraphs"], f"{there}.paragraphs")):
             spot = f"{there}.paragraphs[{j}]"
-            if not isinstance(paragraph, Mapping) or "qas" not in paragraph:
-                raise ValueError(f"{spot}: expected {{context, qas}}, found {_describe(paragraph)}")
+            _object(paragraph, spot, "context, qas", "qas")
             item = {"title": title, "questions": paragraph["qas"]}
             if "context" in paragraph:
                 item["context"] = paragraph["context"]
@@ -287,86 +269,3 @@ def _list(value: Any, where: str) -> list:
     if not isinstance(value, list):
         raise ValueError(f"{where}: expected a list, found {_describe(value)}")
     return value
-
-
-# ------------------------------------------------------------------------ libraries
-
-
-def _library(name: str, source: str) -> Any:
-    """Import lazily: importing `datasets` takes seconds, and neither is needed by most runs."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{source}: reading it needs {error.name}: pip install {name}", name=error.name
-        ) from error
-
-
-def _pick_split(available: Iterable[str], split: str, source: str) -> str:
-    available = list(available)
-    for name in SPLIT_NAMES[split]:
-        if name in available:
-            return name
-    raise ValueError(
-        f"{source}: no split for {split!r}: looked for {', '.join(SPLIT_NAMES[split])}; "
-        f"it has {', '.join(available) or 'none'}"
-    )
-
-
-def _hf_items(reference: str, split: str, share: tuple[int, int]) -> Iterable[tuple[str, Any]]:
-    source = f"hf:{reference}"
-    datasets = _library("datasets", source)
-    name, _, config = reference.rpartition(":")
-    if not name or Path(reference).exists():
-        name, config = reference, ""
-    path = Path(name)
-    if not path.exists() and (name[0] in "./~" or path.suffix in FILE_KINDS):
-        raise FileNotFoundError(f"{source}: no such file or folder: {name}")
-    try:
-        if path.is_file():
-            if path.suffix not in FILE_KINDS:
-                raise ValueError(f"{source}: expected a file ending in {', '.join(FILE_KINDS)}")
-            kind = FILE_KINDS[path.suffix]
-            loaded = datasets.load_dataset(kind, data_files=name, split="train")
-        elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            loaded = datasets.load_from_disk(name)
-        else:
-            loaded = datasets.load_dataset(name, config or None)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"{source}: {error}") from error
-    except datasets.exceptions.DatasetsError as error:
-        raise ValueError(f"{source}: {error.__cause__ or error}") from error
-    if isinstance(loaded, dict):  # a DatasetDict; a Dataset has no splits and serves both
-        split = _pick_split(loaded, split, source)
-        loaded = loaded[split]
-    part = _part(len(loaded), share)
-    rows = zip(part, loaded.select(part), strict=True)
-    return ((f"{source}: {split}[{index}]", row) for index, row in rows)
-
-
-def _tfds_items(reference: str, split: str, share: tuple[int, int]) -> Iterable[tuple[str, Any]]:
-    """Read through a data source, which needs no TensorFlow, unlike `tfds.load`.
-
-    It reads what is stored as array_record or parquet, not as tfrecord. A dataset that is not yet
-    there is downloaded and stored as array_record.
-    """
-    source = f"tfds:{reference}"
-    tfds = _library("tensorflow_datasets", source)
-    name, _, data_dir = reference.partition("@")
-    if data_dir and not Path(data_dir).is_dir():
-        raise FileNotFoundError(f"{source}: no such folder: {data_dir}")
-    try:
-        builder = tfds.builder(name, data_dir=data_dir or None)
-        if not builder.is_prepared():
-            builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
-            builder.download_and_prepare()
-        name = _pick_split(builder.info.splits, split, source)
-        rows = builder.as_data_source(name)
-    except tfds.core.DatasetNotFoundError as error:
-        raise FileNotFoundError(f"{source}: {str(error).strip().splitlines()[0]}") from error
-    except OSError as error:
-        raise FileNotFoundError(f"{source}: could not be read or downloaded: {error}") from error
-    except NotImplementedError as error:
-        raise ValueError(f"{source}: {error}") from error
-    part = _part(len(rows), share)
-    return ((f"{source}: {name}[{index}]", rows[index]) for index in part)

@@ -55,10 +55,10 @@ _NEXT_QUESTION = re.compile(r"\n(?=Question\s+\d+:)")
 _ANSWER_START = re.compile(r"Answer\s*:")
 
 # What no tokenizer should see. Those at which str.splitlines ends a line become a newline.
-_UNPRINTABLE = {code: None for code in [*range(0x20), 0x7F, *range(0xD800, 0xE000)]}
+_UNPRINTABLE: dict[int, str | None] = dict.fromkeys(
+    {*range(0x20), 0x7F, *range(0xD800, 0xE000)} - {*b"\t\n\r"}
+)
 _UNPRINTABLE |= dict.fromkeys([0x0B, 0x0C, 0x1C, 0x1D, 0x1E], "\n")
-for _code in b"\t\n\r":
-    del _UNPRINTABLE[_code]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Knowledge:
     authors' 4,250 published self-edits (at most 11,566 characters, 94 texts, one line 9 times).
     """
 
-    source: str = "builtin"  # see sources.load_problems
+    source: str = "builtin"  # see passages.load_problems
     style: str = "implications"  # one of PROMPT_STYLES
     split_newlines: bool = True  # one training text per line, else one per self-edit
     max_chars: int = 32_000
@@ -93,8 +93,7 @@ class Knowledge:
 
     def edit_prompt(self, problem: Problem) -> str:
         """Return the prompt that asks for a self-edit in this task's style."""
-        passage = f"Passage:\n{problem.title}\n{problem.passage}"
-        return _EDIT_PROMPTS[self.style].replace("{passage}", passage)
+        return _edit_prompt(problem, self.style)
 
     def parse(self, problem: Problem, text: str) -> SelfEdit | Rejected:
         """Turn what the policy wrote into training texts, or say why not. Never raises.
@@ -102,28 +101,14 @@ class Knowledge:
         Control characters and halves of surrogate pairs are dropped from the training texts.
         """
         prompt = self.edit_prompt(problem)
-        if len(text) > self.max_chars:
-            reason = f"too long: {len(text):,} characters, at most {self.max_chars:,}"
-            return Rejected(problem.id, prompt, text, reason)
-        written = text.translate(_UNPRINTABLE)
-        reason = self._reason_to_reject(written)
-        if reason:
-            return Rejected(problem.id, prompt, text, reason)
-        texts = training_sequences(
-            written,
-            title=problem.title,
-            passage=problem.passage,
-            split_newlines=self.split_newlines,
-        )
-        if len(texts) > self.max_training_texts:
-            reason = f"too many texts: {len(texts):,}, at most {self.max_training_texts:,}"
-            return Rejected(problem.id, prompt, text, reason)
+        texts = self._training_texts(problem, text)
+        if isinstance(texts, str):
+            return Rejected(problem.id, prompt, text, reason=texts)
         return SelfEdit(problem.id, prompt, text, tuple(texts))
 
     def question_prompt(self, problem: Problem) -> str:
         """Return the prompt that asks for questions with their answers, whatever the style."""
-        passage = f"Passage:\n{problem.title}\n{problem.passage}"
-        return _EDIT_PROMPTS["self-qa"].replace("{passage}", passage)
+        return _edit_prompt(problem, "self-qa")
 
     def parse_questions(self, problem: Problem, text: str) -> tuple[Question, ...]:
         """Take every question with its answer that is there in full, each question once.
@@ -141,9 +126,8 @@ class Knowledge:
 
     def passage_only(self, problem: Problem) -> SelfEdit:
         """Return the control that trains on the titled passage alone."""
-        texts = training_sequences(
-            "", title=problem.title, passage=problem.passage, split_newlines=True
-        )
+        title, passage = problem.title, problem.passage
+        texts = training_sequences("", title=title, passage=passage, split_newlines=True)
         return SelfEdit(problem.id, prompt="", text="", training_texts=tuple(texts))
 
     def answer_prompt(self, problem: Problem, question: str) -> str:
@@ -157,18 +141,33 @@ class Knowledge:
         """Return the offline grader's verdict."""
         return grade(question.question, question.answer, prediction)
 
-    def _reason_to_reject(self, written: str) -> str:
+    def _training_texts(self, problem: Problem, text: str) -> list[str] | str:
+        """Return the training texts, or the reason why there are none."""
+        if len(text) > self.max_chars:
+            return f"too long: {len(text):,} characters, at most {self.max_chars:,}"
+        written = text.translate(_UNPRINTABLE)
         if not written.strip():
             return "empty"
-        if not any(map(str.isalpha, written)):
+        lines = [line.strip() for line in written.splitlines() if any(map(str.isalpha, line))]
+        if not lines:
             return "no words: not a single letter"
-        lines = Counter(line.strip() for line in written.splitlines())
-        repeats = max(
-            (count for line, count in lines.items() if any(map(str.isalpha, line))), default=0
-        )
+        repeats = max(Counter(lines).values())
         if repeats > self.max_repeats:
             return f"repeats itself: one line {repeats:,} times, at most {self.max_repeats:,}"
-        return ""
+        texts = training_sequences(
+            written,
+            title=problem.title,
+            passage=problem.passage,
+            split_newlines=self.split_newlines,
+        )
+        if len(texts) > self.max_training_texts:
+            return f"too many texts: {len(texts):,}, at most {self.max_training_texts:,}"
+        return texts
+
+
+def _edit_prompt(problem: Problem, style: str) -> str:
+    passage = f"Passage:\n{problem.title}\n{problem.passage}"
+    return _EDIT_PROMPTS[style].replace("{passage}", passage)
 
 
 def training_sequences(
@@ -187,22 +186,18 @@ def training_sequences(
     4. The title, on a line of its own, precedes every text; the passage is the last text.
 
     Args:
-        self_edit: what the policy wrote; anything at all.
-        title: the topic of the passage.
-        passage: the passage itself, which is trained on with the self-edit.
-        split_newlines: whether rules 2 and 3 apply.
+      self_edit: what the policy wrote; anything at all.
+      title: the topic of the passage.
+      passage: the passage itself, which is trained on with the self-edit.
+      split_newlines: whether rules 2 and 3 apply.
     """
     if not split_newlines:
         parts = _between_dashes(self_edit)
     elif _QUESTION_START.search(self_edit) and _ANSWER_START.search(self_edit):
         parts = _question_parts(self_edit)
     else:
-        parts = [
-            line.strip()
-            for part in _between_dashes(self_edit)
-            for line in part.splitlines()
-            if line.strip()
-        ]
+        lines = "\n".join(_between_dashes(self_edit)).splitlines()
+        parts = [line.strip() for line in lines if line.strip()]
         if len(parts) > 1 and parts[1].startswith("1."):
             del parts[0]
     return [f"{title}\n{part}" for part in [*parts, passage.strip()]]

@@ -8,13 +8,18 @@ the gold answer itself is not applied. All patterns run in linear time.
 import collections
 import re
 
-from seal_jax.tasks.knowledge.grading_features import Key, longest_run, read_key
-from seal_jax.tasks.knowledge.grading_text import NEGATIONS, STOP, Text, fold, is_number, read
+from seal_jax.tasks.knowledge.grading.features import Key, longest_run, read_key
+from seal_jax.tasks.knowledge.grading.words import NEGATIONS, STOP, Text, fold, is_number, read
 
 MAX_CHARS = 2000  # of an answer; a longer one is a dump, not an answer
 MAX_WORDS = 200
 MAX_OTHERS = 3  # items of a list beside the gold's
 MAX_ITEM_WORDS = 3
+
+
+def _any_of(*patterns: str) -> str:
+    return f"(?:{'|'.join(patterns)})"
+
 
 # What a base model writes after its answer: the next prompt.
 _NEXT_PROMPT = re.compile(
@@ -32,79 +37,72 @@ _SAYS_NOT = (
     r"|provid|contain|includ|give|indicat|tell|discuss|answer|address|have|reveal|offer)"
 )
 _REFUSAL = re.compile(
-    r"\b(?:"
-    + "|".join(
-        (
-            r"i (?:\w+ly |just )?(?:do not|don'?t|did not|didn'?t) (?:\w+ly )?"
-            r"(?:have|know|recall|remember|see|find|understand)",
-            r"i (?:\w+ly |just )?(?:cannot|can'?t|can not|could not|couldn'?t|won'?t|will not"
-            r"|have no|must decline|decline|refuse)\b",
-            r"(?:i am|i'?m|we are|we're) (?:\w+ly )?(?:unable|not able|not sure|not certain|sorry"
-            r"|afraid|not aware|unsure)",
-            r"(?:passage|text|context|document|article|excerpt|source|paragraph|material"
-            r"|information|question|answer|data|topic)s?(?: \w+)? " + _SAYS_NOT,
-            r"(?:is|are|was|were|has|have)(?: not|n'?t)(?: been)?(?: \w+ly)? (?:mentioned|stated"
-            r"|specified|provided|given|disclosed|discussed|available|answered|indicated)"
-            r"(?: (?:in|by|from|within|here|anywhere)\b|\W*$)",
-            r"(?:unable|impossible|not possible|cannot be|can'?t be|could not be)(?: to)?"
-            r"(?: \w+ly)? (?:answer|determin|provid|find|say|tell|identif|know|verif|confirm)",
-            r"(?:there (?:is|was|are|were)|ha(?:ve|s)|with|gives?|provides?|contains?) (?:no|not"
-            r" enough|insufficient|not any) (?:\w+ )?(?:information|context|details?|mention)\b",
-            r"as an? (?:ai|artificial|language model|assistant)\b",
-            r"answer (?:is|remains) (?:unknown|unclear|uncertain|not known|not clear)\b",
-            r"needs? more (?:\w+ )?(?:information|context|details?)\b",
-            r"(?:please|could you|can you) (?:provide|clarify|specify|rephrase|give)\b",
-        )
+    r"\b"
+    + _any_of(
+        r"i (?:\w+ly |just )?(?:do not|don'?t|did not|didn'?t) (?:\w+ly )?"
+        r"(?:have|know|recall|remember|see|find|understand)",
+        r"i (?:\w+ly |just )?(?:cannot|can'?t|can not|could not|couldn'?t|won'?t|will not"
+        r"|have no|must decline|decline|refuse)\b",
+        r"(?:i am|i'?m|we are|we're) (?:\w+ly )?(?:unable|not able|not sure|not certain|sorry"
+        r"|afraid|not aware|unsure)",
+        r"(?:passage|text|context|document|article|excerpt|source|paragraph|material"
+        r"|information|question|answer|data|topic)s?(?: \w+)? " + _SAYS_NOT,
+        r"(?:is|are|was|were|has|have)(?: not|n'?t)(?: been)?(?: \w+ly)? (?:mentioned|stated"
+        r"|specified|provided|given|disclosed|discussed|available|answered|indicated)"
+        r"(?: (?:in|by|from|within|here|anywhere)\b|\W*$)",
+        r"(?:unable|impossible|not possible|cannot be|can'?t be|could not be)(?: to)?"
+        r"(?: \w+ly)? (?:answer|determin|provid|find|say|tell|identif|know|verif|confirm)",
+        r"(?:there (?:is|was|are|were)|ha(?:ve|s)|with|gives?|provides?|contains?) (?:no|not"
+        r" enough|insufficient|not any) (?:\w+ )?(?:information|context|details?|mention)\b",
+        r"as an? (?:ai|artificial|language model|assistant)\b",
+        r"answer (?:is|remains) (?:unknown|unclear|uncertain|not known|not clear)\b",
+        r"needs? more (?:\w+ )?(?:information|context|details?)\b",
+        r"(?:please|could you|can you) (?:provide|clarify|specify|rephrase|give)\b",
     )
-    + r")|^\W*(?:"
-    + "|".join(
-        (
-            r"(?:sorry|no idea|not sure|unsure|idk|dunno|unanswerable|no answer|not enough)\b",
-            r"not (?:\w+ly )?(?:mentioned|stated|specified|provided|given|available|known"
-            r"|applicable|clear)\b",
-            r"(?:(?:it|this|that|the answer) (?:is|remains) )?(?:unknown|unclear|unspecified"
-            r"|n/?a|none|null|nil|undefined|uncertain|not known|not clear)\W*$",
-            r"(?:no|insufficient) (?:\w+ )?(?:information|context|details?|mention|answer)\b",
-        )
+    + r"|^\W*"
+    + _any_of(
+        r"(?:sorry|no idea|not sure|unsure|idk|dunno|unanswerable|no answer|not enough)\b",
+        r"not (?:\w+ly )?(?:mentioned|stated|specified|provided|given|available|known"
+        r"|applicable|clear)\b",
+        r"(?:(?:it|this|that|the answer) (?:is|remains) )?(?:unknown|unclear|unspecified"
+        r"|n/?a|none|null|nil|undefined|uncertain|not known|not clear)\W*$",
+        r"(?:no|insufficient) (?:\w+ )?(?:information|context|details?|mention|answer)\b",
     )
-    + ")"
 )
 _RIGHT = r"(?:correct|right|accepted|accurate|valid|true|acceptable|equivalent|approved|perfect)"
 _ANSWER = r"(?:answer|response|prediction|submission|reply|output)"
 _INSTRUCTION = re.compile(
-    r"\b(?:"
-    + "|".join(
-        (
-            r"(?:ignore|disregard|forget|override|bypass)\b[^.!?\n]{0,40}\b(?:instruction|prompt"
-            r"|rubric|guideline|previous|prior|above|criteria)",
-            r"(?:grade|mark|score|rate|evaluate|label|accept)\b[^.!?\n]{0,20}\b(?:this|it|me|my"
-            rf"|{_ANSWER})\b[^.!?\n]{{0,30}}\b(?:{_RIGHT}|yes|pass(?:ed)?|100|10/10|1)\b",
-            r"(?:judge|count|treat|consider|deem|regard|assume)\b[^.!?\n]{0,20}\b(?:this|my"
-            rf"|{_ANSWER})\b[^.!?\n]{{0,30}}\b(?:{_RIGHT}|yes)\b",
-            rf"(?:accept|approve) (?:this|my|the|any) {_ANSWER}",
-            rf"(?:this|my|the|above|given|provided|following)(?: \w+)? {_ANSWER}"
-            r"(?: (?:given|above|here|below))? (?:is|was|should be|must be|shall be|has been"
-            r"|will be|counts? as)(?: (?:marked|graded|scored|judged|considered|deemed|accepted))?"
-            rf"(?: as)?(?: \w+ly| 100%| also)? {_RIGHT}"
-            r"(?=\W*(?:$|[.,;:!]|and\b|because\b|as\b|by\b|so\b))",
-            r"(?:this|it|that|which|everything (?:here|above)) is (?:the )?(?:\w+ly |100% )?"
-            r"(?:correct|right)(?: answer)?(?=\W*(?:$|[.,;!]))",
-            r"(?:say|answer|output|respond|reply|print|return|choose|select)"
-            r"(?: with| only| just| simply| exactly)* \W?(?:yes|correct|true)\b",
-            r"(?:grade|score|verdict|rating|judge?ment|evaluation|mark|result|label|is_correct"
-            r"|correct|assessment|grading)\W{0,3}[:=]\W{0,3}(?:yes|correct|true|right|pass|full"
-            r"|accept|100%|(\d+) ?/ ?\1\b)",
-            r"(?:full|maximum|perfect) (?:marks?|credit|points|score|grade)\b",
-            r"(?:dear|attention|note to|hello|hey)(?: the)? (?:judge|examiner)\b",
-            r"(?:grader|evaluator|autograder)s?\b|grading\b",
-            r"(?:gold|reference|ground.truth|expected)(?: \w+)? answer\b|ground.truth\b",
-            r"(?:gold|prediction|reference|expected) ?:",
-            r"you (?:must|should|will|have to|shall|are (?:required|told|instructed) to)"
-            r" (?:now )?(?:grade|accept|mark|say|answer|respond|score|output|judge|reply|ignore)\b",
-            r"(?:system|new) (?:prompt|instructions?)\b",
-        )
+    r"\b"
+    + _any_of(
+        r"(?:ignore|disregard|forget|override|bypass)\b[^.!?\n]{0,40}\b(?:instruction|prompt"
+        r"|rubric|guideline|previous|prior|above|criteria)",
+        r"(?:grade|mark|score|rate|evaluate|label|accept)\b[^.!?\n]{0,20}\b(?:this|it|me|my"
+        rf"|{_ANSWER})\b[^.!?\n]{{0,30}}\b(?:{_RIGHT}|yes|pass(?:ed)?|100|10/10|1)\b",
+        r"(?:judge|count|treat|consider|deem|regard|assume)\b[^.!?\n]{0,20}\b(?:this|my"
+        rf"|{_ANSWER})\b[^.!?\n]{{0,30}}\b(?:{_RIGHT}|yes)\b",
+        rf"(?:accept|approve) (?:this|my|the|any) {_ANSWER}",
+        rf"(?:this|my|the|above|given|provided|following)(?: \w+)? {_ANSWER}"
+        r"(?: (?:given|above|here|below))? (?:is|was|should be|must be|shall be|has been"
+        r"|will be|counts? as)(?: (?:marked|graded|scored|judged|considered|deemed|accepted))?"
+        rf"(?: as)?(?: \w+ly| 100%| also)? {_RIGHT}"
+        r"(?=\W*(?:$|[.,;:!]|and\b|because\b|as\b|by\b|so\b))",
+        r"(?:this|it|that|which|everything (?:here|above)) is (?:the )?(?:\w+ly |100% )?"
+        r"(?:correct|right)(?: answer)?(?=\W*(?:$|[.,;!]))",
+        r"(?:say|answer|output|respond|reply|print|return|choose|select)"
+        r"(?: with| only| just| simply| exactly)* \W?(?:yes|correct|true)\b",
+        r"(?:grade|score|verdict|rating|judge?ment|evaluation|mark|result|label|is_correct"
+        r"|correct|assessment|grading)\W{0,3}[:=]\W{0,3}(?:yes|correct|true|right|pass|full"
+        r"|accept|100%|(\d+) ?/ ?\1\b)",
+        r"(?:full|maximum|perfect) (?:marks?|credit|points|score|grade)\b",
+        r"(?:dear|attention|note to|hello|hey)(?: the)? (?:judge|examiner)\b",
+        r"(?:grader|evaluator|autograder)s?\b|grading\b",
+        r"(?:gold|reference|ground.truth|expected)(?: \w+)? answer\b|ground.truth\b",
+        r"(?:gold|prediction|reference|expected) ?:",
+        r"you (?:must|should|will|have to|shall|are (?:required|told|instructed) to)"
+        r" (?:now )?(?:grade|accept|mark|say|answer|respond|score|output|judge|reply|ignore)\b",
+        r"(?:system|new) (?:prompt|instructions?)\b",
     )
-    + r")|\[/?inst\]|<\|\w{1,20}\|>|<</?sys>>|</?system>"
+    + r"|\[/?inst\]|<\|\w{1,20}\|>|<</?sys>>|</?system>"
 )
 _DENIALS = frozenset("not isnt wasnt arent werent never except neither nor".split())
 _ALL_BUT = {(w, "but") for w in "anyone anything anybody all everyone everything nobody".split()}
@@ -171,7 +169,7 @@ def _refuses(folded: str) -> bool:
 def _is_echo(key: Key, text: Text, answer: str) -> bool:
     """Return whether `text` says the question again, whole or in part, and nothing else."""
     labels = {"question", "answer", "q", "asked", "ask"}
-    words = [s for w, s in zip(*text, strict=True) if w not in STOP and w not in labels]
+    words = text.stems_without(STOP | labels)
     if len(words) < 2 or not key.question_content.issuperset(words):
         return False
     left = collections.Counter(words) - collections.Counter(key.question.stems)
@@ -190,20 +188,17 @@ def _is_denial(key: Key, text: Text) -> bool:
     """Return whether `text` names the gold only to deny it: 'not X', 'X is not'."""
     if key.is_negative or not NEGATIONS.isdisjoint(key.question.words):
         return False
-    ends = [i for i, s in enumerate(text.stems) if s in key.targets]
-    starts = [i for i in ends if i - 1 not in ends]
-    denied = [
-        not _DENIALS.isdisjoint(text.words[max(0, start - 2) : start])
-        or text.words[start - 2 : start] in _ALL_BUT
-        for start in starts
-    ]
-    ends = [i for i in ends if i + 1 not in ends]
-    denied_after = [
-        not _DENIALS.isdisjoint(text.words[end + 1 : end + 2])
-        or (text.words[end + 2 : end + 3] == ("not",) and text.words[end + 1] in _TO_BE)
-        for end in ends
-    ]
-    return bool(denied) and all(map(max, zip(denied, denied_after, strict=True)))
+    words = text.words
+    places = [i for i, s in enumerate(text.stems) if s in key.targets]
+    starts = [i for i in places if i - 1 not in places]
+    ends = [i for i in places if i + 1 not in places]
+    return bool(places) and all(
+        not _DENIALS.isdisjoint(words[max(0, start - 2) : start])
+        or words[start - 2 : start] in _ALL_BUT
+        or not _DENIALS.isdisjoint(words[end + 1 : end + 2])
+        or (words[end + 2 : end + 3] == ("not",) and words[end + 1] in _TO_BE)
+        for start, end in zip(starts, ends, strict=True)
+    )
 
 
 def _lists_numbers(key: Key, text: Text) -> bool:
@@ -213,13 +208,9 @@ def _lists_numbers(key: Key, text: Text) -> bool:
     if not key.numbers or not others:
         return False
     num_words = sum(w not in STOP and not is_number(w) for w in text.words)
-    either = (
-        "or" not in key.gold.words
-        and "or" not in key.question.words
-        and any(
-            middle == "or" and {left, right} <= numbers
-            for left, middle, right in zip(text.words, text.words[1:], text.words[2:], strict=False)
-        )
+    either = "or" not in key.gold.words + key.question.words and any(
+        middle == "or" and {left, right} <= numbers
+        for left, middle, right in zip(text.words, text.words[1:], text.words[2:], strict=False)
     )
     return either or len(others) > 6 or (len(others) > 2 and len(others) >= num_words)
 

@@ -3,26 +3,31 @@
     grade(question, gold, prediction) = exact match, or
                                         no rule rejects it, and the fitted probability is over 1/2
 
-The rules (`grading_rules.py`) reject what a policy might try instead of answering. The probability
-is a sum of points, read off `grading_params.py` feature by feature, which imitates GPT-4.1
-(`fit_grading.py`). It knows words, not meaning: a paraphrase that shares no word with the gold is
-wrong here, and a right word in a false sentence can pass.
+The rules (`rules.py`) reject what a policy might try instead of answering. The probability is that
+of a sum of points, read off `points.json` feature by feature, which imitates GPT-4.1 (`fit.py`). It
+knows words, not meaning: a paraphrase that shares no word with the gold is wrong here, and a right
+word in a false sentence can pass.
 
-`exact_match` and `token_f1` are SQuAD's (https://arxiv.org/abs/1606.05250). The judge that asks an
-OpenAI-compatible endpoint belongs in `judge.py`, with the signature of `grade`.
+`exact_match` and `token_f1` are SQuAD's (https://arxiv.org/abs/1606.05250).
 """
 
 import bisect
 import collections
+import importlib.resources
+import json
 import math
 import re
 import string
 
-from seal_jax.tasks.knowledge.grading_features import Key, features, read_key
-from seal_jax.tasks.knowledge.grading_params import INTERCEPT, POINTS
-from seal_jax.tasks.knowledge.grading_rules import MAX_CHARS, answer_part, rejection
-from seal_jax.tasks.knowledge.grading_text import NEGATIONS, Text, read
+from seal_jax.tasks.knowledge.grading.features import Key, features, read_key
+from seal_jax.tasks.knowledge.grading.rules import MAX_CHARS, answer_part, rejection
+from seal_jax.tasks.knowledge.grading.words import NEGATIONS, Text, read
 
+_TABLE = json.loads(
+    importlib.resources.files(__package__).joinpath("points.json").read_text("utf-8")
+)
+INTERCEPT: float = _TABLE["intercept"]
+POINTS: dict[str, tuple[list[float], list[float]]] = _TABLE["points"]  # edges, points
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 
@@ -56,18 +61,21 @@ def grade(question: str, gold: str, prediction: str) -> bool:
 
 
 def grade_probability(question: str, gold: str, prediction: str) -> float:
-    """Return the estimated probability that GPT-4.1 says yes: 0 where a rule rejects.
-
-    Raises:
-      ValueError: `gold` is empty, so nothing could be right.
-    """
+    """Return the estimated probability that GPT-4.1 says yes: 0 where a rule rejects."""
     settled = settle(question, gold, prediction)
     if settled is not None:
         return settled
+    score = INTERCEPT
+    for name, value in measure(question, gold, prediction).items():
+        edges, points = POINTS[name]
+        score += points[bisect.bisect_right(edges, value)]
+    return 1 / (1 + math.exp(-round(score, 2)))  # a tie is exactly 0
+
+
+def measure(question: str, gold: str, prediction: str) -> dict[str, float]:
+    """Return the features of a prediction that `settle` leaves open."""
     answer = answer_part(prediction)
-    values = features(read_key(question[:MAX_CHARS], gold[:MAX_CHARS]), read(answer), answer)
-    score = round(INTERCEPT + sum(map(_points, values.items())), 2)  # a tie is exactly 0
-    return 1 / (1 + math.exp(-score))
+    return features(read_key(question[:MAX_CHARS], gold[:MAX_CHARS]), read(answer), answer)
 
 
 def settle(question: str, gold: str, prediction: str) -> float | None:
@@ -107,12 +115,6 @@ def _is_family_name(key: Key, text: Text) -> bool:
     asks_who = not {"who", "whom", "whose"}.isdisjoint(key.question.words)
     is_name = len(key.names) == len(key.gold.words) and len(key.items) == 1
     return asks_who and is_name and text.stems == key.gold.stems[-1:]
-
-
-def _points(feature: tuple[str, float]) -> float:
-    name, value = feature
-    edges, points = POINTS[name]
-    return points[bisect.bisect_right(edges, value)]
 
 
 def _says_yes(key: Key, text: Text) -> bool | None:

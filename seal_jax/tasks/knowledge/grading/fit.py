@@ -1,6 +1,6 @@
 """Fits the offline grader's table to a judge's verdicts.
 
-    python -m seal_jax.tasks.fit_grading graded_answers.jsonl [--write]
+    python -m seal_jax.tasks.knowledge.grading.fit graded_answers.jsonl [--write]
 
 Each line of the file: {question, gold, prediction, yes, votes}; an answer is right where more than
 half of its votes are yes. The model is a scorecard, a generalized additive model with step
@@ -8,7 +8,7 @@ functions: logit P(right) = intercept + sum over features of the points of the f
 by Newton's method with an L2 penalty on the steps between neighboring bins, so that neighbors stay
 alike. Printed: agreement and Cohen's kappa of the whole `grade`, on questions that the fit has not
 seen (5 folds by a hash of the question, so the same on every machine). With `--write` the table
-goes to `grading_params.py`.
+goes to `points.json`.
 """
 
 import argparse
@@ -19,21 +19,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seal_jax.tasks.knowledge import grading
-from seal_jax.tasks.knowledge.grading_features import features, read_key
-from seal_jax.tasks.knowledge.grading_rules import answer_part
-from seal_jax.tasks.knowledge.grading_text import read
+from seal_jax.tasks.knowledge.grading import grader
 
 MAX_EDGES = 6  # per feature
 PENALTY = 10.0
 NUM_NEWTON_STEPS = 8
-PARAMS_PATH = pathlib.Path(__file__).with_name("grading_params.py")
-HEADER = '''"""The grader's table, written by `fit_grading.py`: do not edit.
-
-A feature's value falls into one of its bins: below the first edge, ..., at or above the last. The
-bin's points are added. A sum over 0 is right. Features: `grading_features.py`.
-"""
-'''
+PARAMS_PATH = pathlib.Path(__file__).with_name("points.json")
+ABOUT = (
+    "The grader's table, written by fit.py: do not edit. A feature of features.py falls into one of"
+    " its bins: below the first edge, ..., at or above the last. The bin's points are added; a sum"
+    " over 0 is right."
+)
 
 Table = dict[str, tuple[tuple[float, ...], tuple[float, ...]]]  # feature -> edges, points
 
@@ -55,9 +51,8 @@ def load(path: str) -> Answers:
     settled, values = [], []
     for row in rows:
         texts = row["question"], row["gold"], row["prediction"]
-        settled.append(grading.settle(*texts))
-        key, answer = read_key(*texts[:2]), answer_part(texts[2])
-        values.append(features(key, read(answer), answer) if settled[-1] is None else {})
+        settled.append(grader.settle(*texts))
+        values.append(grader.measure(*texts) if settled[-1] is None else {})
     names = list(max(values, key=len))
     return Answers(
         questions=[row["question"] for row in rows],
@@ -143,11 +138,10 @@ def cross_validate(answers: Answers, num_folds: int = 5) -> list[tuple[float, fl
 
 
 def format_table(intercept: float, table: Table) -> str:
-    """Return the source of `grading_params.py`."""
-    lines = [HEADER, f"INTERCEPT = {intercept}", "POINTS = {  # feature: (edges, points)"]
-    for name, (edges, points) in table.items():
-        lines += [f'    "{name}": (', f"        {edges},", f"        {points},", "    ),"]
-    return "\n".join([*lines, "}\n"])
+    """Return the content of `points.json`: a feature a line, its edges and its points."""
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(pair)}" for name, pair in table.items())
+    head = f' "about": {json.dumps(ABOUT)},\n "intercept": {intercept}'
+    return f'{{\n{head},\n "points": {{\n{rows}\n }}\n}}\n'
 
 
 def main() -> None:
@@ -162,10 +156,8 @@ def main() -> None:
         print(f"{name} on unseen questions: {column.mean():.4f} +- {column.std():.4f} over folds")
     everything = np.ones(len(answers.labels), bool)
     fitted = fit(answers, everything)
-    print(
-        "agreement and kappa on all: %.4f %.4f"
-        % agreement(answers.labels, predict(answers, *fitted))
-    )
+    share, kappa = agreement(answers.labels, predict(answers, *fitted))
+    print(f"agreement and kappa on all: {share:.4f} {kappa:.4f}")
     if options.write:
         PARAMS_PATH.write_text(format_table(*fitted), encoding="utf-8")
     else:

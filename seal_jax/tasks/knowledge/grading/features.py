@@ -4,7 +4,7 @@
     Key, Text      -> features   recall of what the question does not give away, precision, numbers,
                                  names, negation, lists, shape
 
-Each feature is a number that means something alone, so that `grading_params.py` can be read.
+Each feature is a number that means something alone, so that `points.json` can be read.
 `NONE` says that the feature does not apply. Left out: any notion of who did what to whom.
 """
 
@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from seal_jax.tasks.knowledge.grading_text import (
+from seal_jax.tasks.knowledge.grading.words import (
     LIGHT,
     NEGATIONS,
     STOP,
@@ -23,7 +23,6 @@ from seal_jax.tasks.knowledge.grading_text import (
     is_number,
     read,
     similarity,
-    split_words,
     stem,
     trigrams,
 )
@@ -59,10 +58,6 @@ class Key(NamedTuple):
     is_negative: bool
 
 
-def _stems(text: str, ignored: frozenset[str] = STOP) -> tuple[str, ...]:
-    return tuple(stem(w) for w in split_words(text) if w not in ignored)
-
-
 def capitalized(text: str) -> list[str]:
     """Return the stems of the capitalized words of `text`, initials left out."""
     return [stem(fold(w)) for w in _LETTERS.findall(text) if len(w) > 1 and w[0].isupper()]
@@ -83,21 +78,21 @@ def read_key(question: str, gold: str) -> Key:
     """Return what `question` and `gold` ask of a prediction."""
     q, g = read(question), read(gold)
     given = frozenset(q.stems)
-    content = tuple(s for w, s in zip(*g, strict=True) if w not in STOP) or g.stems
-    core = tuple(s for w, s in zip(*g, strict=True) if w not in STOP and w not in LIGHT) or content
+    content = g.stems_without() or g.stems
+    core = g.stems_without(STOP | LIGHT) or content
     numbers = tuple(w for w in g.words if is_number(w))
     readings = [gold, re.sub(r"\([^)]*\)", " ", gold), *re.findall(r"\(([^)]*)\)", gold)]
-    items = (_stems(part, STOP | LIGHT) for part in _ITEM.split(gold))
+    items = (read(part).stems_without(STOP | LIGHT) for part in _ITEM.split(gold))
     return Key(
         question=q,
         question_stems=given,
-        question_content=frozenset(s for w, s in zip(*q, strict=True) if w not in STOP),
+        question_content=frozenset(q.stems_without()),
         gold=g,
         gold_stems=frozenset(g.stems),
         content=content,
         targets=tuple(s for s in core if s not in given) or core,
-        readings=tuple(r for r in map(_stems, readings) if r),
-        items=tuple(i for i in items if i),
+        readings=tuple(filter(None, (read(reading).stems_without() for reading in readings))),
+        items=tuple(filter(None, items)),
         numbers=tuple(n for n in numbers if n not in q.words) or numbers,
         bounds=_bounds(g.words),
         names=tuple(s for s in capitalized(gold) if s not in given),
@@ -162,7 +157,7 @@ def longest_run(a: Sequence[str], b: Sequence[str]) -> int:
 
 def _recall_features(key: Key, text: Text, found: Match) -> dict[str, float]:
     strength, num_targets = found.strength, len(key.targets)
-    content = [s for w, s in zip(*text, strict=True) if w not in STOP]
+    content = text.stems_without()
     new = [s for s in content if s not in key.question_stems]
     precision = sum(s in found.hits for s in new) / len(new) if new else NONE
     overlap = [_is_in(s, found.by_letter) for s in key.question_content]
@@ -205,16 +200,13 @@ def _meets_bound(key: Key, numbers: list[str]) -> float:
 
 def _number_features(key: Key, text: Text) -> dict[str, float]:
     numbers = [w for w in text.words if is_number(w)]
-    recall = NONE
+    recall, num_stray = NONE, NONE
     if key.numbers:
         recall = sum(n in numbers for n in key.numbers) / len(key.numbers)
-    return {
-        "number_recall": recall,
-        "number_bound": _meets_bound(key, numbers),
-        "num_stray_numbers": NONE
-        if key.numbers
-        else sum(n not in key.question.words for n in numbers),
-    }
+    else:
+        num_stray = sum(n not in key.question.words for n in numbers)
+    bound = _meets_bound(key, numbers)
+    return {"number_recall": recall, "number_bound": bound, "num_stray_numbers": num_stray}
 
 
 def _shape_features(key: Key, text: Text, found: Match, prediction: str) -> dict[str, float]:
@@ -222,26 +214,27 @@ def _shape_features(key: Key, text: Text, found: Match, prediction: str) -> dict
     starts_negative = not NEGATIONS.isdisjoint(text.words[:12])
     asked_negative = key.is_negative or not NEGATIONS.isdisjoint(key.question.words)
     places = [i for i, s in enumerate(text.stems) if s in found.hits]
-    given = key.question_stems | key.gold_stems
-    after_first = prediction.partition(" ")[2]
-    stray_names = set(capitalized(after_first)) - given
+    name_recall, num_stray = NONE, NONE
+    if key.names:
+        named = sum(found.strength.get(s, 0.0) >= ALIKE for s in key.names)
+        name_recall = named / len(key.names)
+        after_first = prediction.partition(" ")[2]
+        num_stray = len(set(capitalized(after_first)) - key.question_stems - key.gold_stems)
     return {
-        "name_recall": sum(found.strength.get(s, 0.0) >= ALIKE for s in key.names) / len(key.names)
-        if key.names
-        else NONE,
-        "num_stray_names": len(stray_names) if key.names else NONE,
+        "name_recall": name_recall,
+        "num_stray_names": num_stray,
         "words_after": len(text.words) - 1 - places[-1] if places else NONE,
         "share_of_distinct_words": len(set(text.stems)) / max(1, len(text.stems)),
         "stray_negation": float(negative) - float(asked_negative),
-        "gold_negation": 0.0 if not key.is_negative else 1.0 if negative else -1.0,
-        "same_polarity": 0.0
-        if not key.is_yes_no
-        else 1.0
-        if key.is_negative == starts_negative
-        else -1.0,
+        "gold_negation": _sign(negative) if key.is_negative else 0.0,
+        "same_polarity": _sign(key.is_negative == starts_negative) if key.is_yes_no else 0.0,
         "num_gold_words": len(key.gold.words),
         "num_gold_items": len(key.items),
     }
+
+
+def _sign(is_so: bool) -> float:
+    return 1.0 if is_so else -1.0
 
 
 def features(key: Key, text: Text, prediction: str) -> dict[str, float]:

@@ -6,7 +6,7 @@ they are explicit, so the loop runs under `jax.transfer_guard('disallow')`.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -87,6 +87,38 @@ def auto_axes(mesh: AbstractMesh) -> set[str]:
     """Return the axes over which the compiler divides: all, but within a `shard_map`."""
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in types if kind == AxisType.Auto}
+
+
+def attention_specs(
+    mesh: AbstractMesh, num_rows: int, num_heads: int, rules: ParamRules = ()
+) -> tuple[PartitionSpec, PartitionSpec]:
+    """Return how [B N ...] and [B ...] are divided over the axes of `auto_axes`."""
+    entries = [
+        divided(mesh, logical, size, rules)
+        if auto_axes(mesh).issuperset(mesh_axes(logical, rules))
+        else None
+        for logical, size in (("rows", num_rows), ("heads", num_heads))
+    ]
+    return PartitionSpec(*entries), PartitionSpec(entries[0])
+
+
+class LookupSpecs(NamedTuple):
+    """How a table's lookup is divided."""
+
+    table: PartitionSpec  # [V D]
+    index: PartitionSpec  # [M]
+    rows: PartitionSpec  # [M D]
+
+
+def lookup_specs(
+    mesh: AbstractMesh, shape: Sequence[int], rules: ParamRules = ()
+) -> LookupSpecs | None:
+    """Return how a lookup in the embedding is divided; None unless both of its axes are."""
+    axes = KERNELS["embed"]
+    entries = [divided(mesh, axis, size, rules) for axis, size in zip(axes, shape, strict=True)]
+    if None in entries or 1 in (num_parts(mesh, axis, rules) for axis in axes):
+        return None
+    return LookupSpecs(PartitionSpec(*entries), PartitionSpec(), PartitionSpec(None, entries[1]))
 
 
 def param_shardings(mesh: Mesh, params: Params, rules: ParamRules = ()):

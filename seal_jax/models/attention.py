@@ -12,10 +12,9 @@ from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from seal_jax.models.config import ModelConfig
-from seal_jax.sharding import auto_axes, divided, mesh_axes, platform
+from seal_jax.sharding import attention_specs, auto_axes, platform
 from seal_jax.types import ParamRules
 
 # Splash attention's smallest tile, and the length from which it is worth its overhead: at 512
@@ -57,7 +56,7 @@ def attend(
     Raises:
       ValueError: the config names a kernel that cannot compute this.
     """
-    scale, window = _scale(config), config.sliding_window if local else None
+    scale, window = score_scale(config), config.sliding_window if local else None
     way = _choose(config, q)
     if way == "splash":
         softcap, rules = config.attn_softcap, config.rules
@@ -66,71 +65,6 @@ def attend(
     if way == "cudnn":
         return cudnn_attention(q, k, v, visible, scale, config.attn_softcap)
     return xla_attention(q, k, v, visible, scale, config.attn_softcap)
-
-
-@partial(jax.named_call, name="attention")
-def attend_cached(
-    config: ModelConfig,
-    q: jax.Array,
-    prompts: tuple[jax.Array, jax.Array],
-    own: tuple[jax.Array, jax.Array],
-    seen: jax.Array,
-) -> jax.Array:
-    """Return what one token of each row gathers from its prompt and from its own slots, [B N 1 H].
-
-    Rows that continue one prompt are neighbours: the prompt's keys and values are read once for
-    all of them.
-
-    Args:
-      q: [B N 1 H].
-      prompts: keys [P K H S] and values [P K S H]; B is a multiple of P.
-      own: keys [B K H T] and values [B K T H] behind the prompt, the token's own among them.
-      seen: bool[B S+T], see `seen_slots`.
-    """
-    (prompt_k, prompt_v), (own_k, own_v) = prompts, own
-    (B, N, _, H), (P, K, S, _) = q.shape, prompt_v.shape
-    dtype = jnp.promote_types(q.dtype, own_v.dtype)  # a cache may be finer than what is computed
-    q = q.reshape(B, K, -1, H)
-
-    def together(x: jax.Array) -> jax.Array:  # [B K G n] -> [P K R*G n]
-        return x.reshape(P, -1, *x.shape[1:]).swapaxes(1, 2).reshape(P, K, -1, x.shape[-1])
-
-    def apart(x: jax.Array) -> jax.Array:
-        return (
-            x.reshape(P, K, B // P, -1, x.shape[-1]).swapaxes(1, 2).reshape(B, K, -1, x.shape[-1])
-        )
-
-    look = partial(jnp.einsum, "bkgh,bkhs->bkgs", preferred_element_type=jnp.float32)
-    gather = partial(jnp.einsum, "bkgs,bksh->bkgh", preferred_element_type=jnp.float32)
-    scores = [apart(look(together(q), prompt_k)), look(q, own_k)]
-    scores = _capped(jnp.concatenate(scores, axis=-1) * _scale(config), config.attn_softcap)
-    weights, share = _weigh(scores, seen[:, None, None])
-    weights = weights.astype(dtype)
-    out = apart(gather(together(weights[..., :S]), prompt_v)) + gather(weights[..., S:], own_v)
-    return (out * share).astype(q.dtype).reshape(B, N, 1, H)
-
-
-def seen_slots(
-    num_prompt_slots: int,
-    num_own_slots: int,
-    prompt_length: jax.Array,
-    slot: jax.Array,
-    window: int | None = None,
-) -> jax.Array:
-    """Return which slots of its prompt, and of its own, one token of each row sees, bool[B S+T].
-
-    Args:
-      prompt_length: i32[B], so many slots of the prompt are seen.
-      slot: i32[B], the token's own; those behind it are not seen.
-      window: only so many tokens are seen, its own among them.
-    """
-    in_prompt, in_own = jnp.arange(num_prompt_slots)[None], jnp.arange(num_own_slots)[None]
-    slot, length = slot[:, None], prompt_length[:, None]
-    seen = jnp.concatenate([in_prompt < length, in_own <= slot], axis=-1)
-    if window is not None:
-        ages = jnp.concatenate([length + slot - in_prompt, slot - in_own], axis=-1)
-        seen &= ages < window
-    return seen
 
 
 def attend_apart(
@@ -214,7 +148,7 @@ def _choose(config: ModelConfig, q: jax.Array) -> str:
     return "xla"
 
 
-def _scale(config: ModelConfig) -> float:
+def score_scale(config: ModelConfig) -> float:
     return config.head_dim**-0.5 if config.query_scale is None else config.query_scale
 
 
@@ -253,9 +187,9 @@ def _xla_forward(scale, softcap, q, k, v, visible):
     scores = jnp.einsum("bkth,bksh->bkts", rows, k, preferred_element_type=jnp.float32)
     slope = None
     if softcap is not None:
-        scores = _capped(scores, softcap)
+        scores = capped(scores, softcap)
         slope = (1 - jnp.square(scores / softcap)).astype(q.dtype)
-    weights, share = _weigh(scores.reshape(B, K, -1, T, S), visible[:, None, None])
+    weights, share = weigh(scores.reshape(B, K, -1, T, S), visible[:, None, None])
     share = share.reshape(B, K, -1, 1)
     weights = weights.reshape(B, K, -1, S).astype(v.dtype)
     out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=jnp.float32)
@@ -263,11 +197,11 @@ def _xla_forward(scale, softcap, q, k, v, visible):
     return out, (rows, k, v, weights, share, slope, out)
 
 
-def _capped(scores: jax.Array, softcap: float | None) -> jax.Array:
+def capped(scores: jax.Array, softcap: float | None) -> jax.Array:
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-def _weigh(scores: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+def weigh(scores: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the softmax of scores [... S], and what its products are still to be multiplied by.
 
     That is one over the softmax's sum, [... 1], where dividing waits: behind a product there are
@@ -342,7 +276,7 @@ def splash_attention(
     On CPUs the kernel is interpreted, for tests. The compiler cannot partition a kernel: within
     `jax.set_mesh` every device computes the rows and heads that the rules give it.
     """
-    B, N, T, _ = q.shape
+    T = q.shape[2]
     padding = -T % _TILE
     if padding:  # behind the text: causal, so nobody sees it
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q, k, v))
@@ -353,10 +287,7 @@ def splash_attention(
     mesh = jax.sharding.get_abstract_mesh()
     # Within the inner loop the population is divided already: only the other axes are left.
     if auto := auto_axes(mesh):
-        rows, heads = divided(mesh, "rows", B, rules), divided(mesh, "heads", k.shape[1], rules)
-        rows = rows if auto.issuperset(mesh_axes("rows", rules)) else None
-        heads = heads if auto.issuperset(mesh_axes("heads", rules)) else None
-        by_head, by_row = PartitionSpec(rows, heads), PartitionSpec(rows)
+        by_head, by_row = attention_specs(mesh, len(q), k.shape[1], rules)
         kernel = jax.shard_map(
             kernel,
             in_specs=(by_head,) * 3 + (by_row,) * 2,

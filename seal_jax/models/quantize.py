@@ -19,10 +19,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType
 
 from seal_jax.models.turned import Turned, at_least_two, turned_product
-from seal_jax.sharding import auto_axes, divided, num_parts
+from seal_jax.sharding import auto_axes, lookup_specs
 from seal_jax.types import ParamRules, Params
 
 QUANTIZATIONS = ("none", "int8", "nf4")
@@ -145,9 +145,10 @@ def _take(table: jax.Array, index: jax.Array, rules: ParamRules) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Manual not in mesh.axis_types:
         return table[index]
-    vocab, embed = (divided(mesh, *one, rules) for one in zip(_TABLE, table.shape, strict=True))
-    if 1 in (num_parts(mesh, name, rules) for name in _TABLE) or None in (vocab, embed):
+    specs = lookup_specs(mesh, table.shape, rules)
+    if specs is None:
         return table[index]
+    vocab = specs.table[0]
 
     def take_here(part: jax.Array, index: jax.Array) -> jax.Array:
         index = index - jax.lax.axis_index(vocab) * len(part)
@@ -157,14 +158,11 @@ def _take(table: jax.Array, index: jax.Array, rules: ParamRules) -> jax.Array:
 
     return jax.shard_map(
         take_here,
-        in_specs=(PartitionSpec(vocab, embed), PartitionSpec()),
-        out_specs=PartitionSpec(None, embed),
+        in_specs=(specs.table, specs.index),
+        out_specs=specs.rows,
         axis_names=auto_axes(mesh),
         check_vma=False,
     )(table, index)
-
-
-_TABLE = ("vocab", "embed")  # its logical axes
 
 
 def product(contract: str, x: jax.Array, kernel: Any, dtype: Any) -> jax.Array:

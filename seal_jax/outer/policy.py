@@ -20,7 +20,8 @@ from seal_jax import keys
 from seal_jax.hosts.console import progress, say
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.transformer import hidden_states, token_logp, unembed
+from seal_jax.models.logits import next_token_logp, unembed
+from seal_jax.models.transformer import hidden_states
 from seal_jax.objectives.objective import (
     AVERAGES,
     Objective,
@@ -70,10 +71,8 @@ def _score(
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     segments = jnp.ones((B, T), jnp.int32)  # causal: the padding behind a row is seen by none
     hidden, _ = hidden_states(config, params, tokens, positions, segments, adapters)
-    before = hidden[:, :-1].reshape(B * (T - 1), -1)
-    targets, wanted = tokens[:, 1:].reshape(-1), loss_mask[:, 1:].reshape(-1)
-    logp = token_logp(config, params, before, targets, wanted)
-    logp = jnp.pad(logp.reshape(B, T - 1), ((0, 0), (1, 0)))
+    logp = next_token_logp(config, params, hidden, tokens, loss_mask)
+    logp = jnp.pad(logp, ((0, 0), (1, 0)))
     return logp, jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
 

@@ -91,6 +91,24 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.load(file)
 
 
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the object that a JSON file of somebody else's holds.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it holds anything else; the message names it.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{os.fspath(path)}: not a JSON file: {error}") from error
+    if not isinstance(found, dict):
+        kind = type(found).__name__
+        raise ValueError(f"{os.fspath(path)}: expected a JSON object, found {kind}.")
+    return found
+
+
 def truncate_after(path: str | os.PathLike, step: int) -> None:
     """Drop the lines of every step above `step`, which a resumed run will redo.
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from seal_jax.models.config import FAMILIES, LINEARS, ModelConfig, RopeScaling
 from seal_jax.models.names import Param, check_depth, check_names, param_table
-from seal_jax.models.placing import Params, Shardings, build_params
+from seal_jax.models.placing import Shardings, build_params
+from seal_jax.types import Params
 
 # Our family of each general.architecture. Mistral's files say 'llama', and leave out its window.
 _FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
@@ -54,18 +55,6 @@ _ROPE_DIVISORS = "rope_freqs.weight"
 
 # What the reader raises on a damaged file: it parses with numpy views, so anything can be off.
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, EOFError, MemoryError)
-
-
-def load_gguf(path: str | os.PathLike, dtype: Any = "float32") -> tuple[ModelConfig, Params]:
-    """Load the config and the dequantized parameters of a GGUF file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of another architecture, or its tensors do not match.
-    """
-    reader = open_gguf(path)
-    config = gguf_config(reader, path)
-    return config, gguf_params(reader, config, path, dtype)
 
 
 def open_gguf(path: str | os.PathLike) -> gguf.GGUFReader:

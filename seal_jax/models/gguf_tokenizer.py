@@ -36,7 +36,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> HFTokenizer:
     """Build the tokenizer that GGUF metadata describe.
 
     Raises:
-        ValueError: another tokenizer model or pre-tokenizer, or metadata that do not fit together.
+      ValueError: another tokenizer model or pre-tokenizer, or metadata that do not fit together.
     """
     from tokenizers import AddedToken, processors
 
@@ -157,7 +157,7 @@ def _merges(tokens: Iterable[str], scores: list[float], types: list[int]) -> lis
     at the end. Here they are never made; the supported families have none but padding.
 
     Raises:
-        ValueError: equal scores leave the order open.
+      ValueError: equal scores leave the order open.
     """
     rows = zip(tokens, scores, types, strict=True)
     score_of = {token: score for token, score, kind in rows if kind == NORMAL}

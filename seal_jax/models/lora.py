@@ -13,20 +13,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from seal_jax.models.config import ModelConfig
+from seal_jax.models.config import LINEARS, ModelConfig
 from seal_jax.models.names import linear_shapes
 from seal_jax.models.quantize import is_quantized
 from seal_jax.types import Adapters, Params
 
-TARGETS = {
-    "q_proj": "attn",
-    "k_proj": "attn",
-    "v_proj": "attn",
-    "o_proj": "attn",
-    "gate_proj": "mlp",
-    "up_proj": "mlp",
-    "down_proj": "mlp",
-}
+# The block of each linear map that can be adapted.
+TARGETS = dict.fromkeys(LINEARS[:4], "attn") | dict.fromkeys(LINEARS[4:], "mlp")
 
 
 def target_shapes(config: ModelConfig, targets: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -26,8 +26,8 @@ def packaged_gguf(name: str) -> Path:
     """Return the .gguf file of the package `name`, joined in the cache if it comes in parts.
 
     Raises:
-        FileNotFoundError: no such package, or no single .gguf file in it.
-        ValueError: the joined parts are not the file that the package's SHA256SUMS names.
+      FileNotFoundError: no such package, or no single .gguf file in it.
+      ValueError: the joined parts are not the file that the package's SHA256SUMS names.
     """
     if not name.isidentifier():
         raise FileNotFoundError(f"package:{name}: {name!r} is not a package name.")

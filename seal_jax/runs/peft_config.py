@@ -3,13 +3,13 @@
 PEFT's rules for which module is adapted, with which rank and alpha, on the names of the modules.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from seal_jax.hosts.files import read_object
 from seal_jax.models.lora import TARGETS
 
 CONFIG_FILE = "adapter_config.json"
@@ -87,12 +87,7 @@ def read_settings(path: Path) -> Settings:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent}: no {path.name}; a PEFT adapter needs one")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(settings).__name__}")
+    settings = read_object(path)
     _check(settings, path)
     return settings
 

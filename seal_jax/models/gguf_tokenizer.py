@@ -1,12 +1,11 @@
 """Tokenizers from a GGUF file's metadata: byte-level BPE, and the BPE of SentencePiece.
 
-GGUF keeps a tokenizer as lists of tokens, their types and their scores or merges. How text is split
-before that is only named: what a name stands for is written here, after the tokenizer.json of the
-models that go by it.
+GGUF keeps tokens, their types, and scores or merges. How text is split before is only named: what a
+name stands for is written here, after the tokenizer.json of the models that go by it.
 
 SentencePiece joins the two neighbors that make the piece with the best score, the leftmost of equal
-ones first, until nothing can be joined. BPE goes by a ranked list of pairs, so each piece is ranked
-by its score with all its splits into two pieces.
+ones first. BPE goes by a ranked list of pairs, so each piece is ranked by its score with all its
+splits into two pieces.
 """
 
 from collections.abc import Iterable, Mapping

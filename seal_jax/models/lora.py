@@ -1,11 +1,10 @@
 """LoRA adapters as pytrees: init, stack, take, concatenate, merge, count.
 
-An adapter is a value beside the base parameters, never a change of them:
-y = x @ W + (alpha / rank) * (x @ a.T) @ b, with W frozen, a random and b zero at the start, so that
-a new adapter is exactly the base model. a and b are float32 over any base dtype.
-(Hu et al., arXiv 2106.09685)
+  y = x @ W + (alpha / rank) * (x @ a.T) @ b        (Hu et al., arXiv 2106.09685)
 
-Both are [r ...]: the rank, which is small, would as the last axis fill a quarter of a TPU's lanes.
+W is frozen, a is random and b zero at the start, so that a new adapter is exactly the base model.
+Both are float32 over any base dtype, and [r ...]: the small rank as the last axis would fill few of
+a TPU's lanes.
 """
 
 from collections.abc import Sequence

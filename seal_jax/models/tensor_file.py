@@ -64,11 +64,10 @@ def read_header(path: Path) -> dict[str, Tensor]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
+    data = 8 + length
     return {
-        name: Tensor(
-            path, name, row["dtype"], tuple(row["shape"]), 8 + length + row["data_offsets"][0]
-        )
-        for name, row in header.items()
+        name: Tensor(path, name, x["dtype"], tuple(x["shape"]), data + x["data_offsets"][0])
+        for name, x in header.items()
     }
 
 

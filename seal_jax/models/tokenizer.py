@@ -16,14 +16,8 @@ from seal_jax.hosts.files import read_object
 
 # Tokens that end a turn or a text, in the families that are supported.
 END_TOKENS = (
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<end_of_turn>",
-    "<eos>",
-    "</s>",
+    *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
+    *("<end_of_turn>", "<eos>", "</s>"),
 )
 BYTE_FILE = "byte_tokenizer.json"
 # Stands for the user's message while the chat template is rendered.
@@ -86,7 +80,6 @@ class ByteTokenizer:
     assistant_id = 260
 
     def encode(self, text: str, start: bool = True) -> list[int]:
-        """Return `text` as bytes; a lone surrogate becomes '?'."""
         return [self.bos] * start + list(text.encode("utf-8", "replace"))
 
     def encode_prompt(self, text: str, chat: bool) -> list[int]:

@@ -121,7 +121,7 @@ def lookup_specs(
     return LookupSpecs(PartitionSpec(*entries), PartitionSpec(), PartitionSpec(None, entries[1]))
 
 
-def param_shardings(mesh: Mesh, params: Params, rules: ParamRules = ()):
+def param_shardings(mesh: Mesh, params: Params, rules: ParamRules = ()) -> Params:
     """Return the sharding of every parameter, or of what an optimizer keeps for it.
 
     A size that its axis does not divide is whole.
@@ -166,7 +166,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def to_device(tree, sharding):
+def to_device(tree: Any, sharding: Any) -> Any:
     """Put host arrays on the devices: the one way in.
 
     Of several processes, each puts the parts of its own devices, and all have the same arrays.
@@ -177,10 +177,10 @@ def to_device(tree, sharding):
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
-    return jax.tree.map(_put_parts, tree, _broadcast(sharding, tree))
+    return jax.tree.map(_put_parts, tree, jax.tree.broadcast(sharding, tree))
 
 
-def to_host(tree):
+def to_host(tree: Any) -> Any:
     """Return arrays as numpy: the one way out.
 
     Of several processes, all take the whole of what lies on the devices of all: they call it
@@ -209,11 +209,6 @@ def _put_parts(leaf, sharding: NamedSharding) -> jax.Array:
     array = np.asarray(jax.device_get(leaf))
     with jax.transfer_guard("allow"):  # JAX takes a callback's arrays for a slip
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _broadcast(prefix, tree):
-    """Return `prefix` with each of its leaves repeated for the part of `tree` below it."""
-    return jax.tree.map(lambda one, part: jax.tree.map(lambda _: one, part), prefix, tree)
 
 
 def shaped(tree: Any, shardings: Any) -> Any:

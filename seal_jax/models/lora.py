@@ -66,7 +66,7 @@ def stack(adapters: Sequence[Adapters]) -> Adapters:
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *adapters)
 
 
-def take(adapters: Adapters, index) -> Adapters:
+def take(adapters: Adapters, index: int | slice | jax.Array) -> Adapters:
     """Return the adapters at `index` (an int drops the axis, a slice or an array keeps it)."""
     return jax.tree.map(lambda x: x[index], adapters)
 

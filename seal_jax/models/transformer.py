@@ -289,17 +289,15 @@ class Transformer(nn.Module):
         return hidden, KVCache(tuple(keys), tuple(values))
 
 
-def init_params(config: ModelConfig, rng: jax.Array, dtype=jnp.float32) -> Params:
-    """Return random parameters for `config`."""
-
-    @jax.jit  # with the cast: a large model is never there in float32
-    def init(rng: jax.Array) -> Params:
-        one = jnp.zeros((1, 1), jnp.int32)
-        call = _Call(rope_tables(config, one), one, one, None)
-        params = Transformer(config).init(rng, one, call)["params"]
-        return jax.tree.map(lambda x: x.astype(dtype), params)
-
-    return init(rng)
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def init_params(
+    config: ModelConfig, rng: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32
+) -> Params:
+    """Return random parameters. A large model is never there in float32: the cast is compiled."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    call = _Call(rope_tables(config, one), one, one, None)
+    params = Transformer(config).init(rng, one, call)["params"]
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 @jax.custom_vjp

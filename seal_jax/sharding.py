@@ -7,7 +7,7 @@ they are explicit, so the loop runs under `jax.transfer_guard('disallow')`.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,39 @@ def auto_axes(mesh: AbstractMesh) -> set[str]:
     return {name for name, kind in types if kind == AxisType.Auto}
 
 
-def param_shardings(mesh: Mesh, params: Params, rules: ParamRules = ()):
+def attention_specs(
+    mesh: AbstractMesh, num_rows: int, num_heads: int, rules: ParamRules = ()
+) -> tuple[PartitionSpec, PartitionSpec]:
+    """Return how [B N ...] and [B ...] are divided over the axes of `auto_axes`."""
+    entries = [
+        divided(mesh, logical, size, rules)
+        if auto_axes(mesh).issuperset(mesh_axes(logical, rules))
+        else None
+        for logical, size in (("rows", num_rows), ("heads", num_heads))
+    ]
+    return PartitionSpec(*entries), PartitionSpec(entries[0])
+
+
+class LookupSpecs(NamedTuple):
+    """How a table's lookup is divided."""
+
+    table: PartitionSpec  # [V D]
+    index: PartitionSpec  # [M]
+    rows: PartitionSpec  # [M D]
+
+
+def lookup_specs(
+    mesh: AbstractMesh, shape: Sequence[int], rules: ParamRules = ()
+) -> LookupSpecs | None:
+    """Return how a lookup in the embedding is divided; None unless both of its axes are."""
+    axes = KERNELS["embed"]
+    entries = [divided(mesh, axis, size, rules) for axis, size in zip(axes, shape, strict=True)]
+    if None in entries or 1 in (num_parts(mesh, axis, rules) for axis in axes):
+        return None
+    return LookupSpecs(PartitionSpec(*entries), PartitionSpec(), PartitionSpec(None, entries[1]))
+
+
+def param_shardings(mesh: Mesh, params: Params, rules: ParamRules = ()) -> Params:
     """Return the sharding of every parameter, or of what an optimizer keeps for it.
 
     A size that its axis does not divide is whole.
@@ -140,7 +172,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def to_device(tree, sharding):
+def to_device(tree: Any, sharding: Any) -> Any:
     """Put host arrays on the devices: the one way in.
 
     Of several processes, each puts the parts of its own devices, and all have the same arrays.
@@ -151,10 +183,10 @@ def to_device(tree, sharding):
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
-    return jax.tree.map(_put_parts, tree, _broadcast(sharding, tree))
+    return jax.tree.map(_put_parts, tree, jax.tree.broadcast(sharding, tree))
 
 
-def to_host(tree):
+def to_host(tree: Any) -> Any:
     """Return arrays as numpy: the one way out.
 
     Of several processes, all take the whole of what lies on the devices of all: they call it
@@ -183,11 +215,6 @@ def _put_parts(leaf, sharding: NamedSharding) -> jax.Array:
     array = np.asarray(jax.device_get(leaf))
     with jax.transfer_guard("allow"):  # JAX takes a callback's arrays for a slip
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _broadcast(prefix, tree):
-    """Return `prefix` with each of its leaves repeated for the part of `tree` below it."""
-    return jax.tree.map(lambda one, part: jax.tree.map(lambda _: one, part), prefix, tree)
 
 
 def shaped(tree: Any, shardings: Any) -> Any:

@@ -187,8 +187,8 @@ def _from_hub(name: str, revision: str | None) -> Path:
     """Return the local copy of a model on the hub, downloaded if need be: never any code.
 
     Args:
-        name: ORG/NAME.
-        revision: a branch, a tag or a commit; None is the main branch.
+      name: ORG/NAME.
+      revision: a branch, a tag or a commit; None is the main branch.
     """
     import huggingface_hub
 

@@ -10,16 +10,9 @@ from conftest import TINY
 
 from seal_jax.inner.update import lane_losses, make_inner_update
 from seal_jax.models import lora
-from seal_jax.models.attention import (
-    _choose,
-    attend,
-    attend_apart,
-    attend_cached,
-    flat_heads,
-    is_finite,
-    seen_slots,
-)
+from seal_jax.models.attention import _choose, attend, attend_apart, flat_heads, is_finite
 from seal_jax.models.config import REMATS, ModelConfig
+from seal_jax.models.kv_cache import attend_cached, seen_slots
 from seal_jax.models.transformer import forward, init_params
 from seal_jax.optim import make_optimizer
 from seal_jax.sharding import make_mesh

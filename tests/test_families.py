@@ -187,3 +187,36 @@ def test_names_of_multimodal_checkpoints():
         "model.layers.0.self_attn.rotary_emb.inv_freq": None,
     }
     assert {name: text_name(name) for name in names} == names
+
+
+def test_a_family_of_another_package(tmp_path, monkeypatch):
+    """It is found by an entry point, reads and writes its config, and has its own tensor names."""
+    (tmp_path / "their_models.py").write_text(
+        "from seal_jax.models.config import Family\n"
+        "FAMILY = Family('NewForCausalLM', {'head_dim': 64}, {'qk_norm': True},\n"
+        "                {'mlp.up_proj': 'mlp.w1', 'self_attn.q_norm': 'self_attn.norm_q'})\n"
+        "BROKEN = 'NewForCausalLM'\n"
+    )
+    info = tmp_path / "their_models-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-models\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[seal_jax.families]\nnew = their_models:FAMILY\nbroken = their_models:BROKEN\n"
+    )
+    hf = {**LLAMA32_1B, "model_type": "new"}
+    del hf["head_dim"]
+    with pytest.raises(ValueError, match="unsupported model_type 'new'; supported: 'llama' or"):
+        config_from_hf(hf)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = config_from_hf(hf)
+    assert (config.family, config.head_dim, config.qk_norm) == ("new", 64, True)
+    written = config_to_hf(config)
+    assert written["architectures"] == ["NewForCausalLM"]
+    assert config_from_hf(written) == config
+    names = {"/".join(param.path): param.hf_name for param in param_table(config)}
+    assert names["layers_3/mlp/up_proj/kernel"] == "model.layers.3.mlp.w1.weight"
+    assert names["layers_3/attn/q_norm/scale"] == "model.layers.3.self_attn.norm_q.weight"
+    with pytest.raises(ValueError, match="unsupported model_type 'newer'.*'llama'.* or 'new'"):
+        config_from_hf({**hf, "model_type": "newer"})
+    with pytest.raises(ValueError, match="'broken' is registered as 'NewForCausalLM'"):
+        config_from_hf({**hf, "model_type": "broken"})

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from seal_jax.models.config import LINEARS, ModelConfig, RopeScaling, config_from_hf
-from seal_jax.models.gguf import load_gguf
+from seal_jax.models.gguf import gguf_config, gguf_params, open_gguf
 from seal_jax.models.names import param_table
 from seal_jax.models.packages import packaged_gguf
 from seal_jax.models.placing import build_params
@@ -55,6 +55,13 @@ CONFIGS = {
     "gemma3 softcap": dataclasses.replace(GEMMA3, attn_softcap=50.0, logit_softcap=30.0),
 }
 ARCHITECTURES = {"gemma3_text": "gemma3"}
+
+
+def load_gguf(path, dtype="float32"):
+    """Return a file's config and parameters, without its tokenizer."""
+    reader = open_gguf(path)
+    config = gguf_config(reader, path)
+    return config, gguf_params(reader, config, path, dtype)
 
 
 def needs(package, command):

@@ -14,13 +14,8 @@ from seal_jax.inner.packing import Layout, pack
 from seal_jax.inner.texts import PAD_SAMPLES, Job, make_job, row_length, text_of
 from seal_jax.inner.update import make_inner_loop, make_inner_update
 from seal_jax.models import lora
-from seal_jax.models.transformer import (
-    forward,
-    hidden_states,
-    init_params,
-    token_logp,
-    unembed,
-)
+from seal_jax.models.logits import token_logp, unembed
+from seal_jax.models.transformer import Packed, forward, hidden_states, init_params
 from seal_jax.optim import make_optimizer, scheduled_rate
 from seal_jax.types import Adapters
 
@@ -244,7 +239,7 @@ def padded_loss(config, params, adapter, text, padded):
         tokens,
         positions,
         np.ones_like(tokens),
-        key_segments=np.where(positions < n, 1, 2),
+        packed=Packed(key_segments=np.where(positions < n, 1, 2)),
     )
     logits = unembed(config, params, hidden[0, :-1])
     logp = jax.nn.log_softmax(logits)[np.arange(padded - 1), tokens[0, 1:]]

@@ -15,10 +15,11 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax.traverse_util import unflatten_dict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seal_jax.models import placing, weights
+from seal_jax.models import weights
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.known import KNOWN, TINY
 from seal_jax.models.names import param_table
@@ -52,11 +53,11 @@ def random_tensors(config, dtype="float32"):
 
 def as_tree(config, tensors):
     """Return our tree of numpy arrays."""
-    tree = {}
+    leaves = {}
     for param in param_table(config):
         array = tensors[param.hf_name]
-        placing._insert(tree, param.path, array.T if param.is_kernel else array)
-    return tree
+        leaves[param.path] = array.T if param.is_kernel else array
+    return unflatten_dict(leaves)
 
 
 def write_shards(folder, tensors, num_shards):

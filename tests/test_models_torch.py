@@ -11,7 +11,8 @@ from one_device import one_device_mesh
 
 from seal_jax.models import lora
 from seal_jax.models.config import config_from_hf, config_to_hf
-from seal_jax.models.transformer import forward, hidden_states, token_logp
+from seal_jax.models.logits import token_logp
+from seal_jax.models.transformer import forward, hidden_states
 from seal_jax.models.weights import load_folder_config, load_safetensors, save_safetensors
 from seal_jax.runs.peft import load_peft, save_peft
 from seal_jax.sampling.draw import make_settings

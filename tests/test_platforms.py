@@ -13,7 +13,8 @@ from seal_jax.inner.packing import TPU_LAYOUT, pack
 from seal_jax.inner.texts import Job, text_of
 from seal_jax.inner.update import make_inner_update
 from seal_jax.models import lora
-from seal_jax.models.transformer import apply_rope, init_params, rope_tables
+from seal_jax.models.rope import apply_rope, rope_tables
+from seal_jax.models.transformer import init_params
 from seal_jax.optim import make_optimizer
 from seal_jax.sampling.draw import make_settings
 from seal_jax.sampling.generate import generate
@@ -40,7 +41,7 @@ def on(monkeypatch):
     """
 
     def choose(platform):
-        for module in ("attention", "transformer"):
+        for module in ("attention", "rope", "transformer"):
             monkeypatch.setattr(f"seal_jax.models.{module}.platform", lambda: platform)
         return dataclasses.replace(CONFIG, max_length=1000 + PLATFORMS.index(platform))
 

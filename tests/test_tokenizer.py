@@ -275,7 +275,7 @@ def test_smollm2_tokenizer(smollm2, tmp_path):
 
 
 def test_importing_transformers_prints_nothing():
-    code = "from seal_jax.tokenizer import import_transformers; import_transformers()"
+    code = "from seal_jax.models.tokenizer import import_transformers; import_transformers()"
     env = {key: value for key, value in os.environ.items() if "ADVISORY" not in key}
     hide_torch = "import sys; sys.modules['torch'] = None\n"
     result = subprocess.run(

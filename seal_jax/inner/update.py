@@ -20,9 +20,11 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from seal_jax.models.config import ModelConfig
+from seal_jax.models.logits import next_token_logp
 from seal_jax.models.lora import take
 from seal_jax.models.lora_product import Chunks, make_chunks, token_lanes
-from seal_jax.models.transformer import hidden_states, rope_tables, token_logp
+from seal_jax.models.rope import rope_tables
+from seal_jax.models.transformer import Packed, hidden_states
 from seal_jax.optim import Optimizer, accumulate, scheduled_rate
 from seal_jax.sharding import on_shards, place_state, shaped, to_host
 from seal_jax.types import Adapters, InnerBatch, InnerSettings, InnerState, Params
@@ -53,26 +55,22 @@ def lane_losses(
         batch.positions,
         jnp.abs(batch.segments),
         adapters,
-        key_segments=batch.segments,  # nobody sees padding, not even itself
-        chunks=chunks,
-        rope=rope,
-        dropout=None if dropout is None else Partial(_drop, *dropout, chunks),
+        packed=Packed(
+            key_segments=batch.segments,  # nobody sees padding, not even itself
+            chunks=chunks,
+            rope=rope,
+            dropout=None if dropout is None else Partial(_drop, *dropout, chunks),
+        ),
     )
     finite = jnp.isfinite(hidden).all(axis=-1)
-    hidden = jnp.where(finite[..., None], hidden, 0)[:, :-1]
-    targets, weights = batch.tokens[:, 1:], batch.loss_weight[:, 1:]
-    logp = token_logp(
-        config,
-        params,
-        hidden.reshape(-1, hidden.shape[-1]),
-        targets.reshape(-1),
-        weights.reshape(-1) != 0,
-    )
+    hidden = jnp.where(finite[..., None], hidden, 0)
+    logp = next_token_logp(config, params, hidden, batch.tokens, batch.loss_weight)
+    weights = batch.loss_weight[:, 1:]
     lane = token_lanes(chunks).reshape(batch.tokens.shape)
     in_lane = (lane[None] == jnp.arange(num_lanes)[:, None, None]).astype(jnp.float32)  # [U W T]
     lost = jnp.einsum("uwt,wt->u", in_lane, (~finite).astype(jnp.float32))
     in_lane = in_lane[:, :, 1:]
-    total = jnp.einsum("uwt,wt->u", in_lane, logp.reshape(targets.shape) * weights)
+    total = jnp.einsum("uwt,wt->u", in_lane, logp * weights)
     losses = -total / jnp.maximum(jnp.einsum("uwt,wt->u", in_lane, weights), 1)
     return jnp.where(lost > 0, jnp.nan, losses)
 

@@ -4,25 +4,20 @@
 
 Who sees whom follows from segments, so that kernels need no [T, S] mask: a query sees the keys of
 its own segment, from its own slot back to the edge of the window. The two kernels never write the
-[T, S] scores to memory; they serve whole texts, and generation with a cache is left to XLA: see
-`attend_cached`.
+[T, S] scores to memory; they serve whole texts. For generation see kv_cache.py.
 """
 
 from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from seal_jax.models.config import ModelConfig
-from seal_jax.sharding import auto_axes, divided, mesh_axes, platform
-from seal_jax.types import ParamRules
+from seal_jax.sharding import attention_specs, auto_axes, platform
 
-# Splash attention's smallest tile, and the length from which it is worth its overhead: at 512
-# tokens attention is about 1 % of a 7B model's operations.
-_TILE = 128
+_TILE = 128  # splash attention's smallest
+# The lengths from which the kernels are worth their overhead.
 _SPLASH_FROM = 1024
-# cuDNN is worth it earlier: XLA:GPU writes the scores to memory.
 _CUDNN_FROM = 256
 
 # What is added to the score of a key that is not seen: far below any score, half of it still is.
@@ -57,80 +52,13 @@ def attend(
     Raises:
       ValueError: the config names a kernel that cannot compute this.
     """
-    scale, window = _scale(config), config.sliding_window if local else None
+    window = config.sliding_window if local else None
     way = _choose(config, q)
     if way == "splash":
-        softcap, rules = config.attn_softcap, config.rules
-        return splash_attention(q, k, v, segments, key_segments, scale, window, softcap, rules)
+        return splash_attention(config, q, k, v, segments, key_segments, window)
     visible = visible_slots(segments, key_segments, window)
-    if way == "cudnn":
-        return cudnn_attention(q, k, v, visible, scale, config.attn_softcap)
-    return xla_attention(q, k, v, visible, scale, config.attn_softcap)
-
-
-@partial(jax.named_call, name="attention")
-def attend_cached(
-    config: ModelConfig,
-    q: jax.Array,
-    prompts: tuple[jax.Array, jax.Array],
-    own: tuple[jax.Array, jax.Array],
-    seen: jax.Array,
-) -> jax.Array:
-    """Return what one token of each row gathers from its prompt and from its own slots, [B N 1 H].
-
-    Rows that continue one prompt are neighbours: the prompt's keys and values are read once for
-    all of them.
-
-    Args:
-      q: [B N 1 H].
-      prompts: keys [P K H S] and values [P K S H]; B is a multiple of P.
-      own: keys [B K H T] and values [B K T H] behind the prompt, the token's own among them.
-      seen: bool[B S+T], see `seen_slots`.
-    """
-    (prompt_k, prompt_v), (own_k, own_v) = prompts, own
-    (B, N, _, H), (P, K, S, _) = q.shape, prompt_v.shape
-    dtype = jnp.promote_types(q.dtype, own_v.dtype)  # a cache may be finer than what is computed
-    q = q.reshape(B, K, -1, H)
-
-    def together(x: jax.Array) -> jax.Array:  # [B K G n] -> [P K R*G n]
-        return x.reshape(P, -1, *x.shape[1:]).swapaxes(1, 2).reshape(P, K, -1, x.shape[-1])
-
-    def apart(x: jax.Array) -> jax.Array:
-        return (
-            x.reshape(P, K, B // P, -1, x.shape[-1]).swapaxes(1, 2).reshape(B, K, -1, x.shape[-1])
-        )
-
-    look = partial(jnp.einsum, "bkgh,bkhs->bkgs", preferred_element_type=jnp.float32)
-    gather = partial(jnp.einsum, "bkgs,bksh->bkgh", preferred_element_type=jnp.float32)
-    scores = [apart(look(together(q), prompt_k)), look(q, own_k)]
-    scores = _capped(jnp.concatenate(scores, axis=-1) * _scale(config), config.attn_softcap)
-    weights, share = _weigh(scores, seen[:, None, None])
-    weights = weights.astype(dtype)
-    out = apart(gather(together(weights[..., :S]), prompt_v)) + gather(weights[..., S:], own_v)
-    return (out * share).astype(q.dtype).reshape(B, N, 1, H)
-
-
-def seen_slots(
-    num_prompt_slots: int,
-    num_own_slots: int,
-    prompt_length: jax.Array,
-    slot: jax.Array,
-    window: int | None = None,
-) -> jax.Array:
-    """Return which slots of its prompt, and of its own, one token of each row sees, bool[B S+T].
-
-    Args:
-      prompt_length: i32[B], so many slots of the prompt are seen.
-      slot: i32[B], the token's own; those behind it are not seen.
-      window: only so many tokens are seen, its own among them.
-    """
-    in_prompt, in_own = jnp.arange(num_prompt_slots)[None], jnp.arange(num_own_slots)[None]
-    slot, length = slot[:, None], prompt_length[:, None]
-    seen = jnp.concatenate([in_prompt < length, in_own <= slot], axis=-1)
-    if window is not None:
-        ages = jnp.concatenate([length + slot - in_prompt, slot - in_own], axis=-1)
-        seen &= ages < window
-    return seen
+    attention = cudnn_attention if way == "cudnn" else xla_attention
+    return attention(q, k, v, visible, score_scale(config), config.attn_softcap)
 
 
 def attend_apart(
@@ -160,8 +88,7 @@ def attend_apart(
     own = finite[:, None, :, None]
     q, k, v = (jnp.where(own, x, 0) for x in (q, k, v))
     q, lost = _with_lost(q)
-    out = attend(config, q, k, v, segments, key_segments, local=local)
-    out = flat_heads(out)
+    out = flat_heads(attend(config, q, k, v, segments, key_segments, local=local))
     return _stop_nonfinite_grads(jnp.where(finite.reshape(-1, 1), out, jnp.nan), lost)
 
 
@@ -214,7 +141,7 @@ def _choose(config: ModelConfig, q: jax.Array) -> str:
     return "xla"
 
 
-def _scale(config: ModelConfig) -> float:
+def score_scale(config: ModelConfig) -> float:
     return config.head_dim**-0.5 if config.query_scale is None else config.query_scale
 
 
@@ -228,24 +155,25 @@ def visible_slots(
     return (segments[:, :, None] == key_segments[:, None, :]) & near
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def xla_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float, softcap
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    scale: float,
+    softcap: float | None,
 ) -> jax.Array:
     """Compute attention in plain XLA, scores in float32; visible is bool[B T S].
 
     The heads that share keys are rows of one product, and the softmax's division waits until after
-    the values: half as long forward and backward on a CPU as the textbook order. The backward pass
-    is written out: it needs no more than the weights and the output, both in q's dtype.
+    the values: there are fewer numbers. The backward pass is written out: it needs no more than the
+    weights and the output, both in q's dtype.
     """
-    return _xla_attention(scale, softcap, q, k, v, visible)
+    return _xla_forward(q, k, v, visible, scale, softcap)[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _xla_attention(scale, softcap, q, k, v, visible) -> jax.Array:
-    return _xla_forward(scale, softcap, q, k, v, visible)[0]
-
-
-def _xla_forward(scale, softcap, q, k, v, visible):
+def _xla_forward(q, k, v, visible, scale, softcap):
     B, N, T, H = q.shape
     K, S = k.shape[1:3]
     # Scaled here, where there are fewer numbers than scores.
@@ -253,9 +181,9 @@ def _xla_forward(scale, softcap, q, k, v, visible):
     scores = jnp.einsum("bkth,bksh->bkts", rows, k, preferred_element_type=jnp.float32)
     slope = None
     if softcap is not None:
-        scores = _capped(scores, softcap)
+        scores = capped(scores, softcap)
         slope = (1 - jnp.square(scores / softcap)).astype(q.dtype)
-    weights, share = _weigh(scores.reshape(B, K, -1, T, S), visible[:, None, None])
+    weights, share = weigh(scores.reshape(B, K, -1, T, S), visible[:, None, None])
     share = share.reshape(B, K, -1, 1)
     weights = weights.reshape(B, K, -1, S).astype(v.dtype)
     out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=jnp.float32)
@@ -263,15 +191,15 @@ def _xla_forward(scale, softcap, q, k, v, visible):
     return out, (rows, k, v, weights, share, slope, out)
 
 
-def _capped(scores: jax.Array, softcap: float | None) -> jax.Array:
+def capped(scores: jax.Array, softcap: float | None) -> jax.Array:
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-def _weigh(scores: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+def weigh(scores: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the softmax of scores [... S], and what its products are still to be multiplied by.
 
-    That is one over the softmax's sum, [... 1], where dividing waits: behind a product there are
-    fewer numbers. XLA for GPUs makes one kernel of a whole softmax, and three of its parts.
+    That is one over the softmax's sum, [... 1], where dividing waits. On GPUs it does not: there
+    XLA makes one kernel of a whole softmax.
     """
     if platform() == "tpu":
         highest = jnp.where(seen, scores, _UNSEEN).max(axis=-1, keepdims=True)
@@ -308,11 +236,16 @@ def _xla_backward(scale, softcap, saved, grads):
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
-_xla_attention.defvjp(_xla_forward, _xla_backward)
+xla_attention.defvjp(_xla_forward, _xla_backward)
 
 
 def cudnn_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float, softcap
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    scale: float,
+    softcap: float | None,
 ) -> jax.Array:
     """Compute attention with cuDNN's flash kernel: bfloat16 or float16 on NVIDIA GPUs."""
     if softcap is not None:
@@ -327,36 +260,31 @@ def cudnn_attention(
 
 
 def splash_attention(
+    config: ModelConfig,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array,
     key_segments: jax.Array,
-    scale: float,
     window: int | None,
-    softcap: float | None,
-    rules: ParamRules = (),
 ) -> jax.Array:
     """Compute attention with JAX's splash kernel (Pallas), which skips tiles that nobody sees.
 
-    On CPUs the kernel is interpreted, for tests. The compiler cannot partition a kernel: within
+    On CPUs it is interpreted, for tests. The compiler cannot partition a kernel: within
     `jax.set_mesh` every device computes the rows and heads that the rules give it.
     """
-    B, N, T, _ = q.shape
+    T = q.shape[2]
     padding = -T % _TILE
     if padding:  # behind the text: causal, so nobody sees it
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q, k, v))
         segments, key_segments = (
             jnp.pad(x, ((0, 0), (0, padding)), constant_values=-1) for x in (segments, key_segments)
         )
-    kernel = partial(_splash, window=window, softcap=softcap)
+    kernel = partial(_splash, window=window, softcap=config.attn_softcap)
     mesh = jax.sharding.get_abstract_mesh()
     # Within the inner loop the population is divided already: only the other axes are left.
     if auto := auto_axes(mesh):
-        rows, heads = divided(mesh, "rows", B, rules), divided(mesh, "heads", k.shape[1], rules)
-        rows = rows if auto.issuperset(mesh_axes("rows", rules)) else None
-        heads = heads if auto.issuperset(mesh_axes("heads", rules)) else None
-        by_head, by_row = PartitionSpec(rows, heads), PartitionSpec(rows)
+        by_head, by_row = attention_specs(mesh, len(q), k.shape[1], config.rules)
         kernel = jax.shard_map(
             kernel,
             in_specs=(by_head,) * 3 + (by_row,) * 2,
@@ -364,69 +292,34 @@ def splash_attention(
             axis_names=auto,
             check_vma=False,
         )
-    out = kernel(
-        q * jnp.asarray(scale, q.dtype),
-        k.astype(q.dtype),
-        v.astype(q.dtype),
-        segments,
-        key_segments,
-    )
-    return out[:, :, :T]
+    q = q * jnp.asarray(score_scale(config), q.dtype)
+    return kernel(q, k.astype(q.dtype), v.astype(q.dtype), segments, key_segments)[:, :, :T]
 
 
-def _splash(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array,
-    key_segments: jax.Array,
-    *,
-    window: int | None,
-    softcap: float | None,
-) -> jax.Array:
+def _splash(*arrays: jax.Array, window: int | None, softcap: float | None) -> jax.Array:
+    """Run the kernel on q, k, v [B N T H] and the segments of both sides i32[B T]."""
     # Pallas takes a second to import, and only this function needs it.
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernels,
-    )
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_mask as masks,
-    )
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    N, T = q.shape[1:3]
+    N, T = arrays[0].shape[1:3]
     if window is None:
-        mask = masks.CausalMask((T, T))
+        mask = splash.CausalMask((T, T))
     else:
-        mask = masks.LocalMask((T, T), window_size=(window - 1, 0), offset=0)
+        mask = splash.LocalMask((T, T), window_size=(window - 1, 0), offset=0)
     block = next(size for size in (512, 256, _TILE) if T % size == 0)
-    blocks = kernels.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
+    sizes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks = splash.BlockSizes(**{f"block_{name}": block for name in sizes})
 
-    def compute(interpret: bool, q, k, v, segments, key_segments) -> jax.Array:
-        kernel = kernels.make_splash_mha(
-            masks.MultiHeadMask([mask] * N),
+    def compute(q, k, v, segments, key_segments, interpret: bool) -> jax.Array:
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * N),
             block_sizes=blocks,
             head_shards=1,
             q_seq_shards=1,
             attn_logits_soft_cap=softcap,
             interpret=interpret,
         )
-        ids = kernels.SegmentIds(q=segments, kv=key_segments)
-        return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))(q, k, v, ids)
+        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(q=segments, kv=key_segments))
 
-    return jax.lax.platform_dependent(
-        q,
-        k,
-        v,
-        segments,
-        key_segments,
-        cpu=partial(compute, True),
-        default=partial(compute, False),
-    )
+    interpreted, compiled = (partial(compute, interpret=choice) for choice in (True, False))
+    return jax.lax.platform_dependent(*arrays, cpu=interpreted, default=compiled)

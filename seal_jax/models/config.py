@@ -5,13 +5,19 @@ cannot compute is refused here, before any array is read.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from seal_jax.extensions import load_plugin, plugin_names
+from seal_jax.hosts.files import read_object
 from seal_jax.types import ParamRules
 
+# Hugging Face's names of the fields of RopeScaling.
+_LLAMA3_KEYS = (
+    *("factor", "low_freq_factor", "high_freq_factor"),
+    "original_max_position_embeddings",
+)
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Hugging Face's names of activations, and ours.
@@ -21,11 +27,15 @@ REMATS = ("none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable")
 
 
 class Family(NamedTuple):
-    """What a Hugging Face `model_type` says beside the sizes."""
+    """What a Hugging Face `model_type` says beside the sizes.
+
+    Another package adds one by an entry point, see `extensions`: seal_jax.families, by model_type.
+    """
 
     architecture: str  # transformers' class
     defaults: dict[str, Any] = {}  # of keys that a config.json may leave out
     switches: dict[str, Any] = {}  # fields of ModelConfig that follow from the type alone
+    tensor_names: dict[str, str] = {}  # where not Llama's: {"mlp.up_proj": "mlp.w1"}, say
 
 
 _GEMMA_DEFAULTS = {
@@ -150,11 +160,25 @@ class ModelConfig:
         _check_word("attention", self.attention, ATTENTIONS)
         _check_word("remat", self.remat, REMATS)
         _check_word("activation", self.activation, ACTIVATIONS.values())
-        _check_word("family", self.family, FAMILIES)
+        if self.family not in FAMILIES:
+            _check_word("family", self.family, family_names())
 
     def is_local(self, layer: int) -> bool:
         """Return whether a layer sees only `sliding_window` tokens."""
         return bool(self.local_layers) and self.local_layers[layer]
+
+
+def family_names() -> tuple[str, ...]:
+    """Return the model types that are supported: ours, and those of other packages."""
+    return (*FAMILIES, *plugin_names("families"))
+
+
+def find_family(name: str) -> Family:
+    """Return a family that is among `family_names`. Raises ValueError."""
+    family = FAMILIES.get(name) or load_plugin("families", name)
+    if not isinstance(family, Family):
+        raise ValueError(f"families: {name!r} is registered as {family!r}, which is no Family")
+    return family
 
 
 def config_from_hf(source: dict[str, Any] | str | os.PathLike) -> ModelConfig:
@@ -164,20 +188,20 @@ def config_from_hf(source: dict[str, Any] | str | os.PathLike) -> ModelConfig:
     `rope_parameters` (transformers 5).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, lacks a size, or asks for what the decoder cannot compute. The
-            message names what was found, what is supported, and the file.
+      FileNotFoundError: there is no such file.
+      ValueError: it is not JSON, lacks a size, or asks for what the decoder cannot compute. The
+        message names what was found, what is supported, and the file.
     """
     if isinstance(source, dict):
         hf, where = source, "config dict"
     else:
-        hf, where = _read_json(source), os.fspath(source)
+        hf, where = read_object(source), os.fspath(source)
     if hf.get("model_type") == "gemma3" and isinstance(hf.get("text_config"), dict):
         # Images are not for us; a request to run code or to dequantize is at the top.
         top = {key: hf[key] for key in ("auto_map", "quantization_config") if key in hf}
         hf = {**hf["text_config"], **top, "model_type": "gemma3_text"}
     _refuse_unsupported(hf, where)
-    family = FAMILIES[hf["model_type"]]
+    family = find_family(hf["model_type"])
     hf = {**family.defaults, **hf}
     try:
         num_heads = int(hf["num_attention_heads"])
@@ -214,7 +238,7 @@ def config_from_hf(source: dict[str, Any] | str | os.PathLike) -> ModelConfig:
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the Hugging Face config of `config`, readable by transformers 4 and 5."""
     hf = {
-        "architectures": [FAMILIES[config.family].architecture],
+        "architectures": [find_family(config.family).architecture],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,
@@ -260,33 +284,19 @@ def _optional_float(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _read_json(path: str | os.PathLike) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            hf = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{os.fspath(path)}: not a JSON file: {error}") from error
-    if not isinstance(hf, dict):
-        raise ValueError(f"{os.fspath(path)}: expected a JSON object, found {type(hf).__name__}.")
-    return hf
-
-
 def _refuse_unsupported(hf: dict[str, Any], where: str) -> None:
     """Raise ValueError where `hf` asks for what the decoder does not compute."""
     if "auto_map" in hf:
         raise ValueError(
             f"{where}: auto_map asks to run code that comes with the model (trust_remote_code). "
-            f"seal_jax never does; supported are models of type {', '.join(FAMILIES)} without "
-            "auto_map."
+            f"seal_jax never does; supported are models of type {', '.join(family_names())} "
+            "without auto_map."
         )
     demands = {
-        "model_type": (hf.get("model_type"), tuple(FAMILIES)),
+        "model_type": (hf.get("model_type"), family_names()),
         "hidden_act": (_activation(hf), tuple(ACTIVATIONS)),
         "quantization_config": (hf.get("quantization_config"), (None,)),
-        "use_bidirectional_attention": (
-            hf.get("use_bidirectional_attention") or False,
-            (False,),
-        ),
+        "use_bidirectional_attention": (hf.get("use_bidirectional_attention") or False, (False,)),
         "partial_rotary_factor": (hf.get("partial_rotary_factor", 1.0), (1.0,)),
     }
     for name, (found, supported) in demands.items():
@@ -348,12 +358,8 @@ def _rope(hf: dict[str, Any]) -> dict[str, Any]:
     if rope_type == "linear":
         fields["rope_factor"] = float(rope["factor"])
     elif rope_type == "llama3":
-        fields["rope_scaling"] = RopeScaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_position=int(rope["original_max_position_embeddings"]),
-        )
+        factors = (float(rope[key]) for key in _LLAMA3_KEYS[:3])
+        fields["rope_scaling"] = RopeScaling(*factors, int(rope[_LLAMA3_KEYS[3]]))
     return fields
 
 
@@ -373,13 +379,8 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.rope_factor != 1.0:
         rope = {"rope_type": "linear", "factor": config.rope_factor}
     if config.rope_scaling is not None:
-        rope = {
-            "rope_type": "llama3",
-            "factor": config.rope_scaling.factor,
-            "low_freq_factor": config.rope_scaling.low_freq_factor,
-            "high_freq_factor": config.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": config.rope_scaling.original_max_position,
-        }
+        values = dataclasses.astuple(config.rope_scaling)
+        rope = {"rope_type": "llama3", **dict(zip(_LLAMA3_KEYS, values, strict=True))}
     parameters = {"rope_theta": config.rope_theta, **rope}
     if config.local_rope_theta is not None:
         local = {"rope_theta": config.local_rope_theta, "rope_type": "default"}

@@ -1,9 +1,8 @@
 """Models from a GGUF file, dequantized on the host.
 
-GGUF is the format of llama.cpp (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Its
-matrices are `[out, in]` like Hugging Face's. Two things differ, and are undone here: the rows of
-Llama's q and k are permuted, for a rope that rotates neighboring pairs where ours rotates halves;
-and Gemma's norms are stored with the 1 added that they multiply by.
+GGUF is the format of llama.cpp (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Unlike
+Hugging Face's, Llama's q and k have permuted rows, for a rope that rotates neighboring pairs; and
+Gemma's norms are stored with the 1 added that they multiply by. Both are undone here.
 """
 
 import dataclasses
@@ -17,55 +16,29 @@ import numpy as np
 
 from seal_jax.models.config import FAMILIES, LINEARS, ModelConfig, RopeScaling
 from seal_jax.models.names import Param, check_depth, check_names, param_table
-from seal_jax.models.placing import Params, Shardings, build_params
+from seal_jax.models.placing import Shardings, build_params
+from seal_jax.types import Params
 
 # Our family of each general.architecture. Mistral's files say 'llama', and leave out its window.
 _FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 # The metadata below `<architecture>.` that are read, or that say nothing about what is computed.
 # Any other that is set may ask for what the decoder does not do.
 _KEYS = {
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.layer_norm_rms_epsilon",
-    "attention.value_length",  # the tensors' shapes tell it
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scaling.factor",
-    "rope.scaling.finetuned",
-    "rope.scaling.original_context_length",
-    "rope.scaling.type",
-    "tensor_data_layout",
-    "vocab_size",
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
+    *("attention.layer_norm_rms_epsilon", "attention.value_length", "block_count"),
+    *("context_length", "embedding_length", "feed_forward_length", "rope.dimension_count"),
+    *("rope.freq_base", "rope.scaling.factor", "rope.scaling.finetuned", "rope.scaling.type"),
+    *("rope.scaling.original_context_length", "tensor_data_layout", "vocab_size"),
 }
 _GEMMA_KEYS = {
-    "attention.sliding_window",
-    "attention.sliding_window_pattern",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "rope.freq_base_swa",
+    *("attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
 }
 # Divisors of the rope frequencies, which llama.cpp makes from Llama 3's scaling.
 _ROPE_DIVISORS = "rope_freqs.weight"
 
 # What the reader raises on a damaged file: it parses with numpy views, so anything can be off.
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, EOFError, MemoryError)
-
-
-def load_gguf(path: str | os.PathLike, dtype: Any = "float32") -> tuple[ModelConfig, Params]:
-    """Load the config and the dequantized parameters of a GGUF file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of another architecture, or its tensors do not match.
-    """
-    reader = open_gguf(path)
-    config = gguf_config(reader, path)
-    return config, gguf_params(reader, config, path, dtype)
 
 
 def open_gguf(path: str | os.PathLike) -> gguf.GGUFReader:
@@ -196,9 +169,8 @@ def _gemma_changes(config: ModelConfig, metadata: Mapping[str, Any]) -> dict[str
     """Return what is Gemma 3's own; llama.cpp knows some of it by heart, so it is written here."""
     pattern = int(metadata.get("gemma3.attention.sliding_window_pattern", 6))
     # Scores are scaled by head_dim, but for the 27B, which has 62 layers.
-    scaled_by = config.head_dim
-    if config.num_layers == 62:
-        scaled_by = config.embed_dim // config.num_heads
+    is_27b = config.num_layers == 62
+    scaled_by = config.embed_dim // config.num_heads if is_27b else config.head_dim
     caps = {
         "attn_softcap": metadata.get("gemma3.attn_logit_softcapping"),
         "logit_softcap": metadata.get("gemma3.final_logit_softcapping"),
@@ -220,12 +192,7 @@ def _llama3_scaling(config: ModelConfig, divisors: np.ndarray) -> RopeScaling:
     Llama 3.1 to 3.3 differ only in the factor, which is the greatest divisor. With it the divisors
     are made anew: they must agree.
     """
-    s = RopeScaling(
-        factor=float(divisors.max()),
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position=8192,
-    )
+    s = RopeScaling(float(divisors.max()), 1.0, 4.0, 8192)
     half = np.arange(0, config.head_dim, 2) / config.head_dim
     turns = s.original_max_position * config.rope_theta**-half / (2 * math.pi)
     blend = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)

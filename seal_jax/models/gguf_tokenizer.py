@@ -1,12 +1,11 @@
 """Tokenizers from a GGUF file's metadata: byte-level BPE, and the BPE of SentencePiece.
 
-GGUF keeps a tokenizer as lists of tokens, their types and their scores or merges. How text is split
-before that is only named: what a name stands for is written here, after the tokenizer.json of the
-models that go by it.
+GGUF keeps tokens, their types, and scores or merges. How text is split before is only named: what a
+name stands for is written here, after the tokenizer.json of the models that go by it.
 
 SentencePiece joins the two neighbors that make the piece with the best score, the leftmost of equal
-ones first, until nothing can be joined. BPE goes by a ranked list of pairs, so each piece is ranked
-by its score with all its splits into two pieces.
+ones first. BPE goes by a ranked list of pairs, so each piece is ranked by its score with all its
+splits into two pieces.
 """
 
 from collections.abc import Iterable, Mapping
@@ -36,7 +35,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> HFTokenizer:
     """Build the tokenizer that GGUF metadata describe.
 
     Raises:
-        ValueError: another tokenizer model or pre-tokenizer, or metadata that do not fit together.
+      ValueError: another tokenizer model or pre-tokenizer, or metadata that do not fit together.
     """
     from tokenizers import AddedToken, processors
 
@@ -157,7 +156,7 @@ def _merges(tokens: Iterable[str], scores: list[float], types: list[int]) -> lis
     at the end. Here they are never made; the supported families have none but padding.
 
     Raises:
-        ValueError: equal scores leave the order open.
+      ValueError: equal scores leave the order open.
     """
     rows = zip(tokens, scores, types, strict=True)
     score_of = {token: score for token, score, kind in rows if kind == NORMAL}

@@ -1,11 +1,10 @@
 """LoRA adapters as pytrees: init, stack, take, concatenate, merge, count.
 
-An adapter is a value beside the base parameters, never a change of them:
-y = x @ W + (alpha / rank) * (x @ a.T) @ b, with W frozen, a random and b zero at the start, so that
-a new adapter is exactly the base model. a and b are float32 over any base dtype.
-(Hu et al., arXiv 2106.09685)
+  y = x @ W + (alpha / rank) * (x @ a.T) @ b        (Hu et al., arXiv 2106.09685)
 
-Both are [r ...]: the rank, which is small, would as the last axis fill a quarter of a TPU's lanes.
+W is frozen, a is random and b zero at the start, so that a new adapter is exactly the base model.
+Both are float32 over any base dtype, and [r ...]: the small rank as the last axis would fill few of
+a TPU's lanes.
 """
 
 from collections.abc import Sequence
@@ -13,20 +12,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from seal_jax.models.config import ModelConfig
+from seal_jax.models.config import LINEARS, ModelConfig
 from seal_jax.models.names import linear_shapes
 from seal_jax.models.quantize import is_quantized
 from seal_jax.types import Adapters, Params
 
-TARGETS = {
-    "q_proj": "attn",
-    "k_proj": "attn",
-    "v_proj": "attn",
-    "o_proj": "attn",
-    "gate_proj": "mlp",
-    "up_proj": "mlp",
-    "down_proj": "mlp",
-}
+# The block of each linear map that can be adapted.
+TARGETS = dict.fromkeys(LINEARS[:4], "attn") | dict.fromkeys(LINEARS[4:], "mlp")
 
 
 def target_shapes(config: ModelConfig, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -74,7 +66,7 @@ def stack(adapters: Sequence[Adapters]) -> Adapters:
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *adapters)
 
 
-def take(adapters: Adapters, index) -> Adapters:
+def take(adapters: Adapters, index: int | slice | jax.Array) -> Adapters:
     """Return the adapters at `index` (an int drops the axis, a slice or an array keeps it)."""
     return jax.tree.map(lambda x: x[index], adapters)
 

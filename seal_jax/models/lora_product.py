@@ -2,8 +2,7 @@
 
 Either the rows of x are grouped by adapter, or, where the tokens of several adapters lie behind one
 another, `Chunks` says whose they are. Then tokens are gathered into equal chunks, each with one
-adapter, and both products are batched over chunks: a text may begin anywhere, and an adapter is
-copied once a chunk, not once for every few tokens.
+adapter, and both products are batched over chunks: a text may begin anywhere.
 """
 
 from functools import partial
@@ -74,7 +73,7 @@ def chunked_product(
 
 @partial(jax.named_call, name="lora")
 def _forward(x, a, b, scale, chunks):
-    low = _sum("ncd,nrd->ncr", _to_slots(x, chunks), _gather(a, chunks.lane).astype(x.dtype))
+    low = _sum("ncd,nrd->ncr", _gather(x, chunks.token), _gather(a, chunks.lane).astype(x.dtype))
     low = _in_use((low * scale[chunks.lane, None, None]).astype(x.dtype), chunks)
     out = _sum("ncr,nrf->ncf", low, _gather(b, chunks.lane).astype(x.dtype)).astype(x.dtype)
     return _to_tokens(out, chunks), (x, a, b, scale, chunks, low)
@@ -83,10 +82,10 @@ def _forward(x, a, b, scale, chunks):
 @partial(jax.named_call, name="lora_backward")
 def _backward(saved, grads):
     x, a, b, scale, chunks, low = saved
-    grads = _to_slots(grads, chunks)
+    grads = _gather(grads, chunks.token)
     d_low = _sum("ncf,nrf->ncr", grads, _gather(b, chunks.lane).astype(x.dtype))
     d_low = _in_use((d_low * scale[chunks.lane, None, None]).astype(x.dtype), chunks)
-    d_a = _sum("ncr,ncd->nrd", d_low, _to_slots(x, chunks))
+    d_a = _sum("ncr,ncd->nrd", d_low, _gather(x, chunks.token))
     d_b = _sum("ncr,ncf->nrf", low, grads)
     d_x = _sum("ncr,nrd->ncd", d_low, _gather(a, chunks.lane).astype(x.dtype)).astype(x.dtype)
 
@@ -103,11 +102,6 @@ chunked_product.defvjp(_forward, _backward)
 
 def _sum(contract: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(contract, x, y, preferred_element_type=jnp.float32)
-
-
-def _to_slots(x: jax.Array, chunks: Chunks) -> jax.Array:
-    """Gather tokens [M D] into their slots [n c D]."""
-    return _gather(x, chunks.token)
 
 
 def _in_use(low: jax.Array, chunks: Chunks) -> jax.Array:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from seal_jax.models.config import ModelConfig
+from seal_jax.models.config import ModelConfig, find_family
 
 
 class Param(NamedTuple):
@@ -54,8 +54,6 @@ _QK_NORMS = {
     "attn/q_norm": ("self_attn.q_norm", "attn_q_norm"),
     "attn/k_norm": ("self_attn.k_norm", "attn_k_norm"),
 }
-
-
 _IMAGES = ("vision_tower.", "multi_modal_projector.")
 
 
@@ -107,19 +105,16 @@ def param_table(config: ModelConfig) -> list[Param]:
 
 def _layer_rows(config: ModelConfig) -> list[tuple[str, tuple[int, ...], str, str]]:
     """Return (path, shape, Hugging Face's name, GGUF's name) of a layer's parameters."""
-    shapes = linear_shapes(config)
+    shapes, renamed = linear_shapes(config), find_family(config.family).tensor_names
     rows = []
     for path, (hf, gguf) in _LINEARS.items():
-        name = path.split("/")[1]
+        hf, name = renamed.get(hf, hf), path.split("/")[1]
         rows.append((f"{path}/kernel", shapes[name], f"{hf}.weight", f"{gguf}.weight"))
         if name in config.biases:
             rows.append((f"{path}/bias", shapes[name][1:], f"{hf}.bias", f"{gguf}.bias"))
-    norms = dict.fromkeys(_SANDWICH_NORMS if config.sandwich_norms else _NORMS, config.embed_dim)
-    if config.qk_norm:
-        norms |= dict.fromkeys(_QK_NORMS, config.head_dim)
-    names = {**_NORMS, **(_SANDWICH_NORMS if config.sandwich_norms else {}), **_QK_NORMS}
-    for path, size in norms.items():
-        hf, gguf = names[path]
+    norms = _SANDWICH_NORMS if config.sandwich_norms else _NORMS
+    for path, (hf, gguf) in (norms | (_QK_NORMS if config.qk_norm else {})).items():
+        hf, size = renamed.get(hf, hf), config.head_dim if path in _QK_NORMS else config.embed_dim
         rows.append((f"{path}/scale", (size,), f"{hf}.weight", f"{gguf}.weight"))
     return rows
 
@@ -145,21 +140,12 @@ def check_names(
     where one is close.
 
     Args:
-        found: shape by name.
-        expected: shape by name.
-        where: what the message starts with.
-        others: further problems, for the same message.
+      found: shape by name, as `expected`.
+      where: what the message starts with.
+      others: further problems, for the same message.
     """
     missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
-    problems = [
-        f"{label}: {name}{_nearest(name, candidates)}"
-        for label, names, others_side in (
-            ("missing", missing, unexpected),
-            ("unexpected", unexpected, missing),
-        )
-        for candidates in [_by_layer(others_side)]
-        for name in sorted(names)
-    ]
+    problems = _listed("missing", missing, unexpected) + _listed("unexpected", unexpected, missing)
     problems += [
         f"misshapen: {name}: found {found[name]}, expected {expected[name]}"
         for name in sorted(found.keys() & expected.keys())
@@ -171,18 +157,20 @@ def check_names(
         raise ValueError(f"{where}: tensors do not match the config:{lines}")
 
 
-def _by_layer(names: Iterable[str]) -> dict[tuple, list[str]]:
-    """Group names by the numbers in them: without it, near names cost minutes in a deep model."""
+def _listed(label: str, names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Return a line for each name, with the nearest of the others that has the same numbers.
+
+    Of all others, it would take minutes in a deep model.
+    """
     groups: dict[tuple, list[str]] = {}
+    for other in sorted(others):
+        groups.setdefault(_layer(other), []).append(other)
+    lines = []
     for name in sorted(names):
-        groups.setdefault(_layer(name), []).append(name)
-    return groups
+        near = difflib.get_close_matches(name, groups.get(_layer(name), ()), n=1)
+        lines.append(f"{label}: {name}" + (f" (nearest: {near[0]})" if near else ""))
+    return lines
 
 
 def _layer(name: str) -> tuple[str, ...]:
     return tuple(part for part in re.split(r"[./_]", name) if part.isdigit())
-
-
-def _nearest(name: str, groups: Mapping[tuple, list[str]]) -> str:
-    near = difflib.get_close_matches(name, groups.get(_layer(name), ()), n=1)
-    return f" (nearest: {near[0]})" if near else ""

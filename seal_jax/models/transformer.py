@@ -7,12 +7,10 @@
 Rows that share an adapter are neighbours: with A adapters and B rows, rows [i * B/A, (i + 1) *
 B/A) use adapter i. So the frozen base is one flat [tokens, D] @ [D, F] product over everybody's
 tokens, and only the two thin LoRA products carry the adapter axis. Layers are separate buffers,
-unrolled: on TPUs that is 2.6-3.3 times faster in the inner loop than a scan over layers, by the
-compiler's own estimate.
+unrolled: on TPUs the inner loop is faster so than with a scan over layers.
 """
 
 import functools
-import math
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,114 +21,21 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
-from seal_jax.models.attention import (
-    attend,
-    attend_apart,
-    attend_cached,
-    flat_heads,
-    is_finite,
-    seen_slots,
-)
+from seal_jax.models.attention import attend, attend_apart, flat_heads, is_finite
 from seal_jax.models.config import ModelConfig
+from seal_jax.models.kv_cache import (
+    KVCache,
+    RowCaches,
+    attend_cached,
+    seen_of_layers,
+    write_cache,
+)
+from seal_jax.models.logits import unembed
 from seal_jax.models.lora_product import Chunks, chunked_product, grouped_product
 from seal_jax.models.quantize import product, take_rows
+from seal_jax.models.rope import RopeTables, apply_rope, rope_tables
 from seal_jax.sharding import auto_axes, platform
 from seal_jax.types import Adapters, Params
-
-
-class KVCache(NamedTuple):
-    """Keys and values of every layer; keys as the right side of a product takes them."""
-
-    keys: tuple[jax.Array, ...]  # L x [B K H S]
-    values: tuple[jax.Array, ...]  # L x [B K S H]
-
-
-class RowCaches(NamedTuple):
-    """What one token of each of B rows attends to; see `attend_cached`."""
-
-    prompts: KVCache  # of P prompts, which B/P neighbours share
-    own: KVCache  # of what each row wrote
-    prompt_length: jax.Array  # i32[B]
-    slot: jax.Array  # i32[B] of the token, in `own`
-
-
-def init_cache(config: ModelConfig, num_rows: int, length: int, dtype) -> KVCache:
-    """Return an empty cache for `length` tokens of each row."""
-    heads, size = (num_rows, config.num_kv_heads), config.head_dim
-
-    def zeros(*shape: int) -> tuple[jax.Array, ...]:
-        return tuple(jnp.zeros(heads + shape, dtype) for _ in range(config.num_layers))
-
-    return KVCache(zeros(size, length), zeros(length, size))
-
-
-def rope_frequencies(config: ModelConfig, local: bool = False) -> jax.Array:
-    """Return the rotary frequencies f32[H/2] of a layer, scaled for long contexts if asked."""
-    half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    if local and config.local_rope_theta is not None:
-        return 1.0 / config.local_rope_theta**half
-    frequency = 1.0 / config.rope_theta**half / config.rope_factor
-    s = config.rope_scaling
-    if s is None:
-        return frequency
-    # Short waves stay, long ones are stretched by `factor`, those between are blended.
-    turns = s.original_max_position * frequency / (2 * math.pi)
-    blend = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-    blend = jnp.clip(blend, 0.0, 1.0)
-    return frequency * blend + frequency / s.factor * (1.0 - blend)
-
-
-def _rope_table(positions: jax.Array, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
-    angle = positions.astype(jnp.float32)[..., None, :, None]
-    angle = angle * jnp.expand_dims(frequency, range(positions.ndim + 1))
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-
-
-@jax.custom_vjp
-def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate x [B N T H] by its table's angles; halves are paired as in Hugging Face."""
-    cos, sin = table
-    half, wide = x.shape[-1] // 2, x.astype(jnp.float32)
-    if platform() == "tpu":
-        # In a product: the halves lie in one register's lanes. It is exact.
-        swap = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=-1)
-        other = jnp.einsum(
-            "...h,hi->...i", x, swap, precision="highest", preferred_element_type=jnp.float32
-        )
-    else:
-        # Of float32: where XLA for CPUs reversed bfloat16, 40 rows took five times as long.
-        other = jnp.flip(wide.reshape(*x.shape[:-1], 2, half), axis=-2).reshape(x.shape)
-    return (wide * cos + other * sin).astype(x.dtype)
-
-
-# The gradient is turned back: a product of x's dtype too, where JAX would make one of float32.
-apply_rope.defvjp(
-    lambda x, table: (apply_rope(x, table), table),
-    lambda table, grads: (apply_rope(grads, (table[0], -table[1])), None),
-)
-
-
-def rope_tables(config: ModelConfig, positions: jax.Array) -> tuple:
-    """Return, for a global and for a local layer, cosine and signed sine of the angles.
-
-    Args:
-      positions: i32[... T]
-
-    Returns:
-      ((cos, sin), (cos, sin)), f32[... 1 T H] each.
-    """
-    table = _rope_table(positions, rope_frequencies(config))
-    if config.local_rope_theta is None:
-        return table, table
-    return table, _rope_table(positions, rope_frequencies(config, local=True))
-
-
-def _seen(config: ModelConfig, caches: RowCaches) -> tuple:
-    """Return `seen_slots` for a global and for a local layer: once, and not in every layer."""
-    shape = caches.prompts.values[0].shape[2], caches.own.values[0].shape[2]
-    slots = *shape, caches.prompt_length, caches.slot
-    return seen_slots(*slots), seen_slots(*slots, config.sliding_window)
 
 
 class RMSNorm(nn.Module):
@@ -190,15 +95,6 @@ def _norm(config: ModelConfig, name: str) -> RMSNorm:
     return RMSNorm(config.norm_eps, config.unit_offset, name=name)
 
 
-def _write_cache(
-    keys: jax.Array, values: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Write k and v [B K 1 H] into each row's own slot [B] of keys and values."""
-    rows, k, v = jnp.arange(len(keys)), k[:, :, 0], v[:, :, 0]
-    keys = keys.at[rows, :, :, slot].set(k.astype(keys.dtype))
-    return keys, values.at[rows, :, slot].set(v.astype(values.dtype))
-
-
 class Attention(nn.Module):
     config: ModelConfig
     local: bool
@@ -216,7 +112,7 @@ class Attention(nn.Module):
         texts = call.segments, call.key_segments
         if cache is not None:
             prompts, own = cache
-            k, v = own = _write_cache(*own, k, v, call.slot)
+            k, v = own = write_cache(*own, k, v, call.slot)
             out = flat_heads(attend_cached(c, q, prompts, own, call.seen[self.local]))
         elif call.lora is not None and call.lora.chunks is not None:
             finite = is_finite(*flat).reshape(B, T)
@@ -240,12 +136,10 @@ def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def _gated_backward(activation: str, saved: tuple, grads: jax.Array) -> tuple:
-    if platform() == "cpu":
-        # Else XLA keeps all that the forward pass computes between: twice as much.
+    if platform() == "cpu":  # else XLA keeps all that the forward pass computes between
         saved = jax.lax.optimization_barrier(saved)
     _, pull_back = jax.vjp(functools.partial(_gate, activation), *saved)
-    # Made before any is used: else XLA for TPUs makes them anew for every tile of the products
-    # that take them.
+    # Made before any is used: else XLA for TPUs makes them anew for every tile of a product.
     return jax.lax.optimization_barrier(pull_back(grads))
 
 
@@ -281,19 +175,35 @@ class Layer(nn.Module):
         return x + mlp, cache
 
 
+class Packed(NamedTuple):
+    """What the inner loop adds to `hidden_states`: texts of several adapters share an array row."""
+
+    # i32[B T] of the keys; a token whose own key is of another segment does not see itself. As
+    # `segments` by default.
+    key_segments: jax.Array | None = None
+    # Whose adapter each of the B * T tokens takes, instead of rows grouped by adapter.
+    chunks: Chunks | None = None
+    # `rope_tables` of the positions, made outside of the loop: XLA for CPUs would compute cosines
+    # anew for every head and layer.
+    rope: RopeTables | None = None
+    # A pytree that is given what every adapter multiplies, [B*T D], with a number that names the
+    # linear map, u32[], and returns it with some of it dropped.
+    dropout: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+
 class _Lora(NamedTuple):
     """Whose adapter each token takes; the adapters' matrices are in the 'lora' collection."""
 
     scale: jax.Array  # f32[A]
     chunks: Chunks | None  # or rows are grouped by adapter
-    dropout: Callable | None  # see `hidden_states`
+    dropout: Callable | None  # see `Packed`
     layer: jax.Array | None = None  # u32[] of the maps that ask for it
 
 
 class _Call(NamedTuple):
     """What every layer is called with; see `hidden_states`."""
 
-    rope: tuple  # the tables of a global and of a local layer
+    rope: RopeTables
     segments: jax.Array  # i32[B T]
     key_segments: jax.Array  # i32[B T]
     lora: "_Lora | None"
@@ -320,9 +230,9 @@ _REMAT_POLICIES = {
 def _apply_layer(config: ModelConfig, local: bool, variables: Params, x, call: _Call, cache):
     """Apply a layer.
 
-    Layers of equal shapes are traced once and lowered as one function, which XLA inlines: of 30
-    layers with their gradients in a fifth of the time. Where the mesh is manual over some of its
-    axes alone, they are inlined before: XLA of JAX 0.10 aborts on a kernel in such a function.
+    Layers of equal shapes are traced once and lowered as one function, which XLA inlines. Where the
+    mesh is manual over some of its axes alone, they are inlined before: XLA aborts on a kernel in
+    such a function.
     """
     mesh = jax.sharding.get_abstract_mesh()
     divides = any(mesh.shape[axis] > 1 for axis in auto_axes(mesh))
@@ -353,8 +263,7 @@ class Transformer(nn.Module):
         embed = nn.Embed(
             c.vocab_size, c.embed_dim, embedding_init=nn.initializers.normal(0.02), name="embed"
         )
-        # Flat from here on, but for attention: on TPUs norms and activations are then computed as
-        # part of the products beside them.
+        # Flat from here on, but for attention: TPUs then compute norms as part of the products.
         x = take_rows(embed.embedding, tokens.reshape(-1), c.rules)
         if c.scale_embeddings:
             x = x * jnp.asarray(c.embed_dim**0.5, x.dtype)
@@ -380,17 +289,15 @@ class Transformer(nn.Module):
         return hidden, KVCache(tuple(keys), tuple(values))
 
 
-def init_params(config: ModelConfig, rng: jax.Array, dtype=jnp.float32) -> Params:
-    """Return random parameters for `config`."""
-
-    @jax.jit  # with the cast: a large model is never there in float32
-    def init(rng: jax.Array) -> Params:
-        one = jnp.zeros((1, 1), jnp.int32)
-        call = _Call(rope_tables(config, one), one, one, None)
-        params = Transformer(config).init(rng, one, call)["params"]
-        return jax.tree.map(lambda x: x.astype(dtype), params)
-
-    return init(rng)
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def init_params(
+    config: ModelConfig, rng: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32
+) -> Params:
+    """Return random parameters. A large model is never there in float32: the cast is compiled."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    call = _Call(rope_tables(config, one), one, one, None)
+    params = Transformer(config).init(rng, one, call)["params"]
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 @jax.custom_vjp
@@ -417,10 +324,7 @@ def hidden_states(
     segments: jax.Array,
     adapters: Adapters | None = None,
     caches: RowCaches | None = None,
-    key_segments: jax.Array | None = None,
-    chunks: Chunks | None = None,
-    rope: tuple | None = None,
-    dropout: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    packed: Packed | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Run the decoder.
 
@@ -431,19 +335,13 @@ def hidden_states(
       segments: i32[B T]; a token sees the tokens of its own segment, from itself back. Padding may
         be a segment like any other.
       caches: of rows that have one token each here, which are what is seen then.
-      key_segments: i32[B T] of the keys; a token whose own key is of another segment does not see
-        itself. The same as `segments` by default.
-      chunks: whose adapter each of the B * T tokens takes, instead of rows grouped by adapter.
-      rope: `rope_tables` of the positions, where they are at hand. A loop makes them beforehand:
-        XLA:CPU computes what is cheap to write down, as a cosine, once more for every head and
-        layer, unless it comes from outside.
-      dropout: a pytree that is given what every adapter multiplies, [B*T D], with a number that
-        names the linear map, u32[], and returns it with some of it dropped.
+      packed: where texts of several adapters share an array row.
 
     Returns:
       The normed hidden states [B T D], and keys and values: of the texts, or what the rows' own
       cache has become.
     """
+    key_segments, chunks, rope, dropout = packed or Packed()
     variables = {"params": params}
     lora = None
     if adapters is not None:
@@ -457,22 +355,9 @@ def hidden_states(
         segments,
         segments if key_segments is None else key_segments,
         lora,
-        *(() if caches is None else (caches.slot, _seen(config, caches))),
+        *(() if caches is None else (caches.slot, seen_of_layers(config, caches))),
     )
     return Transformer(config).apply(variables, tokens, call, caches)
-
-
-def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    """Return the logits f32[... V] of hidden states [... D]."""
-    if config.tie_embeddings:
-        table, contract = params["embed"]["embedding"], "td,vd->tv"
-    else:
-        table, contract = params["lm_head"]["kernel"], "td,dv->tv"
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = product(contract, flat, table, jnp.float32).reshape(*hidden.shape[:-1], -1)
-    if config.logit_softcap is not None:
-        logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
-    return logits
 
 
 def forward(
@@ -490,118 +375,3 @@ def forward(
         segments = jnp.ones(tokens.shape, jnp.int32)
     hidden, _ = hidden_states(config, params, tokens, positions, segments, adapters)
     return unembed(config, params, hidden)
-
-
-@functools.partial(jax.named_call, name="token_logp")
-def token_logp(
-    config: ModelConfig,
-    params: Params,
-    hidden: jax.Array,
-    targets: jax.Array,
-    wanted: jax.Array,
-    tile: int = 1024,
-) -> jax.Array:
-    """Return log p(targets), f32[M], for hidden states [M D] and targets i32[M].
-
-    The [tokens, V] logits would be the largest array of a training step. Beyond `tile` tokens they
-    are made in equal tiles of no more, those that are wanted first, and a tile in which nobody
-    wants any is left out. The gradient of the hidden states is made with them: no logits are made
-    again, but for who trains the head.
-
-    Args:
-      wanted: bool[M] whose log-probabilities are asked for; the others' are 0.
-    """
-    name = "embed" if config.tie_embeddings else "lm_head"
-    head = {name: params[name]}
-    num_tokens = hidden.shape[0]
-    if num_tokens <= tile:
-        return _tile_logp(config, False, head, hidden, targets, wanted)
-    num_tiles = -(-num_tokens // tile)
-    tile = -(-num_tokens // num_tiles)
-    order = jnp.argsort(~wanted)  # stable
-    order = jnp.pad(order, (0, num_tiles * tile - num_tokens), mode="edge")
-    is_token = jnp.arange(num_tiles * tile) < num_tokens
-    logp = jax.lax.map(
-        lambda arrays: _tile_logp(config, True, head, *arrays),
-        (
-            hidden[order].reshape(num_tiles, tile, -1),
-            targets[order].reshape(num_tiles, tile),
-            (wanted[order] & is_token).reshape(num_tiles, tile),
-        ),
-    )
-    place = jnp.where(is_token, order, num_tokens)
-    return jnp.zeros(num_tokens, jnp.float32).at[place].set(logp.reshape(-1), mode="drop")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tile_logp(
-    config: ModelConfig, may_skip: bool, head: Params, hidden, targets, wanted
-) -> jax.Array:
-    """Return log_softmax(logits)[targets], f32[M], of hidden states [M D]; 0 where not wanted.
-
-    Args:
-      may_skip: compute nothing where nobody wants any.
-    """
-
-    def logp(head: Params, hidden: jax.Array) -> jax.Array:
-        return jnp.where(wanted, _log_softmax_at(config, head, hidden, targets)[0], 0.0)
-
-    return _if_any(wanted, may_skip, logp, head, hidden)
-
-
-def _tile_forward(config, may_skip, head, hidden, targets, wanted):
-    def logp_and_slope(head: Params, hidden: jax.Array) -> tuple[jax.Array, ...]:
-        logp, total, unscaled, pull_back = _log_softmax_at(config, head, hidden, targets)
-        return jnp.where(wanted, logp, 0.0), total, pull_back(unscaled)[1]
-
-    logp, total, slope = _if_any(wanted, may_skip, logp_and_slope, head, hidden)
-    return logp, (head, hidden, targets, wanted, total, slope)
-
-
-def _tile_backward(config, may_skip, saved, grads):
-    head, hidden, targets, wanted, total, slope = saved
-    # A token's gradient is scaled behind the product: of D numbers instead of V.
-    scale = -grads[:, None] / total
-    d_hidden = jnp.where(wanted[:, None], slope.astype(jnp.float32) * scale, 0.0)
-
-    def pull_back_to_head(head: Params, hidden: jax.Array) -> Params:
-        _, _, unscaled, pull_back = _log_softmax_at(config, head, hidden, targets)
-        return pull_back(jnp.where(wanted[:, None], unscaled * scale, 0.0))[0]
-
-    # A sum over tokens; left out of the program where nobody wants it.
-    d_head = _if_any(wanted, may_skip, pull_back_to_head, head, hidden)
-    return d_head, d_hidden.astype(hidden.dtype), None, None
-
-
-_tile_logp.defvjp(_tile_forward, _tile_backward)
-
-
-def _if_any(wanted: jax.Array, may_skip: bool, function: Callable, *args):
-    """Return function(*args); zeros where nobody wants any, if it may be skipped."""
-    if not may_skip:
-        return function(*args)
-    shapes = jax.eval_shape(function, *args)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.cond(wanted.any(), function, lambda *_: nothing, *args)
-
-
-def _log_softmax_at(config: ModelConfig, head: Params, hidden: jax.Array, targets: jax.Array):
-    """Return log_softmax(logits)[targets], and what its gradient is made of.
-
-    Returns:
-      f32[M]; the softmax's sum f32[M 1]; that sum times the gradient of the logits, negated,
-      f32[M V]; and the function from such a gradient to those of the head and hidden states.
-    """
-    logits, pull_back = jax.vjp(functools.partial(unembed, config), head, hidden)
-    highest = logits.max(axis=-1, keepdims=True)
-    exponentials = jnp.exp(logits - highest)
-    total = exponentials.sum(axis=-1, keepdims=True)
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1) - highest
-    logp = (chosen - jnp.log(total))[:, 0]
-    # In the dtype of the product that they go into, and behind a barrier, or XLA for TPUs keeps
-    # the logits and takes exponentials again.
-    exponentials = jax.lax.optimization_barrier(exponentials.astype(hidden.dtype))
-    is_target = jnp.arange(exponentials.shape[1])[None] == targets[:, None]
-    of_target = (jnp.exp(chosen) - total).astype(exponentials.dtype)
-    unscaled = jnp.where(is_target, of_target, exponentials).astype(jnp.float32)
-    return logp, total, unscaled, pull_back

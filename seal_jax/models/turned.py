@@ -1,9 +1,8 @@
 """Kernels as a CPU wants them where tokens are few: [out in], on the left of the product.
 
-XLA:CPU rearranges the right side of a product before it multiplies. With some dozens of tokens that
-takes as long as the product, and here only the tokens are rearranged. One token alone is a product
-of a matrix and a vector, which rearranges nothing; but in bfloat16 such a one takes nine times as
-long as that of two tokens.
+XLA for CPUs rearranges the right side of a product first. With few tokens that takes as long as
+the product; here only the tokens are rearranged. One token alone is a product of a matrix and a
+vector, which rearranges nothing, but is slow in bfloat16.
 """
 
 from typing import Any, NamedTuple
@@ -14,9 +13,7 @@ import jax.numpy as jnp
 from seal_jax.sharding import platform
 from seal_jax.types import Params
 
-# Up to how many rows of one token it is worth it: of 1, 5, 8, 40 and 160 that were measured, it was
-# with 5, 8 and 40 (two cores of an AMD EPYC with AVX2, float32; a Xeon, in bfloat16 with 1 too).
-_MANY = 96
+_MANY = 96  # up to so many rows of one token it is worth it
 
 
 class Turned(NamedTuple):

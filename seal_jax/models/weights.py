@@ -1,9 +1,7 @@
 """Parameters on disk: Hugging Face safetensors in and out, one tensor at a time.
 
-The parameter tree is a nested dict of JAX arrays. Its kernels are Hugging Face's weights
-transposed, because Hugging Face stores `[out, in]` and we multiply `x @ kernel` with
-`kernel: [in, out]`. `names.param_table` is the one place that names every parameter; gguf.py reads
-the same table. Formats that can run code when they are read (pickle in .bin, .pt, ...) are refused.
+Hugging Face stores `[out, in]`, and we multiply `x @ kernel` with `kernel: [in, out]`: kernels are
+transposed. Formats that can run code when they are read (pickle in .bin, .pt, ...) are refused.
 
   headers of all files -> names, shapes and dtypes are checked        no tensor is read before
   for each parameter, for each slice of it that this process's devices hold:
@@ -15,26 +13,30 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from seal_jax.hosts.console import progress
-from seal_jax.hosts.files import write_json
+from seal_jax.hosts.files import read_object, write_json
 from seal_jax.models import tensor_file
 from seal_jax.models.config import ModelConfig, config_from_hf, config_to_hf
 from seal_jax.models.names import Param, check_depth, check_names, param_table, text_name
-from seal_jax.models.placing import Params, Shardings, leaves_of, place, sharding_of_each, shards_of
-from seal_jax.models.tensor_file import DTYPES, Index, Tensor
+from seal_jax.models.placing import ReadSlice, Shardings, place, sharding_of_each, shards_of
+from seal_jax.models.tensor_file import DTYPES, Tensor
+from seal_jax.types import Params
 
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_FILE_BYTES = 4 * 10**9
+_HEAD = "lm_head.weight"
 QUIET_BYTES = 64 * 10**6  # loads below this show no progress
 
 
@@ -51,46 +53,37 @@ def load_safetensors(
     one parameter at most, and on the CPU for one block of it.
 
     Args:
-        folder: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
-        config: sizes that every tensor is checked against, before any is read.
-        dtype: dtype or name, 'bfloat16' included; every leaf is cast to it.
-        shardings: gives the sharding of every leaf of a tree of jax.ShapeDtypeStruct; by default
-            all is put, uncommitted, on the default device.
-        show: is told the bytes of each read of a parameter, in place of the progress bar.
+      folder: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
+      config: sizes that every tensor is checked against, before any is read.
+      dtype: dtype or name, 'bfloat16' included; every leaf is cast to it.
+      shardings: gives the sharding of every leaf of a tree of jax.ShapeDtypeStruct; by default all
+        is put, uncommitted, on the default device.
+      show: is told the bytes of each read of a parameter, in place of the progress bar.
 
     Raises:
-        FileNotFoundError: no safetensors file there, or a shard is missing.
-        ValueError: only pickled files there; a damaged file; missing, unexpected or misshapen
-            tensors, or ones of an unsupported dtype.
+      FileNotFoundError: no safetensors file there, or a shard is missing.
+      ValueError: only pickled files there; a damaged file; missing, unexpected or misshapen
+        tensors, or ones of an unsupported dtype.
     """
     folder, dtype = Path(folder), jax.dtypes.canonicalize_dtype(dtype)
     tensors = _text_tensors(_find_tensors(folder), folder)
     check_depth(config, len(tensors), str(folder))
     table = param_table(config)
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    expected = {param.hf_name: param.file_shape for param in table}
-    head, embedding = "lm_head.weight", next(p for p in table if p.path[0] == "embed")
-    stores_tied_head = config.tie_embeddings and head in found
+    expected, embedding = {param.hf_name: param for param in table}, table[0]
+    stores_tied_head = config.tie_embeddings and _HEAD in tensors
     if stores_tied_head:
-        expected[head] = embedding.file_shape
-    strange = [
-        f"unsupported dtype {tensors[name].dtype}: {name}; supported: {', '.join(DTYPES)}"
-        for name in sorted(found.keys() & expected.keys())
-        if tensors[name].dtype not in DTYPES
-    ]
-    check_names(found, expected, str(folder), strange)
+        expected[_HEAD] = embedding
+    _check_tensors(tensors, expected, str(folder))
     sharding_of = sharding_of_each(table, dtype, shardings)
-    total = sum(_num_bytes(p, sharding_of(p), tensors[p.hf_name]) for p in table)
+    total = sum(_num_bytes(p, sharding_of[p.path], tensors[p.hf_name]) for p in table)
     with _progress(total, f"load {folder.name}", show) as show_bytes:
         if stores_tied_head:
-            both = tensors[head], tensors[embedding.hf_name]
-            _check_tied_head(*both, shards_of(embedding.shape, sharding_of(embedding)))
+            shards = shards_of(embedding.shape, sharding_of[embedding.path])
+            _check_tied_head(tensors[_HEAD], tensors[embedding.hf_name], shards)
 
-        def open_param(param: Param) -> Callable[[Index], np.ndarray]:
-            tensor = tensors[param.hf_name]
-            return lambda index: tensor_file.read_slice(
-                tensor, index, dtype, param.is_kernel, show_bytes
-            )
+        def open_param(param: Param) -> ReadSlice:
+            how = {"dtype": dtype, "transposed": param.is_kernel, "show": show_bytes}
+            return partial(tensor_file.read_slice, tensors[param.hf_name], **how)
 
         return place(table, open_param, dtype, shardings)
 
@@ -109,11 +102,11 @@ def save_safetensors(
     processes all must call this, and process 0 writes.
 
     Raises:
-        ValueError: `params` is not the tree that `config` describes.
-        OSError: a file read back differs from what was written.
+      ValueError: `params` is not the tree that `config` describes.
+      OSError: a file read back differs from what was written.
     """
     folder = Path(folder)
-    leaves = dict(leaves_of(params))
+    leaves = flatten_dict(params, sep="/")
     table = param_table(config)
     check_names(
         {path: tuple(leaf.shape) for path, leaf in leaves.items()},
@@ -138,12 +131,26 @@ def save_safetensors(
         (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
 
 
+def _check_tensors(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Param], where: str
+) -> None:
+    """Raise ValueError unless there are exactly the expected tensors."""
+    strange = [
+        f"unsupported dtype {tensors[name].dtype}: {name}; supported: {', '.join(DTYPES)}"
+        for name in sorted(tensors.keys() & expected.keys())
+        if tensors[name].dtype not in DTYPES
+    ]
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    shapes = {name: param.file_shape for name, param in expected.items()}
+    check_names(found, shapes, where, strange)
+
+
 def load_folder_config(folder: str | os.PathLike) -> ModelConfig:
     """Return the config of a Hugging Face folder, refusing pickled parameters first.
 
     Raises:
-        FileNotFoundError: `config.json` or the parameters are missing.
-        ValueError: the parameters are pickled, or the config is unsupported.
+      FileNotFoundError: `config.json` or the parameters are missing.
+      ValueError: the parameters are pickled, or the config is unsupported.
     """
     folder = Path(folder)
     _refuse_pickled(folder)
@@ -168,12 +175,11 @@ def _progress(
     if show is not None or total < QUIET_BYTES or jax.process_index():
         yield show or (lambda size: None)
         return
-    done = 0
+    read = collections.Counter()
 
     def update(size: int) -> None:
-        nonlocal done
-        done += size
-        bar.update(done // 10**6 - bar.n)
+        read["bytes"] += size
+        bar.update(read["bytes"] // 10**6 - bar.n)
 
     with progress(total // 10**6, desc, "MB") as bar:
         yield update
@@ -287,8 +293,8 @@ def _text_tensors(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tens
 def _read_index(index: Path) -> dict[str, str]:
     """Return the shard of each tensor. Names are untrusted: none may leave the index's folder."""
     try:
-        file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        file_of = dict(read_object(index)["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index}: damaged index: {error!r}") from error
     for name in file_of.values():
         is_plain = isinstance(name, str) and name == os.path.basename(name)

@@ -13,8 +13,9 @@ from seal_jax.hosts.exchange import exchange_shares, spread
 from seal_jax.inner.texts import Text, text_of
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.lengths import bucket_of
+from seal_jax.models.logits import next_token_logp
 from seal_jax.models.model import Model
-from seal_jax.models.transformer import hidden_states, token_logp
+from seal_jax.models.transformer import hidden_states
 from seal_jax.outer.problems import Batch
 from seal_jax.outer.stages import Stages, exam_prompts
 from seal_jax.outer.waves import InnerRun, Wave
@@ -138,9 +139,8 @@ def score_rows(
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     hidden, _ = hidden_states(config, params, tokens, positions, segments, adapters)
-    hidden, targets = hidden[:, :-1].reshape(B * (T - 1), -1), tokens[:, 1:].reshape(-1)
-    logp = token_logp(config, params, hidden, targets, loss_mask[:, 1:].reshape(-1))
-    return logp.reshape(B, T - 1).sum(axis=1) / jnp.maximum(loss_mask[:, 1:].sum(axis=1), 1)
+    logp = next_token_logp(config, params, hidden, tokens, loss_mask)
+    return logp.sum(axis=1) / jnp.maximum(loss_mask[:, 1:].sum(axis=1), 1)
 
 
 def mean_logp(

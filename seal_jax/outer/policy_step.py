@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from seal_jax import keys
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.transformer import hidden_states, token_logp, unembed
+from seal_jax.models.logits import next_token_logp, unembed
+from seal_jax.models.transformer import hidden_states
 from seal_jax.objectives.objective import Objective, Tokens, kl_penalty
 from seal_jax.optim import Optimizer, scheduled_rate
 from seal_jax.sharding import param_shardings, replicated, to_device
@@ -98,10 +99,7 @@ def score(
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     segments = jnp.ones((B, T), jnp.int32)  # causal: the padding behind a row is seen by none
     hidden, _ = hidden_states(config, params, tokens, positions, segments, adapters)
-    before = hidden[:, :-1].reshape(B * (T - 1), -1)
-    targets, wanted = tokens[:, 1:].reshape(-1), loss_mask[:, 1:].reshape(-1)
-    logp = token_logp(config, params, before, targets, wanted)
-    logp = jnp.pad(logp.reshape(B, T - 1), ((0, 0), (1, 0)))
+    logp = jnp.pad(next_token_logp(config, params, hidden, tokens, loss_mask), ((0, 0), (1, 0)))
     return logp, jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
 

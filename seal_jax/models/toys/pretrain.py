@@ -12,9 +12,10 @@ import optax
 from seal_jax.hosts.console import progress
 from seal_jax.hosts.files import whole_folder
 from seal_jax.models.config import ModelConfig
+from seal_jax.models.logits import next_token_logp
 from seal_jax.models.model import Model, save_config
 from seal_jax.models.tokenizer import ByteTokenizer, Tokenizer
-from seal_jax.models.transformer import hidden_states, init_params, token_logp
+from seal_jax.models.transformer import hidden_states, init_params
 from seal_jax.models.weights import save_safetensors
 from seal_jax.types import Params
 
@@ -60,13 +61,10 @@ def pretrain(
     def loss_of(params: Params, batches: Sequence[Batch]) -> jax.Array:
         total = count = 0.0
         for tokens, loss_mask in batches:
-            B, T = tokens.shape
-            positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             hidden, _ = hidden_states(config, params, tokens, positions, jnp.ones_like(tokens))
-            before = hidden[:, :-1].reshape(B * (T - 1), -1)
-            wanted = loss_mask[:, 1:].reshape(-1)
-            logp = token_logp(config, params, before, tokens[:, 1:].reshape(-1), wanted)
-            total, count = total - logp.sum(), count + wanted.sum()
+            logp = next_token_logp(config, params, hidden, tokens, loss_mask)
+            total, count = total - logp.sum(), count + loss_mask[:, 1:].sum()
         return total / count
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -17,7 +17,7 @@ from seal_jax.hosts.console import progress
 from seal_jax.inner.packing import LONGEST
 from seal_jax.inner.population import Needs, Population, fit_population
 from seal_jax.inner.texts import PAD_SAMPLES, PADDED, Text, encode_text
-from seal_jax.inner.update import InnerLoop, make_inner_loop
+from seal_jax.inner.update import InnerLoop, inner_setup, make_inner_loop
 from seal_jax.models.divisible import check_divides
 from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
@@ -66,9 +66,8 @@ def make_stages(settings: Settings) -> Stages:
     task = make_task(**settings.task, **given)
     inner = settings.inner._asdict()
     optimizer = optimizer_of(settings.inner)
-    config = dataclasses.replace(model.config, remat=settings.inner.remat)
-    loop = make_inner_loop(config, optimizer, settings.inner, mesh)
-    at_once = _at_once(settings, model, mesh, loop, optimizer)
+    loop = make_inner_loop(inner_setup(model.config, optimizer, settings.inner, mesh))
+    at_once = _at_once(settings, model, loop)
     evaluate = make_evaluate(
         model,
         task,
@@ -102,9 +101,7 @@ def make_constrain(settings: Settings, model: Model, task: Task) -> Callable | N
     return task.constrain(model.tokenizer, model.config.vocab_size)
 
 
-def _at_once(
-    settings: Settings, model: Model, mesh: jax.sharding.Mesh, loop: InnerLoop, optimizer: Optimizer
-) -> Callable[[int], int]:
+def _at_once(settings: Settings, model: Model, loop: InnerLoop) -> Callable[[int], int]:
     """Return how many adapters are in flight, given the tokens of the longest row."""
     inner = settings.inner
     if inner.max_adapters != -1:
@@ -116,15 +113,9 @@ def _at_once(
         settings.eval.num_problems * settings.eval.num_edits * settings.eval.num_seeds,
     )
     base = jax.eval_shape(functools.partial(quantize_params, word=inner.quantize), model.params)
-    needs = Needs(
-        model.config,
-        inner,
-        optimizer,
-        loop.trace,
-        shaped(base, param_shardings(mesh, base, model.config.rules)),
-        mesh,
-        resident=resident_bytes(settings, model, mesh),
-    )
+    mesh = loop.setup.mesh
+    base = shaped(base, param_shardings(mesh, base, model.config.rules))
+    needs = Needs(loop, inner, base, resident=resident_bytes(settings, model, mesh))
     latest = [Population(min(settings.answer.max_rows, runs))]
 
     def at_once(longest: int) -> int:

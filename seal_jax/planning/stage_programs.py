@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from seal_jax.inner.packing import LONGEST, empty_batch
 from seal_jax.inner.population import adapter_bytes, largest_shapes
-from seal_jax.inner.update import make_inner_loop
+from seal_jax.inner.update import inner_setup, make_inner_loop
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.lengths import bucket_of
@@ -155,8 +155,7 @@ def _inner_step(
 ) -> Program:
     inner, A = settings.inner, num_adapters(settings, mesh)
     optimizer = optimizer_of(inner)
-    config = dataclasses.replace(model.config, remat=inner.remat)
-    loop = make_inner_loop(config, optimizer, inner, mesh)
+    loop = make_inner_loop(inner_setup(model.config, optimizer, inner, mesh))
     init = partial(
         lora.init_adapters, model.config, rank=inner.rank, alpha=inner.alpha, targets=inner.targets
     )
@@ -178,7 +177,7 @@ def _inner_step(
         steps=inner.steps_per_call,
         size=A,
         key="inner.max_adapters",
-        each=adapter_bytes(adapters, optimizer, inner.accumulation)
+        each=adapter_bytes(adapters, loop.setup)
         * num_parts(mesh, "adapter", model.config.rules)
         // A,
     )

@@ -269,7 +269,6 @@ def train_step(
     Returns:
       What is trained, the optimizer's state, the loss, and the norm of gradient and update.
     """
-
     loss_and_grads = jax.value_and_grad(partial(batch_loss, setup))
 
     def add(total: tuple, microbatch: TrainRows) -> tuple[tuple, None]:

@@ -45,7 +45,7 @@ class Stages(NamedTuple):
     evaluate: Any  # see evaluate.make_evaluate
     encode: Callable[..., Text]  # (training text, outputs only) -> its tokens
     constrain: Callable | None  # see tasks/task.py
-    at_once: Callable[[int], int]  # the longest row's tokens -> adapters in flight, see memory.py
+    at_once: Callable[[int], int]  # the longest row's tokens -> adapters in flight
 
 
 def make_stages(settings: Settings) -> Stages:

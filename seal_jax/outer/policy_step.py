@@ -48,7 +48,7 @@ def update_settings(outer: OuterSettings) -> UpdateSettings:
     return UpdateSettings(**{name: getattr(outer, name) for name in names})
 
 
-class Setup(NamedTuple):
+class PolicySetup(NamedTuple):
     """What a policy update is made of: all of it is static."""
 
     config: ModelConfig
@@ -212,7 +212,7 @@ def _fresh(
 
 @partial(jax.jit, static_argnames="setup")
 def fresh_adapter(
-    setup: Setup, params: Params, head: Params | None, key: jax.Array
+    setup: PolicySetup, params: Params, head: Params | None, key: jax.Array
 ) -> tuple[Adapters, optax.OptState]:
     """Return the adapter that an outer step trains, and its optimizer's state."""
     settings = setup.settings
@@ -226,7 +226,7 @@ def with_head(trained: Params, head: Params | None) -> Params:
 
 
 def batch_loss(
-    setup: Setup,
+    setup: PolicySetup,
     trained: Params,
     frozen: Params,
     scale: jax.Array,
@@ -254,7 +254,7 @@ def batch_loss(
 
 @partial(jax.jit, static_argnames="setup", donate_argnames=("trained", "opt_state"))
 def train_step(
-    setup: Setup,
+    setup: PolicySetup,
     trained: Params,
     frozen: Params,
     opt_state: optax.OptState,

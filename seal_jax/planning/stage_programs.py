@@ -26,7 +26,7 @@ from seal_jax.objectives.objective import make_objective
 from seal_jax.outer import evaluate
 from seal_jax.outer.policy_step import (
     Penalties,
-    Setup,
+    PolicySetup,
     TrainRows,
     state_shapes,
     train_step,
@@ -216,7 +216,7 @@ def _policy_update(settings: Settings, model: Model, mesh: Mesh, lengths: Length
     optimizer = optimizer_of(settings.outer)
     lora_sizes = {name: outer[name] for name in ("update", "rank", "alpha", "targets")}
     config = dataclasses.replace(model.config, remat=outer["remat"])
-    setup = Setup(config, objective, optimizer, update_settings(settings.outer), mesh, seed=0)
+    setup = PolicySetup(config, objective, optimizer, update_settings(settings.outer), mesh, seed=0)
     everywhere, value_head = replicated(mesh), objective.gae is not None
 
     state = state_shapes(model.config, model.params, optimizer, value_head=value_head, **lora_sizes)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from seal_jax.bench import aot
 from seal_jax.inner.packing import TPU_LAYOUT, pack
 from seal_jax.inner.texts import Job, text_of
-from seal_jax.inner.update import make_inner_loop, make_inner_update
+from seal_jax.inner.update import InnerSetup, make_inner_loop, make_inner_update
 from seal_jax.models import lora
 from seal_jax.models.attention import attend
 from seal_jax.models.config import ModelConfig
@@ -110,7 +110,7 @@ def compile_inner_update(mesh, config, *, quantize="none", length=256):
     options = {"steps_per_call": 1, "num_shards": shards, "layout": TPU_LAYOUT}
     (batch,) = pack(jobs, tokens_per_step=tokens_per_step, **options)
     with jax.set_mesh(mesh):
-        traced = make_inner_loop(config, make_optimizer(), mesh=mesh).trace(
+        traced = make_inner_loop(InnerSetup(config, make_optimizer(), mesh=mesh)).trace(
             shaped(params, param_shardings(mesh, params)),
             shaped(adapters, leading(mesh, "adapter", num_adapters)),
             shaped(batch, batch_sharding(mesh)),

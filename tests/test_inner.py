@@ -12,7 +12,7 @@ import pytest
 from seal_jax.bench.timing import count_compiles
 from seal_jax.inner.packing import Layout, pack
 from seal_jax.inner.texts import PAD_SAMPLES, Job, make_job, row_length, text_of
-from seal_jax.inner.update import make_inner_loop, make_inner_update
+from seal_jax.inner.update import InnerSetup, make_inner_loop, make_inner_update
 from seal_jax.models import lora
 from seal_jax.models.logits import token_logp, unembed
 from seal_jax.models.transformer import Packed, forward, hidden_states, init_params
@@ -480,7 +480,7 @@ def test_of_the_activation_only_its_inputs_are_kept(tiny):
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     job = make_job(make_texts(0, [(120, 0)]), num_epochs=1, batch_size=1, learning_rate=1, key=(0,))
     batch = pack([job], tokens_per_step=128, layout=Layout((128,)), steps_per_call=1)[0]
-    loop = make_inner_loop(config, make_optimizer(optax_kwargs=ADAMW))
+    loop = make_inner_loop(InnerSetup(config, make_optimizer(optax_kwargs=ADAMW)))
     memory = loop.trace(params, init(config, 1), batch).lower().compile().memory_analysis()
     kept = 2 * config.num_layers * batch.tokens.size * config.mlp_dim * 4
     assert memory.temp_size_in_bytes < 2 * kept

@@ -22,7 +22,7 @@ from seal_jax.inner.population import (
     largest_shapes,
     program_bytes,
 )
-from seal_jax.inner.update import StepSettings, make_inner_loop
+from seal_jax.inner.update import InnerSetup, make_inner_loop
 from seal_jax.models.lora import init_adapters
 from seal_jax.optim import make_optimizer
 from seal_jax.outer.problems import split_problems
@@ -70,11 +70,11 @@ def count(small, mesh, num_adapters, longest=256, optax_name="adamw", **options)
     """Return the bytes of an inner update with so many adapters, on each device."""
     config, params = small
     optimizer = make_optimizer(optax_name=optax_name)
-    loop = make_inner_loop(config, optimizer, StepSettings(**options), mesh)
+    loop = make_inner_loop(InnerSetup(config, optimizer, mesh=mesh, **options))
     batch = empty_batch(largest_shapes(longest, 256)[-1], num_adapters, 2, num_shards(mesh))
     batch = shaped(batch, batch_sharding(mesh))
     adapters = fresh(config, mesh, num_adapters)
-    return program_bytes(loop.trace, mesh, base(params, mesh), adapters, batch)
+    return program_bytes(loop, base(params, mesh), adapters, batch)
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def needs(small, limit, sizes=(1, 1, 1), resident=0):
     mesh, optimizer = mesh_of(sizes), make_optimizer(optax_name="sgd")
     inner = settings_of(load_config(TINY_CONFIG, ())).inner
     inner = inner._replace(**LORA, accumulation=1, tokens_per_step=256, steps_per_call=2)
-    trace = make_inner_loop(small[0], optimizer, mesh=mesh).trace
-    return Needs(small[0], inner, optimizer, trace, base(small[1], mesh), mesh, resident, limit)
+    loop = make_inner_loop(InnerSetup(small[0], optimizer, mesh=mesh))
+    return Needs(loop, inner, base(small[1], mesh), resident, limit)
 
 
 def test_the_number_follows_from_the_limit(small, capsys):

@@ -16,7 +16,7 @@ from tiny_run import run_loop
 from seal_jax.config import load_config
 from seal_jax.config.table import FIELDS
 from seal_jax.hosts.files import read_jsonl
-from seal_jax.inner.update import StepSettings, inner_step, lane_losses, make_inner_update
+from seal_jax.inner.update import InnerSetup, inner_step, lane_losses, make_inner_update
 from seal_jax.models import lora
 from seal_jax.models.config import ATTENTIONS, REMATS
 from seal_jax.models.quantize import LEVELS, QUANTIZATIONS, quantize_params, take_rows
@@ -237,8 +237,8 @@ def inner_memory(word):
 
     @jax.jit
     def steps(params, state, batch):
-        settings = StepSettings(schedule="constant")
-        step = functools.partial(inner_step, DEEP, optimizer, settings, params)
+        setup = InnerSetup(DEEP, optimizer, "constant")
+        step = functools.partial(inner_step, setup, params)
         return jax.lax.scan(lambda s, _: step(s, batch), state, length=2)
 
     memory = steps.lower(base, state, batch).compile().memory_analysis()

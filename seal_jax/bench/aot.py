@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh
 from seal_jax.bench.timing import matmul_params
 from seal_jax.inner.packing import TPU_LAYOUT, pack, useful_tokens
 from seal_jax.inner.texts import Job, text_of
-from seal_jax.inner.update import make_inner_loop
+from seal_jax.inner.update import InnerSetup, make_inner_loop
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.known import RANDOM
@@ -207,7 +207,7 @@ def compile_inner_update(
 ) -> jax.stages.Compiled:
     """Return `make_inner_update`'s device call, compiled; its base is bfloat16 or quantized."""
     optimizer = make_optimizer(optax_kwargs={"weight_decay": 0.0})
-    loop = make_inner_loop(config, optimizer, mesh=mesh)
+    loop = make_inner_loop(InnerSetup(config, optimizer, mesh=mesh))
     num_adapters = len(batch.num_steps)
 
     def init() -> tuple:

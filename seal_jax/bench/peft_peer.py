@@ -39,8 +39,7 @@ def make_peft_steps(
     """Return `steps(texts, padded_length)`: one optimizer step on each text.
 
     As the authors' Trainer does: AdamW without weight decay, linear decay, clipping at 1, and
-    labels that are the padded inputs, so that padding is in the loss. With padded_length 0 the text
-    is taken as it is, which is the fastest loop that this library allows at batch 1.
+    labels that are the padded inputs, so that padding is in the loss; none where padded_length = 0.
     """
     import peft
     import torch
@@ -87,8 +86,7 @@ def make_peft_generate(
 ) -> Callable[[Sequence[Sequence[Sequence[int]]], int], None]:
     """Return `write(groups, num_tokens)`: `generate` with a cache, a batch for every group.
 
-    One group is written by the base model; of several, each by an adapter of its own, which is
-    made the active one before.
+    One group is written by the base model; of several, each by the next of two adapters.
     """
     import peft
     import torch

@@ -11,20 +11,16 @@ one device.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from seal_jax.hosts.console import say
 from seal_jax.hosts.exchange import least
 from seal_jax.hosts.memory import device_bytes
 from seal_jax.inner.packing import Shape, empty_batch, step_shapes
-from seal_jax.inner.update import Trace
+from seal_jax.inner.update import InnerLoop, InnerSetup, start_state
 from seal_jax.models import lora
-from seal_jax.models.config import ModelConfig
-from seal_jax.optim import Optimizer, accumulate
 from seal_jax.sharding import batch_sharding, leading, num_parts, num_shards, shaped, tree_bytes
 from seal_jax.types import STEP_FIELDS, Adapters, InnerBatch, InnerSettings, Params
 
@@ -39,12 +35,9 @@ class Population(NamedTuple):
 class Needs(NamedTuple):
     """What decides how many adapters fit."""
 
-    config: ModelConfig
+    loop: InnerLoop  # with a mesh
     inner: InnerSettings
-    optimizer: Optimizer
-    trace: Trace  # of the InnerLoop
     params: Params  # the frozen base, arrays or ShapeDtypeStructs with a sharding
-    mesh: Mesh
     resident: int  # bytes of what else lies on each device meanwhile
     limit: int | None = None  # bytes to plan with on each device; `device_bytes` by default
 
@@ -62,12 +55,13 @@ def fit_population(needs: Needs, longest: int, previous: Population) -> Populati
     """
     if longest <= previous.longest:
         return previous
-    mesh, rules, inner = needs.mesh, needs.config.rules, needs.inner
+    setup, inner = needs.loop.setup, needs.inner
+    mesh, rules = setup.mesh, setup.config.rules
     room = least("memory", device_bytes(mesh) if needs.limit is None else needs.limit)
     # The population is divided over this axis where its size allows, see sharding.leading.
     multiple = num_parts(mesh, "adapter", rules)
     fewest = adapter_shapes(needs, multiple)
-    each = adapter_bytes(fewest, needs.optimizer, inner.accumulation) / multiple
+    each = adapter_bytes(fewest, setup) / multiple
     number = previous.number
     for shape in largest_shapes(longest, inner.tokens_per_step):
         number, used = fit_adapters(
@@ -86,21 +80,22 @@ def fit_population(needs: Needs, longest: int, previous: Population) -> Populati
 
 def adapter_shapes(needs: Needs, num_adapters: int) -> Adapters:
     """Return adapters as ShapeDtypeStructs, divided as the inner loop wants them."""
-    inner, config = needs.inner, needs.config
+    inner, setup = needs.inner, needs.loop.setup
     sizes = {"rank": inner.rank, "alpha": inner.alpha, "targets": inner.targets}
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_adapters))
-    adapters = jax.eval_shape(partial(lora.init_adapters, config, **sizes), keys)
-    return shaped(adapters, leading(needs.mesh, "adapter", num_adapters, config.rules))
+    adapters = jax.eval_shape(partial(lora.init_adapters, setup.config, **sizes), keys)
+    return shaped(adapters, leading(setup.mesh, "adapter", num_adapters, setup.config.rules))
 
 
 def _needed(needs: Needs, shape: Shape, num_adapters: int) -> float:
     """Return the bytes on each device while so many adapters take a step of that shape."""
-    mesh, rules = needs.mesh, needs.config.rules
+    setup = needs.loop.setup
+    mesh, rules = setup.mesh, setup.config.rules
     batch = empty_batch(shape, num_adapters, needs.inner.steps_per_call, num_shards(mesh, rules))
     batch = shaped(batch, batch_sharding(mesh, rules))
     params = shaped(needs.params, jax.tree.map(lambda x: x.sharding, needs.params))
     adapters = adapter_shapes(needs, num_adapters)
-    return needs.resident + program_bytes(needs.trace, mesh, params, adapters, batch)
+    return needs.resident + program_bytes(needs.loop, params, adapters, batch)
 
 
 def _estimate(shape: Shape, shards: int, each: float, copy: float, num_adapters: int) -> float:
@@ -109,17 +104,15 @@ def _estimate(shape: Shape, shards: int, each: float, copy: float, num_adapters:
     return num_adapters * each + min(-(-num_adapters // shards), shape.num_chunks) * 3 * copy
 
 
-def program_bytes(
-    trace: Trace, mesh: Mesh, params: Params, adapters: Adapters, batch: InnerBatch
-) -> float:
+def program_bytes(loop: InnerLoop, params: Params, adapters: Adapters, batch: InnerBatch) -> float:
     """Return what one call takes with all its arguments; infinite where the compiler refuses it.
 
     Args:
-      params, adapters, batch: arrays or ShapeDtypeStructs, as `trace` takes them.
+      params, adapters, batch: arrays or ShapeDtypeStructs.
     """
     try:
-        with jax.set_mesh(mesh):  # for the attention kernels
-            compiled = trace(params, adapters, batch).lower().compile()
+        with jax.set_mesh(loop.setup.mesh):  # for the attention kernels
+            compiled = loop.trace(params, adapters, batch).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -180,22 +173,16 @@ def fit_adapters(
     return number, found
 
 
-def adapter_bytes(adapters: Adapters, optimizer: Optimizer, accumulation: int) -> int:
-    """Return what training keeps for adapters: their first values, as the caller has them, those
-    that are trained, the state of their optimizer, and a few numbers.
+def adapter_bytes(adapters: Adapters, setup: InnerSetup) -> int:
+    """Return what training keeps for adapters, as ShapeDtypeStructs with a sharding.
 
-    Args:
-      adapters: a stack, arrays or ShapeDtypeStructs with a sharding.
+    Their first values, as the caller has them, the loop's state, and what a batch says of each.
     """
-
-    def init(weights: Params) -> Any:
-        return jax.vmap(accumulate(optimizer(jnp.float32(0)), accumulation, 1).init)(weights)
-
-    states = shaped(jax.eval_shape(init, adapters.weights), adapters.scale.sharding)
-    # A step, and what a batch says of each adapter: 4 bytes each.
-    numbers = (1 + len(InnerBatch._fields) - len(STEP_FIELDS)) * 4
-    numbers *= adapters.scale.sharding.shard_shape(adapters.scale.shape)[0]
-    return 2 * tree_bytes(adapters) + tree_bytes(states) + numbers
+    where = adapters.scale.sharding
+    state = shaped(jax.eval_shape(partial(start_state, setup), adapters), where)
+    numbers = 4 * (len(InnerBatch._fields) - len(STEP_FIELDS))
+    numbers *= where.shard_shape(adapters.scale.shape)[0]
+    return tree_bytes(adapters) + tree_bytes(state) + numbers
 
 
 def largest_shapes(longest: int, tokens_per_step: int) -> list[Shape]:

@@ -10,6 +10,7 @@ packing.py). The base is frozen and shared. Learning rate and number of steps ar
 programs differ only by shape.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -99,14 +100,28 @@ def _drop(
     return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), 0)
 
 
-class StepSettings(NamedTuple):
-    """What of the config's inner section is part of a step."""
+class InnerSetup(NamedTuple):
+    """What an inner loop is made of: all of it is static."""
 
+    config: ModelConfig
+    optimizer: Optimizer
     schedule: str = "linear"
+    # Divides the population over the axis of 'adapter': each part of it trains its own adapters on
+    # its own shard of the batches (see `pack`), and no part waits for another.
+    mesh: Mesh | None = None
     warmup_steps: int = 0  # updates in which the learning rate rises from 0
     dropout: float = 0.0  # the share of an adapter's inputs that is dropped in training
     # Steps whose gradients' mean makes one update; what is left at the end of a run makes one too.
     accumulation: int = 1
+
+
+def inner_setup(
+    config: ModelConfig, optimizer: Optimizer, inner: InnerSettings, mesh: Mesh
+) -> InnerSetup:
+    """Return what the config's inner section says of the loop."""
+    config = dataclasses.replace(config, remat=inner.remat)
+    steps = inner.warmup_steps, inner.dropout, inner.accumulation
+    return InnerSetup(config, optimizer, inner.schedule, mesh, *steps)
 
 
 class _Carry(NamedTuple):
@@ -119,9 +134,7 @@ class _Carry(NamedTuple):
 
 
 def inner_step(
-    config: ModelConfig,
-    optimizer: Optimizer,
-    settings: StepSettings | InnerSettings,
+    setup: InnerSetup,
     params: Params,
     state: InnerState,
     batch: InnerBatch,
@@ -133,12 +146,11 @@ def inner_step(
       The new state, and the losses f32[U] before the step. A lane whose loss or update is not
       finite keeps its adapter and reports NaN.
     """
-    grads, losses = lane_gradients(config, settings.dropout, params, state, batch, rope)
+    grads, losses = lane_gradients(setup, params, state, batch, rope)
     used = batch.lanes >= 0
-    carry = _Carry(
-        state.adapters.weights, state.opt_state, state.step, jnp.where(used, losses, 0.0)
-    )
-    update = partial(update_lane, optimizer, settings, batch, grads)
+    losses = jnp.where(used, losses, 0.0)
+    carry = _Carry(state.adapters.weights, state.opt_state, state.step, losses)
+    update = partial(update_lane, setup, batch, grads)
     # One adapter at a time: nothing but its own numbers is moved, and an empty lane costs nothing.
     with jax.named_scope("optimizer"):
         new = jax.lax.fori_loop(0, used.sum(), update, carry)
@@ -147,15 +159,10 @@ def inner_step(
 
 
 def lane_gradients(
-    config: ModelConfig,
-    dropout: float,
-    params: Params,
-    state: InnerState,
-    batch: InnerBatch,
-    rope: tuple | None,
+    setup: InnerSetup, params: Params, state: InnerState, batch: InnerBatch, rope: tuple | None
 ) -> tuple[Params, jax.Array]:
     """Return the gradient [U ...] of each lane's loss by its adapter, and the losses f32[U]."""
-    lane = jnp.maximum(batch.lanes, 0)
+    config, lane = setup.config, jnp.maximum(batch.lanes, 0)
     scale = state.adapters.scale[lane]
     with jax.named_scope("take_lanes"):
         # Layer by layer: what the model takes, and its gradients, need no stacks of their own.
@@ -164,9 +171,9 @@ def lane_gradients(
         weights = tuple(treedef.unflatten([x[lane, i] for x in leaves]) for i in layers)
 
     drop = None
-    if dropout > 0:
+    if setup.dropout > 0:
         key_of = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))
-        drop = dropout, key_of(batch.seed[lane], state.step[lane])
+        drop = setup.dropout, key_of(batch.seed[lane], state.step[lane])
 
     def total(weights: tuple[Params, ...]) -> tuple[jax.Array, jax.Array]:
         losses = lane_losses(config, params, Adapters(weights, scale), batch, rope, drop)
@@ -178,23 +185,18 @@ def lane_gradients(
 
 
 def update_lane(
-    optimizer: Optimizer,
-    settings: StepSettings | InnerSettings,
-    batch: InnerBatch,
-    grads: Params,
-    u: jax.Array,
-    carry: _Carry,
+    setup: InnerSetup, batch: InnerBatch, grads: Params, u: jax.Array, carry: _Carry
 ) -> _Carry:
     """Update the adapter that takes lane `u`."""
     a = batch.lanes[u]
     weights, opt_state = take(carry.weights, a), take(carry.opt_state, a)
-    accumulation = settings.accumulation
+    accumulation = setup.accumulation
     num_updates = -(-batch.num_steps[a] // accumulation)
     done = carry.steps[a] // accumulation
     rate = scheduled_rate(
-        settings.schedule, batch.learning_rate[a], done, num_updates, settings.warmup_steps
+        setup.schedule, batch.learning_rate[a], done, num_updates, setup.warmup_steps
     )
-    tx = accumulate(optimizer(rate), accumulation, batch.num_steps[a])
+    tx = accumulate(setup.optimizer(rate), accumulation, batch.num_steps[a])
     updates, new_state = tx.update(take(grads, u), opt_state, weights)
     new = jax.tree.map(lambda w, change: w + change.astype(w.dtype), weights, updates)
     finite = jnp.isfinite(carry.losses[u])
@@ -218,19 +220,14 @@ def _put_at(index: jax.Array, stack: jax.Array, one: jax.Array) -> jax.Array:
 
 
 def run_steps(
-    config: ModelConfig,
-    optimizer: Optimizer,
-    settings: StepSettings | InnerSettings,
-    params: Params,
-    state: InnerState,
-    batch: InnerBatch,
+    setup: InnerSetup, params: Params, state: InnerState, batch: InnerBatch
 ) -> tuple[InnerState, jax.Array]:
     """Take all steps of a batch but the empty ones; return the state, and losses f32[I U]."""
-    rope = rope_tables(config, batch.positions)
+    rope = rope_tables(setup.config, batch.positions)
 
     def take_step(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
         one, one_rope = batch.map_steps(lambda x: x[i]), jax.tree.map(lambda x: x[i], rope)
-        return inner_step(config, optimizer, settings, params, state, one, one_rope)
+        return inner_step(setup, params, state, one, one_rope)
 
     def skip(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
         del i
@@ -242,21 +239,15 @@ def run_steps(
     return jax.lax.scan(body, state, jnp.arange(batch.lanes.shape[0]))
 
 
-def start_state(
-    config: ModelConfig,
-    optimizer: Optimizer,
-    accumulation: int,
-    mesh: Mesh | None,
-    adapters: Adapters,
-) -> InnerState:
+def start_state(setup: InnerSetup, adapters: Adapters) -> InnerState:
     """Return the state before the first step."""
-    tx = accumulate(optimizer(jnp.float32(0)), accumulation, 1)
+    tx = accumulate(setup.optimizer(jnp.float32(0)), setup.accumulation, 1)
     opt_state = jax.vmap(tx.init)(adapters.weights)
     # The caller keeps its adapters, and the steps donate theirs: nothing is shared.
     adapters = jax.tree.map(jnp.copy, adapters)
     state = InnerState(adapters, opt_state, jnp.zeros(adapters.scale.shape, jnp.int32))
     # Zeros depend on no argument: jit would put all on every device.
-    return place_state(state, mesh, config.rules)
+    return place_state(state, setup.mesh, setup.config.rules)
 
 
 # (params, adapters, batches, show=None) -> adapters, losses; see make_inner_update
@@ -266,8 +257,9 @@ Trace = Callable[[Params, Adapters, InnerBatch], jax.stages.Traced]
 
 
 class InnerLoop(NamedTuple):
-    """The inner loop of a model and an optimizer."""
+    """What trains adapters, and what it is made of."""
 
+    setup: InnerSetup
     update: InnerUpdate
     trace: Trace
 
@@ -281,20 +273,15 @@ class _Programs(NamedTuple):
     run_within: jax.stages.Wrapped
 
 
-def make_inner_loop(
-    config: ModelConfig,
-    optimizer: Optimizer,
-    settings: StepSettings | InnerSettings = StepSettings(),  # noqa: B008
-    mesh: Mesh | None = None,
-) -> InnerLoop:
+def make_inner_loop(setup: InnerSetup) -> InnerLoop:
     """Return the inner loop, as `make_inner_update` describes it."""
-    run = on_shards(partial(run_steps, config, optimizer, settings), mesh, config.rules)
+    run = on_shards(partial(run_steps, setup), setup.mesh, setup.config.rules)
     programs = _Programs(
-        jax.jit(partial(start_state, config, optimizer, settings.accumulation, mesh)),
-        jax.jit(run, donate_argnums=1, compiler_options=_compiler_options(mesh)),
+        jax.jit(partial(start_state, setup)),
+        jax.jit(run, donate_argnums=1, compiler_options=_compiler_options(setup.mesh)),
         jax.jit(run),
     )
-    return InnerLoop(partial(_update, programs), partial(_trace, programs))
+    return InnerLoop(setup, partial(_update, programs), partial(_trace, programs))
 
 
 def make_inner_update(
@@ -313,13 +300,10 @@ def make_inner_update(
     with the whole population as (donated) carry. losses[i] is f32[I U] for batches[i], NaN where a
     lane's step was not finite; an empty lane reports 0.
 
-    Args:
-      mesh: divides the population over the axis of 'adapter': each part of it trains its own
-        adapters on its own shard of the batches (see `pack`), and no part waits for another.
-      warmup_steps, dropout, accumulation: see `StepSettings`.
+    The arguments are the fields of `InnerSetup`.
     """
-    settings = StepSettings(schedule, warmup_steps, dropout, accumulation)
-    return make_inner_loop(config, optimizer, settings, mesh).update
+    steps = warmup_steps, dropout, accumulation
+    return make_inner_loop(InnerSetup(config, optimizer, schedule, mesh, *steps)).update
 
 
 def _update(

@@ -49,7 +49,7 @@ def update_settings(outer: OuterSettings) -> UpdateSettings:
     return UpdateSettings(**{name: getattr(outer, name) for name in names})
 
 
-class Setup(NamedTuple):
+class PolicySetup(NamedTuple):
     """What a policy update is made of: all of it is static."""
 
     config: ModelConfig
@@ -210,7 +210,7 @@ def _fresh(
 
 @partial(jax.jit, static_argnames="setup")
 def fresh_adapter(
-    setup: Setup, params: Params, head: Params | None, key: jax.Array
+    setup: PolicySetup, params: Params, head: Params | None, key: jax.Array
 ) -> tuple[Adapters, optax.OptState]:
     """Return the adapter that an outer step trains, and its optimizer's state."""
     settings = setup.settings
@@ -224,7 +224,7 @@ def with_head(trained: Params, head: Params | None) -> Params:
 
 
 def batch_loss(
-    setup: Setup,
+    setup: PolicySetup,
     trained: Params,
     frozen: Params,
     scale: jax.Array,
@@ -252,7 +252,7 @@ def batch_loss(
 
 @partial(jax.jit, static_argnames="setup", donate_argnames=("trained", "opt_state"))
 def train_step(
-    setup: Setup,
+    setup: PolicySetup,
     trained: Params,
     frozen: Params,
     opt_state: optax.OptState,
@@ -267,7 +267,6 @@ def train_step(
     Returns:
       What is trained, the optimizer's state, the loss, and the norm of gradient and update.
     """
-
     loss_and_grads = jax.value_and_grad(partial(batch_loss, setup))
 
     def add(total: tuple, microbatch: TrainRows) -> tuple[tuple, None]:

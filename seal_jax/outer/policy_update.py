@@ -30,7 +30,7 @@ from seal_jax.objectives.objective import (
 from seal_jax.optim import Optimizer
 from seal_jax.outer.policy_step import (
     Penalties,
-    Setup,
+    PolicySetup,
     TrainRows,
     UpdateSettings,
     fresh_adapter,
@@ -81,11 +81,11 @@ def make_policy_update(
     """
     given = UpdateSettings(**settings)
     given = given._replace(targets=tuple(given.targets))
-    return partial(update_policy, Setup(config, objective, optimizer, given, mesh, seed))
+    return partial(update_policy, PolicySetup(config, objective, optimizer, given, mesh, seed))
 
 
 def update_policy(
-    setup: Setup,
+    setup: PolicySetup,
     state: TrainState,
     rollout: Rollout,
     advantages: np.ndarray,
@@ -93,6 +93,7 @@ def update_policy(
     past: Past = Past(),  # noqa: B008
     reference: Params | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
+    """Return the state after the update, and its metrics; see `make_policy_update`."""
     settings, step = setup.settings, int(to_host(state.step))
     if rollout.step != step and not settings.allow_stale:
         raise ValueError(
@@ -124,7 +125,7 @@ def update_policy(
 
 
 def train_batches(
-    setup: Setup,
+    setup: PolicySetup,
     state: TrainState,
     step: int,
     batches: Sequence[TrainRows],
@@ -160,7 +161,7 @@ def train_batches(
     return end(setup, state, step, training), losses
 
 
-def start(setup: Setup, state: TrainState, step: int) -> Training:
+def start(setup: PolicySetup, state: TrainState, step: int) -> Training:
     """Return what training begins with."""
     copied = partial(jax.tree.map, jnp.copy)  # training donates; the caller keeps its state
     head = copied(state.value_head)
@@ -173,7 +174,7 @@ def start(setup: Setup, state: TrainState, step: int) -> Training:
     return Training(trained, opt_state, state.params, adapters.scale)
 
 
-def end(setup: Setup, state: TrainState, step: int, training: Training) -> TrainState:
+def end(setup: PolicySetup, state: TrainState, step: int, training: Training) -> TrainState:
     """Return the state after the update; an adapter is merged into its policy."""
     trained, adapters = training.trained, None
     params = trained["policy"]
@@ -183,7 +184,7 @@ def end(setup: Setup, state: TrainState, step: int, training: Training) -> Train
     return TrainState(next_step, params, adapters, training.opt_state, trained.get("value"))
 
 
-def used_rows(setup: Setup, advantages: np.ndarray) -> np.ndarray:
+def used_rows(setup: PolicySetup, advantages: np.ndarray) -> np.ndarray:
     """Return which rows are trained on, bool[B]."""
     known = ~np.isnan(advantages)
     if setup.has_values:
@@ -196,7 +197,7 @@ def used_rows(setup: Setup, advantages: np.ndarray) -> np.ndarray:
 
 
 def score_rollout(
-    setup: Setup,
+    setup: PolicySetup,
     state: TrainState,
     rollout: Rollout,
     advantages: np.ndarray,
@@ -225,7 +226,7 @@ def score_rollout(
 
 
 def _score(
-    setup: Setup,
+    setup: PolicySetup,
     params: Params,
     head: Params | None,
     rollout: Rollout,
@@ -242,7 +243,9 @@ def _score(
     return [np.concatenate(part)[:B] for part in zip(*parts, strict=True)]
 
 
-def minibatches(setup: Setup, rows: TrainRows, rng: np.random.Generator) -> Iterator[TrainRows]:
+def minibatches(
+    setup: PolicySetup, rows: TrainRows, rng: np.random.Generator
+) -> Iterator[TrainRows]:
     """Yield batches [n m ...] of rows [B ...], each weighted by its batch.
 
     Rows are shuffled in every epoch; n microbatches of m rows hold `batch_size` rows or, if there

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from seal_jax.config.setup import row_tokens
 from seal_jax.inner.packing import LONGEST, empty_batch
 from seal_jax.inner.population import adapter_bytes, largest_shapes
-from seal_jax.inner.update import make_inner_loop
+from seal_jax.inner.update import inner_setup, make_inner_loop
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.lengths import bucket_of
@@ -29,7 +29,7 @@ from seal_jax.optim import optimizer_of
 from seal_jax.outer.answers import score_rows
 from seal_jax.outer.policy_step import (
     Penalties,
-    Setup,
+    PolicySetup,
     TrainRows,
     state_shapes,
     train_step,
@@ -148,9 +148,18 @@ def _inner_step(
 ) -> Program:
     inner, A = settings.inner, num_adapters(settings, mesh)
     optimizer = optimizer_of(inner)
+<<<<<<< HEAD
     config = dataclasses.replace(model.config, remat=inner.remat)
     loop = make_inner_loop(config, optimizer, inner, mesh)
     adapters = _adapter_shapes(settings, model, mesh)
+=======
+    loop = make_inner_loop(inner_setup(model.config, optimizer, inner, mesh))
+    init = partial(
+        lora.init_adapters, model.config, rank=inner.rank, alpha=inner.alpha, targets=inner.targets
+    )
+    adapters = jax.eval_shape(lambda: init(jax.random.split(jax.random.key(0), A)))
+    adapters = shaped(adapters, leading(mesh, "adapter", A, model.config.rules))
+>>>>>>> inner
     longest = row_tokens(settings, lengths.longest_passage, model.config.max_length)
     with jax.set_mesh(mesh):  # for the row lengths of its platform
         shape = largest_shapes(longest, inner.tokens_per_step)[-1]
@@ -163,9 +172,15 @@ def _inner_step(
         partial(loop.trace, base, adapters, InnerBatch(*batch)),
         size=A,
         key="inner.max_adapters",
+<<<<<<< HEAD
         loops=batch.lanes.shape[1] // shards,
         steps=inner.steps_per_call,
         each=each * num_parts(mesh, "adapter", model.config.rules) // A,
+=======
+        each=adapter_bytes(adapters, loop.setup)
+        * num_parts(mesh, "adapter", model.config.rules)
+        // A,
+>>>>>>> inner
     )
 
 
@@ -183,11 +198,12 @@ def _scoring(
 
 def _policy_update(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> Program:
     """Return one batch of the policy's training."""
+<<<<<<< HEAD
     outer = settings.outer
     objective = make_objective(outer.objective, **outer.objective_kwargs)
     optimizer = optimizer_of(outer)
     config = dataclasses.replace(model.config, remat=outer.remat)
-    setup = Setup(config, objective, optimizer, update_settings(outer), mesh, seed=0)
+    setup = PolicySetup(config, objective, optimizer, update_settings(outer), mesh, seed=0)
     kind = {name: getattr(outer, name) for name in _POLICY_KIND}
     has_values = objective.gae is not None
     state = state_shapes(model.config, model.params, optimizer, value_head=has_values, **kind)
@@ -201,6 +217,15 @@ def _policy_update(settings: Settings, model: Model, mesh: Mesh, lengths: Length
     )
     step = partial(train_step.trace, setup, *arguments)
     return Program("policy update", step, size=outer.microbatch_size, key="outer.microbatch_size")
+=======
+    outer = settings.outer._asdict()
+    objective = make_objective(outer["objective"], **outer["objective_kwargs"])
+    optimizer = optimizer_of(settings.outer)
+    lora_sizes = {name: outer[name] for name in ("update", "rank", "alpha", "targets")}
+    config = dataclasses.replace(model.config, remat=outer["remat"])
+    setup = PolicySetup(config, objective, optimizer, update_settings(settings.outer), mesh, seed=0)
+    everywhere, value_head = replicated(mesh), objective.gae is not None
+>>>>>>> inner
 
 
 def _trained(

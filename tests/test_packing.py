@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seal_jax.inner import packing as self_edit
+from seal_jax.inner import packing
 from seal_jax.inner.packing import LONGEST, Layout, pack, schedule, useful_tokens
 from seal_jax.inner.texts import Job, Text, make_job, row_length, text_of
 from seal_jax.models.lengths import BUCKETS, bucket_of
@@ -186,8 +186,8 @@ def test_an_unknown_pad_loss_is_refused():
 def test_padding_in_the_loss_as_arrays():
     options = {"num_epochs": 1, "batch_size": 1, "learning_rate": 0.1, "key": (0,)}
     exact = make_job([text_of([7, 8])], pad_loss="exact", padded=6, **options)
-    packing = {"tokens_per_step": 64, "steps_per_call": 1, "layout": Layout((64,))}
-    (batch,) = pack([exact], pad_id=PAD, **packing)
+    places = {"tokens_per_step": 64, "steps_per_call": 1, "layout": Layout((64,))}
+    (batch,) = pack([exact], pad_id=PAD, **places)
     assert batch.tokens[0, 0, :7].tolist() == [7, 8, PAD, PAD, PAD, PAD, PAD]
     assert batch.segments[0, 0, :7].tolist() == [1, 1, -1, -1, -1, -1, 0]
     assert batch.positions[0, 0, :7].tolist() == [0, 1, 2, 3, 4, 5, 0]
@@ -197,7 +197,7 @@ def test_padding_in_the_loss_as_arrays():
     sampled = make_job([text_of([7, 8])], pad_loss="sampled", padded=2048, **options)
     (text,) = sampled.rows[0]
     assert len(text.pads) == 9 and text.pads[-1] == 2047 and min(text.pads) >= 2
-    (batch,) = pack([sampled], pad_id=PAD, **packing)
+    (batch,) = pack([sampled], pad_id=PAD, **places)
     assert batch.positions[0, 0, 2:11].tolist() == list(text.pads)
     weights = batch.loss_weight[0, 0]
     assert weights[1:3].tolist() == [1, 1] and set(weights[3:11]) == {np.float32(2045 / 8)}
@@ -276,7 +276,7 @@ def published_jobs(path):
 
 
 @pytest.mark.parametrize("num_adapters", [16, 128])
-@pytest.mark.parametrize("layout", [self_edit.TPU_LAYOUT, self_edit.CPU_LAYOUT])
+@pytest.mark.parametrize("layout", [packing.TPU_LAYOUT, packing.CPU_LAYOUT])
 def test_published_self_edits_waste_little(shared_data, layout, num_adapters):
     jobs = published_jobs(shared_data / "self_edits" / "implications_train_round0.json")
     assert len(jobs) == 750

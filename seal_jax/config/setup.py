@@ -17,7 +17,7 @@ from seal_jax.config.load import task_arguments
 from seal_jax.inner.packing import LONGEST
 from seal_jax.inner.population import Needs, Population, fit_population
 from seal_jax.inner.texts import PAD_SAMPLES, PADDED, encode_text
-from seal_jax.inner.update import Trace, make_inner_loop
+from seal_jax.inner.update import InnerLoop, inner_setup, make_inner_loop
 from seal_jax.models import lora
 from seal_jax.models.divisible import check_divides
 from seal_jax.models.model import Model
@@ -71,9 +71,8 @@ def make_stages(settings: Settings) -> Stages:
     task = make_task(**settings.task, **{k: v for k, v in given.items() if k in taken})
     sizes = {"rank": inner.rank, "alpha": inner.alpha, "targets": inner.targets}
     init_adapters = jax.jit(partial(lora.init_adapters, model.config, **sizes))
-    config = dataclasses.replace(model.config, remat=inner.remat)
-    loop = make_inner_loop(config, optimizer_of(inner), inner, mesh)
-    at_once = _at_once(settings, model, mesh, loop.trace)
+    loop = make_inner_loop(inner_setup(model.config, optimizer_of(inner), inner, mesh))
+    at_once = _at_once(settings, model, loop)
     constrain = _make_constrain(settings, model, task)
     return Stages(
         settings, model, task, mesh, encode, init_adapters, loop.update, at_once, constrain
@@ -157,7 +156,7 @@ def _make_constrain(settings: Settings, model: Model, task: Task) -> Constrain |
     return constrain(model.tokenizer, model.config.vocab_size)
 
 
-def _at_once(settings: Settings, model: Model, mesh: Mesh, trace: Trace) -> Callable[[int], int]:
+def _at_once(settings: Settings, model: Model, loop: InnerLoop) -> Callable[[int], int]:
     """Return how many adapters are in flight, given the tokens of the longest row."""
     inner = settings.inner
     if inner.max_adapters != -1:
@@ -169,9 +168,9 @@ def _at_once(settings: Settings, model: Model, mesh: Mesh, trace: Trace) -> Call
         settings.eval.num_problems * settings.eval.num_edits * settings.eval.num_seeds,
     )
     base = jax.eval_shape(partial(quantize_params, word=inner.quantize), model.params)
+    mesh = loop.setup.mesh
     base = shaped(base, param_shardings(mesh, base, model.config.rules))
-    resident = resident_bytes(settings, model, mesh)
-    needs = Needs(model.config, inner, optimizer_of(inner), trace, base, mesh, resident)
+    needs = Needs(loop, inner, base, resident=resident_bytes(settings, model, mesh))
     latest = [Population(min(settings.answer.max_rows, runs))]  # it never grows
 
     def at_once(longest: int) -> int:

@@ -148,39 +148,23 @@ def _inner_step(
 ) -> Program:
     inner, A = settings.inner, num_adapters(settings, mesh)
     optimizer = optimizer_of(inner)
-<<<<<<< HEAD
-    config = dataclasses.replace(model.config, remat=inner.remat)
-    loop = make_inner_loop(config, optimizer, inner, mesh)
-    adapters = _adapter_shapes(settings, model, mesh)
-=======
     loop = make_inner_loop(inner_setup(model.config, optimizer, inner, mesh))
-    init = partial(
-        lora.init_adapters, model.config, rank=inner.rank, alpha=inner.alpha, targets=inner.targets
-    )
-    adapters = jax.eval_shape(lambda: init(jax.random.split(jax.random.key(0), A)))
-    adapters = shaped(adapters, leading(mesh, "adapter", A, model.config.rules))
->>>>>>> inner
+    adapters = _adapter_shapes(settings, model, mesh)
     longest = row_tokens(settings, lengths.longest_passage, model.config.max_length)
     with jax.set_mesh(mesh):  # for the row lengths of its platform
         shape = largest_shapes(longest, inner.tokens_per_step)[-1]
     shards = num_shards(mesh, model.config.rules)
     batch = empty_batch(shape, A, inner.steps_per_call, shards)
     batch = shaped(batch, batch_sharding(mesh, model.config.rules))
-    each = adapter_bytes(adapters, optimizer, inner.accumulation)
+    each = adapter_bytes(adapters, loop.setup)
     return Program(
         "inner step",
         partial(loop.trace, base, adapters, InnerBatch(*batch)),
         size=A,
         key="inner.max_adapters",
-<<<<<<< HEAD
         loops=batch.lanes.shape[1] // shards,
         steps=inner.steps_per_call,
         each=each * num_parts(mesh, "adapter", model.config.rules) // A,
-=======
-        each=adapter_bytes(adapters, loop.setup)
-        * num_parts(mesh, "adapter", model.config.rules)
-        // A,
->>>>>>> inner
     )
 
 
@@ -198,7 +182,6 @@ def _scoring(
 
 def _policy_update(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> Program:
     """Return one batch of the policy's training."""
-<<<<<<< HEAD
     outer = settings.outer
     objective = make_objective(outer.objective, **outer.objective_kwargs)
     optimizer = optimizer_of(outer)
@@ -217,15 +200,6 @@ def _policy_update(settings: Settings, model: Model, mesh: Mesh, lengths: Length
     )
     step = partial(train_step.trace, setup, *arguments)
     return Program("policy update", step, size=outer.microbatch_size, key="outer.microbatch_size")
-=======
-    outer = settings.outer._asdict()
-    objective = make_objective(outer["objective"], **outer["objective_kwargs"])
-    optimizer = optimizer_of(settings.outer)
-    lora_sizes = {name: outer[name] for name in ("update", "rank", "alpha", "targets")}
-    config = dataclasses.replace(model.config, remat=outer["remat"])
-    setup = PolicySetup(config, objective, optimizer, update_settings(settings.outer), mesh, seed=0)
-    everywhere, value_head = replicated(mesh), objective.gae is not None
->>>>>>> inner
 
 
 def _trained(

@@ -4,29 +4,25 @@ A source is a folder, a GGUF file, an installed package, a model on the hub, a r
 name of random or toy parameters.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import importlib.util
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-from jax.sharding import Mesh
-
-from seal_jax.models import gguf, lora
-from seal_jax.models.config import ModelConfig, config_from_hf
-from seal_jax.models.known import KNOWN, PACKAGED, RANDOM, TINY
-from seal_jax.models.model import Model, load_folder, load_gguf, random_model
 from seal_jax.models.packages import packaged_gguf
-from seal_jax.models.tokenizer import load_tokenizer
-from seal_jax.models.toys.tiny_arc import tiny_arc_folder
-from seal_jax.models.transformer import init_params
-from seal_jax.runs import checkpoint
-from seal_jax.runs.folder import RunFolder, find_run
-from seal_jax.runs.peft import is_peft, load_peft
-from seal_jax.sharding import param_shardings, replicated, shaped, to_device
-from seal_jax.types import ParamRules, Params
+
+# The rest is imported where it is used: what is missing is said before JAX is there.
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from seal_jax.models.config import ModelConfig
+    from seal_jax.models.model import Model
+    from seal_jax.runs.folder import RunFolder
+    from seal_jax.types import ParamRules, Params
 
 SOURCES = """valid sources are
   a folder with config.json, *.safetensors and tokenizer.json
@@ -60,28 +56,34 @@ def load_model(
       FileNotFoundError: there is no such source; the message says what was looked for.
       ValueError: the source is there, but damaged, unsupported or of a format that can run code.
     """
-    placed = dtype, mesh, rules
     kind, _, name = source.partition(":")
+    path = Path(source).expanduser()
+    on_hub = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", source)
+    is_file = path.suffix.lower() == ".gguf"
+    if kind == "tiny" and name != "arc":
+        raise FileNotFoundError(f"no tiny model {name!r}; found arc. {SOURCES}")
+    if kind not in ("package", "random", "tiny") and not path.is_dir() and not is_file:
+        if path.exists():
+            raise ValueError(f"{source}: a file, but not a .gguf; {SOURCES}")
+        if not on_hub:
+            raise FileNotFoundError(f"model {source!r}: no such file or folder; {SOURCES}")
+    from seal_jax.models.model import load_folder, load_gguf, random_model
+    from seal_jax.models.toys.tiny_arc import tiny_arc_folder
+    from seal_jax.runs.folder import find_run
+
+    placed = dtype, mesh, rules
     if kind == "package":
         return load_gguf(packaged_gguf(name), *placed)
     if kind == "random":
         return random_model(name, *placed)
     if kind == "tiny":
-        if name != "arc":
-            raise FileNotFoundError(f"no tiny model {name!r}; found arc. {SOURCES}")
         return load_folder(tiny_arc_folder(Path("~/.cache/seal_jax").expanduser()), *placed)
-    path = Path(source).expanduser()
     if path.is_dir():
         run = find_run(path)
         return load_folder(path, *placed) if run is None else _load_run(run, *placed)
-    if path.suffix.lower() == ".gguf":
+    if is_file:
         return load_gguf(path, *placed)
-    if path.exists():
-        raise ValueError(f"{source}: a file, but not a .gguf; {SOURCES}")
-    on_hub = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", source)
-    if on_hub:
-        return load_folder(_from_hub(*on_hub.groups()), *placed)
-    raise FileNotFoundError(f"model {source!r}: no such file or folder; {SOURCES}")
+    return load_folder(_from_hub(*on_hub.groups()), *placed)
 
 
 def load_policy(source: str, base: Model, name: str, dtype: str, mesh: Mesh) -> Params:
@@ -95,6 +97,13 @@ def load_policy(source: str, base: Model, name: str, dtype: str, mesh: Mesh) -> 
     Raises:
       ValueError: it is another architecture.
     """
+    import jax
+
+    from seal_jax.models import lora
+    from seal_jax.runs import checkpoint
+    from seal_jax.runs.peft import is_peft, load_peft
+    from seal_jax.sharding import param_shardings, replicated, to_device
+
     if _is_checkpoints(source):
         return checkpoint.restore(source, {"policy": base.params})[1]["policy"]
     folder, step = os.path.split(os.path.normpath(source))
@@ -122,6 +131,12 @@ def restore_policy(
       FileNotFoundError: there is no checkpoint.
       CheckpointError: none is good, or they are of another model.
     """
+    import jax
+
+    from seal_jax.models.transformer import init_params
+    from seal_jax.runs import checkpoint
+    from seal_jax.sharding import param_shardings, shaped
+
     folder, dtype = run.folder / "checkpoints", run.config["model"]["dtype"]
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
     if mesh is not None:
@@ -140,6 +155,10 @@ def config_of(source: str) -> ModelConfig:
       ValueError: it is neither here nor known, or its config is unsupported.
       FileNotFoundError: a package or folder has no config.
     """
+    from seal_jax.models import gguf
+    from seal_jax.models.config import config_from_hf
+    from seal_jax.models.known import KNOWN, PACKAGED, RANDOM, TINY
+
     kind, _, name = source.partition(":")
     if kind == "random" and name in RANDOM:
         return RANDOM[name]
@@ -171,6 +190,12 @@ def _is_checkpoints(folder: str) -> bool:
 
 def _load_run(run: RunFolder, dtype: Any, mesh: Mesh | None, rules: ParamRules) -> Model:
     """Return the policy of a run's newest good checkpoint."""
+    import jax
+
+    from seal_jax.models.config import config_from_hf
+    from seal_jax.models.model import Model
+    from seal_jax.models.tokenizer import load_tokenizer
+
     kept = run.root / "model"
     if not kept.is_dir():
         raise FileNotFoundError(

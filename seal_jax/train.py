@@ -17,7 +17,6 @@ WORKDIR/random.
 """
 
 import os
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +29,7 @@ from seal_jax.config.setup import configured_objective, make_stages, make_update
 from seal_jax.config.workdir import check_workdir, claim_workdir
 from seal_jax.hosts.console import say
 from seal_jax.hosts.exchange import ask_first
-from seal_jax.hosts.files import append_metrics, read_jsonl
+from seal_jax.hosts.files import read_jsonl
 from seal_jax.hosts.preemption import stop_if_told
 from seal_jax.models import lora
 from seal_jax.objectives.objective import Objective
@@ -38,6 +37,7 @@ from seal_jax.objectives.random_em import random_em
 from seal_jax.outer.answers import answer, gold_logp, grade
 from seal_jax.outer.comparison import compare, mean_reliability
 from seal_jax.outer.examination import (
+    Attempts,
     Evaluated,
     check_rewards,
     drop_pending,
@@ -48,17 +48,16 @@ from seal_jax.outer.examination import (
 )
 from seal_jax.outer.ledger import Outcomes, append_outcome, outcomes_of_wave, read_ledger
 from seal_jax.outer.problems import Batch, OuterStep, split_problems, take_problems
-from seal_jax.outer.stages import Stages, check_prompts, inner_base, parse, sample
-from seal_jax.outer.step_log import Clock, describe_step, held_out_metrics, log_edits
-from seal_jax.outer.waves import Examination, InnerRun, fresh_adapters, on_devices, pack, waves
+from seal_jax.outer.stages import Edits, Stages, check_prompts, inner_base, parse, sample
+from seal_jax.outer.step_log import Clock, describe_step, held_out_metrics
+from seal_jax.outer.waves import Examination, fresh_adapters, on_devices, pack, waves
 from seal_jax.planning.run_estimate import describe
-from seal_jax.runs import checkpoint
-from seal_jax.runs.adapters import policy_id, policy_parents, save_adapter
+from seal_jax.runs import checkpoint as checkpoints
 from seal_jax.runs.folder import claim_model
-from seal_jax.runs.kept_adapters import drop_adapters, keep_adapter
-from seal_jax.runs.train_state import extend, restore_state, save_state
+from seal_jax.runs.kept_adapters import Keep, keep_for
+from seal_jax.runs.train_state import checkpoint, extend, record, refuse_skipped, restore_state
 from seal_jax.sharding import to_host
-from seal_jax.types import Adapters, Params, TrainState
+from seal_jax.types import Params, Rollout, TrainState
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -120,26 +119,21 @@ def outer_loop(
     """
     settings, outer, base = stages.settings, stages.settings.outer, stages.model.params
     policy_update, state = make_update(stages, objective)
-    os.makedirs(folder, exist_ok=True)
     keeps, path = settings.checkpoint, os.path.join(folder, "checkpoints")
-    with checkpoint.make_manager(path, keeps.keep, keeps.best) as manager:
+    os.makedirs(folder, exist_ok=True)
+    with checkpoints.make_manager(path, keeps.keep, keeps.best) as manager:
         state, past = restore_state(manager, state, folder)
         for number in range(int(to_host(state.step)), outer.num_steps):
             stop_if_told()
-            clock, parents = Clock(), policy_parents(number, outer.update)
+            clock = Clock()
             step = take_problems(training, number, outer.problems_per_step, label, folder)
             rollout, texts = sample(stages, state.params, step, settings.sample.num_edits)
             edits = parse(stages, step.batch, texts)
             clock.lap("sample")
             evaluated = None
             if objective.needs_rewards:
-                known = look_up(stages, state.params, step, rollout, edits)
-                examination = examination_of(settings, step, edits, known)
-                keep = partial(keep_adapter, folder, parents) if keeps.adapters != "none" else None
-                outcomes = evaluate(stages, inner_base(stages, state.params), examination, keep)
-                evaluated = Evaluated(
-                    gather(step, edits, known, outcomes), outcomes, known.baseline
-                )
+                keep = keep_for(settings, step)
+                evaluated = evaluate_edits(stages, state.params, step, rollout, edits, keep)
             clock.lap("inner")
             rewards = reward(edits, evaluated, settings.reward)
             rng = np.random.default_rng([settings.seed, keys.SELECT, number])
@@ -149,36 +143,45 @@ def outer_loop(
             )
             clock.lap("policy")
             past = extend(past, rewards, metrics)
-            metrics |= describe_step(stages, rollout, edits, evaluated, rewards, advantages)
+            attempts = Attempts(edits, evaluated, rewards, advantages)
+            metrics |= describe_step(stages, rollout, attempts)
             if held_out and settings.eval.every and (number + 1) % settings.eval.every == 0:
-                held_out_label = f"{step.label}: held-out"
-                metrics |= examine(stages, state.params, held_out, folder, held_out_label)
+                metrics |= examine(stages, state.params, held_out, folder, step.label)
                 clock.lap("eval")
-            append_metrics(os.path.join(folder, "metrics.jsonl"), number, metrics | clock.laps)
-            log_edits(step, edits, evaluated, rewards, advantages)
-            if evaluated is not None:
-                drop_adapters(keeps, step, evaluated, advantages)
-            if state.adapters is not None:
-                save_adapter(folder, policy_id(number), state.adapters, parents)
-            # Returns before it is on disk ...
-            save_state(manager, state, number, rewards, past, metrics.get("eval/reward"))
-            drop_pending(folder, number - 1)  # ... but the one before it is
-            if past.num_skipped > outer.max_skipped:
-                raise FloatingPointError(
-                    f"{step.label}: {past.num_skipped} updates were not finite and were skipped; at"
-                    f" most outer.max_skipped = {outer.max_skipped} may be: lower"
-                    " outer.learning_rate"
-                )
-        checkpoint.wait(manager)
+            record(settings, step, attempts, state.adapters, metrics | clock.laps)
+            checkpoint(manager, number, state, rewards, past, metrics.get("eval/reward"))
+            drop_pending(folder, number - 1)
+            refuse_skipped(past, outer.max_skipped, step.label)
+        checkpoints.wait(manager)
         drop_pending(folder, outer.num_steps - 1)
     return state
+
+
+def evaluate_edits(
+    stages: Stages,
+    params: Params,
+    step: OuterStep,
+    rollout: Rollout,
+    edits: Edits,
+    keep: Keep | None = None,
+) -> Evaluated:
+    """Apply and examine every self-edit of an outer step, under its seeds.
+
+    Args:
+      params: the policy; it writes questions too, where the reward asks for them.
+      keep: see `evaluate`.
+    """
+    known = look_up(stages, params, step, rollout, edits)
+    examination = examination_of(stages.settings, step, edits, known)
+    outcomes = evaluate(stages, inner_base(stages, params), examination, keep)
+    return Evaluated(gather(step, edits, known, outcomes), outcomes, known.baseline)
 
 
 def evaluate(
     stages: Stages,
     params: Params,
     examination: Examination,
-    keep: Callable[[InnerRun, Adapters], None] | None = None,
+    keep: Keep | None = None,
 ) -> Outcomes:
     """Apply self-edits and examine what becomes of the model, wave by wave.
 
@@ -228,12 +231,9 @@ def examine(
     The randomness is that of the final comparison, the same in every step.
     """
     settings = stages.settings
-    step = OuterStep(keys.EVAL_STEP, label, folder, problems)
+    step = OuterStep(keys.EVAL_STEP, f"{label}: held-out", folder, problems)
     rollout, texts = sample(stages, params, step, settings.eval.num_edits)
     edits = parse(stages, problems, texts)
-    known = look_up(stages, params, step, rollout, edits)
-    examination = examination_of(settings, step, edits, known)
-    outcomes = evaluate(stages, inner_base(stages, params), examination)
-    evaluated = Evaluated(gather(step, edits, known, outcomes), outcomes, known.baseline)
+    evaluated = evaluate_edits(stages, params, step, rollout, edits)
     drop_pending(folder, step.number)
     return held_out_metrics(reward(edits, evaluated, settings.reward).values)

@@ -19,7 +19,7 @@ from seal_jax.hosts.files import read_jsonl
 from seal_jax.models import lora
 from seal_jax.models.transformer import forward
 from seal_jax.models.weights import save_safetensors
-from seal_jax.outer.examination import Evaluated
+from seal_jax.outer.examination import Attempts, Evaluated
 from seal_jax.outer.problems import OuterStep
 from seal_jax.outer.rewards import Outcome
 from seal_jax.runs import adapters, checkpoint
@@ -183,7 +183,8 @@ def test_the_best_adapter_of_a_problem_is_the_most_accurate(tmp_path):
         (tmp_path / "adapters" / adapters.inner_id(3, name)).mkdir(parents=True)
     keeps = settings_of(load_config(CONFIG, ("checkpoint.adapters=best",))).checkpoint
     step = OuterStep(3, "", str(tmp_path), list(problems.values()))
-    drop_adapters(keeps, step, Evaluated([], outcomes, []), np.zeros((2, 2)))
+    attempts = Attempts([], Evaluated([], outcomes, []), None, np.zeros((2, 2)))
+    drop_adapters(keeps, step, attempts)
     assert adapters.list_adapters(str(tmp_path)) == ["3-a-0-1", "3-b-1-0"]
 
 

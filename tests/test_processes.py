@@ -103,15 +103,15 @@ def test_one_that_hangs_in_a_wave_does_not_hold_the_others(port, tmp_path):
 
 FAIL = """
 import sys
-from seal_jax import train
+from seal_jax.runs import train_state
 from seal_jax.commands import main as cli
 from seal_jax.hosts.exchange import is_first
-write = train.append_metrics
+write = train_state.append_metrics
 def fail(*arguments):
     if is_first():
         raise {}
     write(*arguments)
-train.append_metrics = fail
+train_state.append_metrics = fail
 sys.exit(cli.main(sys.argv[1:]))
 """
 

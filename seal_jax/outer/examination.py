@@ -46,6 +46,15 @@ class Evaluated(NamedTuple):
     baseline: list[float]  # [P] accuracy of the unadapted policy
 
 
+class Attempts(NamedTuple):
+    """A step's self-edits, and what came of them."""
+
+    edits: Edits
+    evaluated: Evaluated | None  # None where the objective needs no rewards
+    rewards: Rewards
+    advantages: np.ndarray  # f32[P R]; above 0 what is reinforced
+
+
 def check_rewards(stages: Stages) -> None:
     """Raise ValueError now where the task cannot give what the reward's terms ask for."""
     settings = stages.settings

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from seal_jax.hosts.files import append_json
-from seal_jax.objectives.objective import Rewards
-from seal_jax.outer.examination import Evaluated
+from seal_jax.outer.examination import Attempts, Evaluated
 from seal_jax.outer.problems import OuterStep
 from seal_jax.outer.reliability import reliability
 from seal_jax.outer.rewards import Outcome, seed_rewards
-from seal_jax.outer.stages import Edit, Edits, Stages
+from seal_jax.outer.stages import Edit, Stages
 from seal_jax.tasks.task import Rejected
 from seal_jax.types import RewardSettings, Rollout
 
@@ -21,13 +20,10 @@ from seal_jax.types import RewardSettings, Rollout
 def describe_step(
     stages: Stages,
     rollout: Rollout,
-    edits: Edits,
-    evaluated: Evaluated | None,
-    rewards: Rewards,
-    advantages: np.ndarray,
+    attempts: Attempts,
 ) -> dict[str, float]:
     """Return the metrics of an outer step, but for those of its policy update."""
-    metrics = summarize(edits, evaluated, rewards, advantages)
+    metrics, evaluated = summarize(attempts), attempts.evaluated
     metrics |= written_lengths(rollout, stages.model.tokenizer.stop_ids)
     if evaluated is not None:
         metrics |= trust(evaluated, stages.settings.reward)
@@ -46,13 +42,9 @@ def trust(evaluated: Evaluated, section: RewardSettings) -> dict[str, float]:
     return {f"reliability/{name}": value for name, value in reliability(rewards).items()}
 
 
-def summarize(
-    edits: Edits,
-    evaluated: Evaluated | None,
-    rewards: Rewards,
-    advantages: np.ndarray,
-) -> dict[str, float]:
+def summarize(attempts: Attempts) -> dict[str, float]:
     """Return the metrics of an outer step's self-edits, inner runs and rewards."""
+    edits, evaluated, rewards, advantages = attempts
     flat = [edit for row in edits for edit in row]
     values, known = rewards.values, ~np.isnan(rewards.values)
     best = np.where(known & rewards.keepable, values, -np.inf).max(axis=1)
@@ -103,14 +95,9 @@ def written_lengths(rollout: Rollout, stop_ids: Sequence[int]) -> dict[str, floa
     }
 
 
-def log_edits(
-    step: OuterStep,
-    edits: Edits,
-    evaluated: Evaluated | None,
-    rewards: Rewards,
-    advantages: np.ndarray,
-) -> None:
+def log_edits(step: OuterStep, attempts: Attempts) -> None:
     """Append every self-edit of the step to edits.jsonl, with why it was kept or not."""
+    edits, evaluated, rewards, advantages = attempts
     for p, (problem, _) in enumerate(step.batch):
         for r, edit in enumerate(edits[p]):
             found = evaluated.evidence[p][r].outcomes if evaluated else ()

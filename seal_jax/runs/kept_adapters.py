@@ -1,33 +1,42 @@
 """Which adapters of inner runs a run keeps: `checkpoint.adapters` and `adapters_gb`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from seal_jax.hosts.console import say
-from seal_jax.outer.examination import Evaluated
+from seal_jax.outer.examination import Attempts
 from seal_jax.outer.problems import OuterStep
 from seal_jax.outer.waves import InnerRun, RunName
-from seal_jax.runs.adapters import delete_adapters, drop_beyond, inner_id, save_adapter
-from seal_jax.types import Adapters, CheckpointSettings
+from seal_jax.runs.adapters import (
+    delete_adapters,
+    drop_beyond,
+    inner_id,
+    policy_parents,
+    save_adapter,
+)
+from seal_jax.types import Adapters, CheckpointSettings, Settings
+
+# Saves what an inner run made.
+Keep = Callable[[InnerRun, Adapters], None]
 
 
-def keep_adapter(
-    folder: str, parents: Sequence[str] | None, run: InnerRun, adapter: Adapters
-) -> None:
-    """Save what an inner run made."""
+def keep_for(settings: Settings, step: OuterStep) -> Keep | None:
+    """Return what keeps the adapters of a step's inner runs; None where none are wanted."""
+    if settings.checkpoint.adapters == "none":
+        return None
+    return partial(_keep, step.folder, policy_parents(step.number, settings.outer.update))
+
+
+def _keep(folder: str, parents: list[str] | None, run: InnerRun, adapter: Adapters) -> None:
     save_adapter(folder, inner_id(run.step, run.name), adapter, parents)
 
 
-def drop_adapters(
-    settings: CheckpointSettings, step: OuterStep, evaluated: Evaluated, advantages: np.ndarray
-) -> None:
-    """Delete the adapters of a step's inner runs that the settings do not want.
-
-    Args:
-      advantages: f32[P R]
-    """
-    if settings.adapters == "none":
+def drop_adapters(settings: CheckpointSettings, step: OuterStep, attempts: Attempts) -> None:
+    """Delete the adapters of a step's inner runs that the settings do not want."""
+    evaluated, advantages = attempts.evaluated, attempts.advantages
+    if settings.adapters == "none" or evaluated is None:
         return
     names = list(evaluated.outcomes)
 

@@ -8,11 +8,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from seal_jax.hosts.files import truncate_after
+from seal_jax.hosts.files import append_metrics, truncate_after
 from seal_jax.objectives.objective import Past, Rewards
-from seal_jax.outer.step_log import number
-from seal_jax.runs import checkpoint
-from seal_jax.types import TrainState
+from seal_jax.outer.examination import Attempts
+from seal_jax.outer.problems import OuterStep
+from seal_jax.outer.step_log import log_edits, number
+from seal_jax.runs import checkpoint as checkpoints
+from seal_jax.runs.adapters import policy_id, policy_parents, save_adapter
+from seal_jax.runs.kept_adapters import drop_adapters
+from seal_jax.types import Adapters, Settings, TrainState
 
 
 def extend(past: Past, rewards: Rewards, metrics: Mapping[str, float]) -> Past:
@@ -25,29 +29,60 @@ def extend(past: Past, rewards: Rewards, metrics: Mapping[str, float]) -> Past:
     )
 
 
-def save_state(
+def refuse_skipped(past: Past, most: int, label: str) -> None:
+    """Raise FloatingPointError where more updates were skipped than `outer.max_skipped` allows."""
+    if past.num_skipped > most:
+        raise FloatingPointError(
+            f"{label}: {past.num_skipped} updates were not finite and were skipped; at most"
+            f" outer.max_skipped = {most} may be: lower outer.learning_rate"
+        )
+
+
+def record(
+    settings: Settings,
+    step: OuterStep,
+    attempts: Attempts,
+    adapters: Adapters | None,
+    metrics: Mapping[str, float],
+) -> None:
+    """Write down what a step has found: its metrics, its self-edits, its adapters.
+
+    Args:
+      adapters: the LoRA that the step merged into the policy; None if it was no LoRA.
+    """
+    append_metrics(os.path.join(step.folder, "metrics.jsonl"), step.number, metrics)
+    log_edits(step, attempts)
+    drop_adapters(settings.checkpoint, step, attempts)
+    if adapters is not None:
+        parents = policy_parents(step.number, settings.outer.update)
+        save_adapter(step.folder, policy_id(step.number), adapters, parents)
+
+
+def checkpoint(
     manager: ocp.CheckpointManager,
-    state: TrainState,
     step: int,
+    state: TrainState,
     rewards: Rewards,
     past: Past,
     value: float | None,
 ) -> None:
     """Save the state after `step`; `adapters` is what this step merged into `policy`.
 
+    It returns before all is on disk; what the step before has saved is.
+
     Args:
       value: by which the best checkpoints are chosen; None where nothing was measured.
     """
     position = {"next_step": step + 1, "past": past._asdict()}
     position["rewards"] = [[number(one) for one in row] for row in rewards.values]
-    checkpoint.save(manager, step + 1, _trees(state), position, value)
+    checkpoints.save(manager, step + 1, _trees(state), position, value)
 
 
 def restore_state(
     manager: ocp.CheckpointManager, state: TrainState, folder: str
 ) -> tuple[TrainState, Past]:
     """Return the newest good checkpoint's state, or `state`; drop the log of steps to be redone."""
-    restored = checkpoint.restore(manager, _trees(state))
+    restored = checkpoints.restore(manager, _trees(state))
     next_step = restored[2]["next_step"] if restored else 0
     for name in ("metrics.jsonl", "edits.jsonl"):
         truncate_after(os.path.join(folder, name), next_step - 1)

@@ -157,7 +157,7 @@ def config_of(source: str) -> ModelConfig:
     """
     from seal_jax.models import gguf
     from seal_jax.models.config import config_from_hf
-    from seal_jax.models.known import KNOWN, PACKAGED, RANDOM, TINY
+    from seal_jax.models.known_models import KNOWN, PACKAGED, RANDOM, TINY
 
     kind, _, name = source.partition(":")
     if kind == "random" and name in RANDOM:

@@ -11,7 +11,7 @@ from tiny_run import CONFIG, TESTS, train_arguments
 from seal_jax.commands import main as cli
 from seal_jax.hosts.files import read_jsonl
 from seal_jax.models.config import config_to_hf
-from seal_jax.models.known import TINY
+from seal_jax.models.known_models import TINY
 
 pytest_plugins = ["tiny_fixtures"]
 

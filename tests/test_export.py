@@ -25,7 +25,7 @@ from seal_jax.outer.rewards import Outcome
 from seal_jax.runs import adapters, checkpoint
 from seal_jax.runs.folder import claim_model
 from seal_jax.runs.kept_adapters import drop_adapters
-from seal_jax.sampling.written import write_self_edits
+from seal_jax.sampling.self_edits import write_self_edits
 from seal_jax.sources import load_model
 from seal_jax.tasks.task import Exam, Problem
 from seal_jax.types import SampleSettings

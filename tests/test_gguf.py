@@ -15,7 +15,7 @@ from seal_jax.models.config import LINEARS, ModelConfig, RopeScaling, config_fro
 from seal_jax.models.gguf import gguf_config, gguf_params, open_gguf
 from seal_jax.models.names import param_table
 from seal_jax.models.packages import packaged_gguf
-from seal_jax.models.placing import build_params
+from seal_jax.models.place_params import build_params
 from seal_jax.models.transformer import forward
 from seal_jax.models.weights import save_safetensors
 from seal_jax.sources import load_model

@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from seal_jax.bench.aot import compile_decode, compile_inner_update, make_batch
 from seal_jax.models.attention import attend
-from seal_jax.models.known import KNOWN
+from seal_jax.models.known_models import KNOWN
 from seal_jax.sharding import make_mesh, replicated
 
 pytestmark = pytest.mark.skipif(

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from seal_jax.models import weights
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.known import KNOWN, TINY
+from seal_jax.models.known_models import KNOWN, TINY
 from seal_jax.models.names import param_table
 from seal_jax.models.tensor_file import (
     BLOCK_BYTES,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from seal_jax.inner import packing
 from seal_jax.inner.packing import LONGEST, Layout, pack, schedule, useful_tokens
 from seal_jax.inner.texts import Job, Text, make_job, row_length, text_of
-from seal_jax.models.lengths import BUCKETS, bucket_of
+from seal_jax.models.padded_lengths import BUCKETS, bucket_of
 from seal_jax.tasks.knowledge.task import training_sequences
 
 LAYOUT = Layout((16, 32, 64))  # array rows as short as the tests' texts

@@ -23,7 +23,7 @@ from seal_jax.inner.texts import make_job, text_of
 from seal_jax.inner.update import make_inner_update
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.divisible import check_divides
+from seal_jax.models.mesh_fit import check_divides
 from seal_jax.models.model import Model
 from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.models.transformer import forward, init_params

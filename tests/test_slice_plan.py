@@ -14,12 +14,12 @@ from seal_jax.config import load_config
 from seal_jax.config.setup import settings_of
 from seal_jax.hosts.memory import SHARE
 from seal_jax.models.config import config_to_hf
-from seal_jax.models.known import KNOWN, TINY
+from seal_jax.models.known_models import KNOWN, TINY
 from seal_jax.models.transformer import init_params
 from seal_jax.planning import slice_plan
 from seal_jax.planning.chips import CHIPS, find_slice
 from seal_jax.planning.compiled_cost import measure
-from seal_jax.planning.program_costs import collective_bytes, executed, moved_bytes, product_flops
+from seal_jax.planning.program_text import collective_bytes, executed, moved_bytes, product_flops
 from seal_jax.planning.stage_programs import Lengths, Program, model_shapes, programs
 from seal_jax.sharding import make_mesh, replicated
 from seal_jax.sources import config_of

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 
 from seal_jax.config import load_config
 from seal_jax.config.setup import settings_of
-from seal_jax.models.divisible import check_divides
+from seal_jax.models.mesh_fit import check_divides
 from seal_jax.planning.slice_plan import plan_slice
 from seal_jax.planning.stage_programs import Lengths
 from seal_jax.sources import config_of

@@ -13,9 +13,9 @@ import pytest
 import safetensors.numpy
 
 from seal_jax.models.config import ModelConfig, RopeScaling, config_from_hf, config_to_hf
-from seal_jax.models.known import TINY
+from seal_jax.models.known_models import TINY
 from seal_jax.models.names import param_table
-from seal_jax.models.placing import build_params
+from seal_jax.models.place_params import build_params
 from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.models.weights import (
     load_folder_config,

@@ -30,11 +30,11 @@ from seal_jax.inner.texts import Job, text_of
 from seal_jax.inner.update import InnerSetup, make_inner_loop
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.known import RANDOM
+from seal_jax.models.known_models import RANDOM
 from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
 from seal_jax.optim import make_optimizer
-from seal_jax.planning.program_costs import cycles_of, executed
+from seal_jax.planning.program_text import cycles_of, executed
 from seal_jax.sampling.decode import RowsShape, decode, prefill, rows_shapes
 from seal_jax.sharding import AXES, batch_sharding, leading, param_shardings, replicated, shaped
 from seal_jax.types import InnerBatch, Params

@@ -19,7 +19,7 @@ from seal_jax.inner.population import Needs, Population, fit_population
 from seal_jax.inner.texts import PAD_SAMPLES, PADDED, encode_text
 from seal_jax.inner.update import InnerLoop, inner_setup, make_inner_loop
 from seal_jax.models import lora
-from seal_jax.models.divisible import check_divides
+from seal_jax.models.mesh_fit import check_divides
 from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
 from seal_jax.objectives import make_objective

@@ -2,7 +2,7 @@
 
 import importlib
 
-_ELSEWHERE = {"load_model": "sources", "Model": "models.model", "TINY": "models.known"}
+_ELSEWHERE = {"load_model": "sources", "Model": "models.model", "TINY": "models.known_models"}
 
 
 def __getattr__(name: str):

@@ -16,7 +16,7 @@ import numpy as np
 
 from seal_jax.models.config import FAMILIES, LINEARS, ModelConfig, RopeScaling
 from seal_jax.models.names import Param, check_depth, check_names, param_table
-from seal_jax.models.placing import Shardings, build_params
+from seal_jax.models.place_params import Shardings, build_params
 from seal_jax.types import Params
 
 # Our family of each general.architecture. Mistral's files say 'llama', and leave out its window.

@@ -13,7 +13,7 @@ from seal_jax.hosts.files import write_json
 from seal_jax.models import gguf, weights
 from seal_jax.models.config import ModelConfig, config_to_hf
 from seal_jax.models.gguf_tokenizer import gguf_tokenizer
-from seal_jax.models.known import RANDOM
+from seal_jax.models.known_models import RANDOM
 from seal_jax.models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from seal_jax.models.transformer import init_params
 from seal_jax.sharding import param_shardings, to_device, to_host

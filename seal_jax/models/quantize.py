@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from seal_jax.models.turned import Turned, at_least_two, turned_product
+from seal_jax.models.turned_kernels import Turned, at_least_two, turned_product
 from seal_jax.sharding import auto_axes, lookup_specs
 from seal_jax.types import ParamRules, Params
 

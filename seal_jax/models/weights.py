@@ -28,7 +28,7 @@ from seal_jax.hosts.files import read_object, write_json
 from seal_jax.models import tensor_file
 from seal_jax.models.config import ModelConfig, config_from_hf, config_to_hf
 from seal_jax.models.names import Param, check_depth, check_names, param_table, text_name
-from seal_jax.models.placing import ReadSlice, Shardings, place, sharding_of_each, shards_of
+from seal_jax.models.place_params import ReadSlice, Shardings, place, sharding_of_each, shards_of
 from seal_jax.models.tensor_file import DTYPES, Tensor
 from seal_jax.types import Params
 

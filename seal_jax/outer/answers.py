@@ -12,16 +12,16 @@ from seal_jax import keys
 from seal_jax.hosts.exchange import exchange_shares, spread
 from seal_jax.inner.texts import Text, text_of
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.lengths import bucket_of
 from seal_jax.models.logits import next_token_logp
 from seal_jax.models.model import Model
+from seal_jax.models.padded_lengths import bucket_of
 from seal_jax.models.transformer import hidden_states
 from seal_jax.outer.problems import Batch
 from seal_jax.outer.stages import Stages, exam_prompts
 from seal_jax.outer.waves import InnerRun, Wave
 from seal_jax.sampling.draw import make_settings
 from seal_jax.sampling.generate import generate
-from seal_jax.sampling.written import make_stop, texts_of
+from seal_jax.sampling.self_edits import make_stop, texts_of
 from seal_jax.sharding import leading, to_device, to_host
 from seal_jax.tasks.task import Task, marks_of, prompts_of
 from seal_jax.types import Adapters, AnswerSettings, Params

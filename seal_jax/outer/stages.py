@@ -19,7 +19,7 @@ from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
 from seal_jax.outer.problems import Batch, OuterStep
 from seal_jax.sampling.call_shapes import check_lengths
-from seal_jax.sampling.written import write_self_edits
+from seal_jax.sampling.self_edits import write_self_edits
 from seal_jax.tasks.task import (
     Exam,
     Problem,

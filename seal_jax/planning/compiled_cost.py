@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from seal_jax.hosts.memory import SHARE
 from seal_jax.planning.chips import Chip
-from seal_jax.planning.program_costs import collective_bytes, moved_bytes, product_flops
+from seal_jax.planning.program_text import collective_bytes, moved_bytes, product_flops
 from seal_jax.planning.stage_programs import Program
 
 KINDS = ("by shapes", "arguments", "temporaries", "results", "peak")  # of memory

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seal_jax.config.setup import longest_row, text_limit
-from seal_jax.models.divisible import undivided
+from seal_jax.models.mesh_fit import undivided
 from seal_jax.objectives import make_objective
 from seal_jax.outer.comparison import titles_of
 from seal_jax.outer.stages import Stages

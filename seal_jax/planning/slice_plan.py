@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from seal_jax.config.setup import resident_bytes
 from seal_jax.hosts.console import progress
 from seal_jax.hosts.memory import SHARE, device_bytes
-from seal_jax.models.divisible import check_divides, undivided
+from seal_jax.models.mesh_fit import check_divides, undivided
 from seal_jax.models.model import Model
 from seal_jax.planning.chips import Chip, find_slice
 from seal_jax.planning.compiled_cost import KINDS, Cost, measure

@@ -20,8 +20,8 @@ from seal_jax.inner.population import adapter_bytes, largest_shapes
 from seal_jax.inner.update import inner_setup, make_inner_loop
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.lengths import bucket_of
 from seal_jax.models.model import Model
+from seal_jax.models.padded_lengths import bucket_of
 from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
 from seal_jax.objectives import make_objective

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from seal_jax.hosts.exchange import least
 from seal_jax.hosts.memory import device_bytes
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.lengths import BUCKETS, bucket_of
-from seal_jax.models.turned import kernels, turns
+from seal_jax.models.padded_lengths import BUCKETS, bucket_of
+from seal_jax.models.turned_kernels import kernels, turns
 from seal_jax.sampling.decode import RowsShape, cache_dtype, cache_sharding
 from seal_jax.sharding import num_parts, tree_bytes
 from seal_jax.types import Adapters, Params
@@ -37,7 +37,7 @@ class CallShapes(NamedTuple):
     rows: RowsShape  # of all A adapters; the cache as it is at the end
     few: int  # rows of each adapter that the batch shrinks to
     at_once: int  # prompts of each adapter that one call reads
-    turned: bool  # whether decoding takes turned kernels, see models/turned.py
+    turned: bool  # whether decoding takes turned kernels, see models/turned_kernels.py
 
 
 def check_lengths(config: ModelConfig, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:

@@ -17,7 +17,7 @@ from seal_jax.models.config import ModelConfig
 from seal_jax.models.kv_cache import KVCache, RowCaches, init_cache
 from seal_jax.models.logits import unembed
 from seal_jax.models.transformer import hidden_states, split_layers
-from seal_jax.models.turned import turn_kernels
+from seal_jax.models.turned_kernels import turn_kernels
 from seal_jax.sampling.draw import Settings, draw, first_uniforms
 from seal_jax.sharding import along, leading, shaped
 from seal_jax.types import Adapters, Params

@@ -83,7 +83,7 @@ class _Call(NamedTuple):
 class _State(NamedTuple):
     """What a call knows between two calls of the device; the host's part is changed in place."""
 
-    turned: Params  # what decoding takes instead of params, see models/turned.py
+    turned: Params  # what decoding takes instead of params, see models/turned_kernels.py
     adapters: Adapters | None  # split by layers
     rows: decode.Rows
     stop_ids: jax.Array

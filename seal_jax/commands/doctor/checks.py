@@ -27,7 +27,7 @@ from seal_jax.hosts.exchange import exchange
 from seal_jax.hosts.group import timeout_seconds
 from seal_jax.hosts.start_jax import lost_devices
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.divisible import check_divides
+from seal_jax.models.mesh_fit import check_divides
 from seal_jax.sharding import make_mesh
 from seal_jax.sources import config_of
 

@@ -23,7 +23,7 @@ from seal_jax.sampling.call_shapes import check_lengths, plan_call
 from seal_jax.sampling.decode import RowsShape, decode, no_rows
 from seal_jax.sampling.draw import make_settings
 from seal_jax.sampling.generate import generate
-from seal_jax.sampling.written import make_stop, text_before, texts_of, write_self_edits
+from seal_jax.sampling.self_edits import make_stop, text_before, texts_of, write_self_edits
 from seal_jax.sources import load_model
 from seal_jax.tasks.knowledge.passages import load_problems
 from seal_jax.types import SampleSettings

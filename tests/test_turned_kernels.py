@@ -8,7 +8,7 @@ from conftest import TINY
 
 from seal_jax.models.quantize import product, quantize_params
 from seal_jax.models.transformer import forward, init_params
-from seal_jax.models.turned import Turned, kernels, turn_kernels, turns
+from seal_jax.models.turned_kernels import Turned, kernels, turn_kernels, turns
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,4 +1,15 @@
-"""The commands of `seal-jax`, one a file; the file's name is the command's.
+"""The commands of `seal-jax`, one a file or folder; its name is the command's.
+
+  main.py      finds the command, runs it, and says an error in a line
+  train.py     a whole run
+  eval.py      the final table for a policy at hand
+  generate.py  self-edits for passages of your own
+  export/      adapters for PEFT, models for transformers
+  doctor/      what would stop a run later
+  plan.py      does a run fit a slice
+  verify.py    is what a run wrote undamaged
+  view.py      ARC tasks and predictions as a picture
+  bench.py     the benchmarks of seal_jax/bench
 
 A command has HELP (a line), EXAMPLES (shown below its arguments), add_arguments(parser) and
 run(arguments) -> exit code. It imports jax in `run` alone: help and complaints come at once.

@@ -1,4 +1,10 @@
-"""The config: one table of keys, the checks at the door, and the way from it to a run's stages."""
+"""The config: one table of keys, the checks before a run starts, and the way to a run's stages.
+
+table.py    every key: its default, and what it may hold
+load.py     config files, --set and stored JSON, and their checks
+setup.py    from a config to settings, and from these to `Stages`
+workdir.py  a run's folder belongs to one config
+"""
 
 from seal_jax.config.load import (
     ConfigError,

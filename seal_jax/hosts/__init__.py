@@ -1,1 +1,11 @@
-"""The machines that a run has: processes, memory, signals, files and the console."""
+"""The machines that a run has: processes, memory, signals, files and the console.
+
+start_jax.py   before JAX is used: its cache, other processes, lost devices
+group.py       how the processes of a run find each other
+exchange.py    what they say to each other
+failure.py     one fails, and the others end too
+preemption.py  SIGTERM
+memory.py      how many bytes each device has
+files.py       JSON, lines of JSON and folders that are whole or absent
+console.py     lines and progress, from the first process
+"""

@@ -1,4 +1,29 @@
-"""The model: its sizes, tokenizer, weights, decoder, and LoRA adapters beside it."""
+"""The model: its sizes, tokenizer, weights, decoder, and LoRA adapters beside it.
+
+model.py           a model: config, parameters and tokenizer
+config.py          sizes and switches of a decoder; the families
+known_models.py    the sizes of well-known models
+transformer.py     the decoder
+attention.py       attention: XLA, cuDNN, splash
+rope.py            rotary position embeddings
+kv_cache.py        keys and values of what was read and written
+logits.py          logits, and log-probabilities of the next tokens
+lora.py            adapters as pytrees
+lora_product.py    the two thin products of many adapters
+quantize.py        a frozen base as int8 or nf4
+turned_kernels.py  kernels as a CPU wants them for few tokens
+tokenizer.py       text to token ids and back; chat templates
+gguf_tokenizer.py  tokenizers from a GGUF file
+names.py           what every parameter is called: here, by Hugging Face, in GGUF
+weights.py         safetensors in and out
+tensor_file.py     one safetensors file
+gguf.py            models from a GGUF file
+packages.py        models inside installed packages
+place_params.py    from the host to the devices, one parameter at a time
+mesh_fit.py        whether a mesh divides a model
+padded_lengths.py  the lengths that texts are padded to
+toys/              tiny models, trained on the spot
+"""
 
 import importlib
 

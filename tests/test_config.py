@@ -1,4 +1,4 @@
-"""The config's door: what it refuses and in which words, overrides, files, JSON and diffs."""
+"""Reading a config: what is refused and in which words, overrides, files, JSON and diffs."""
 
 import functools
 import json

@@ -1,6 +1,7 @@
-"""The house rules, read from the source: which room may import which, and how large things may be.
+"""Rules for the source tree: which package may import which, and how large things may be.
 
-Nothing is imported here. A failure is a list of `file:line: what is wrong`.
+The source is only read: nothing of it is imported. A failure is a list of
+`file:line: what is wrong`.
 """
 
 import ast
@@ -13,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 HOUSE = ROOT / "seal_jax"
 
-# From the ground up: a room imports only what stands before it. Those of a line do not know of
-# each other.
+# Packages and top files: each imports only what stands on a line before its own. Those of one line
+# do not import each other. Tasks import only tasks and extensions, see tasks_know_no_jax.
 LAYERS = """
 types keys extensions
 hosts
@@ -43,7 +44,7 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 @functools.cache
 def trees() -> dict[str, ast.Module]:
-    """Return every file's tree, by its path in the house."""
+    """Return every file's tree, by its path in the package."""
     return {
         path.relative_to(HOUSE).as_posix(): ast.parse(path.read_text("utf-8"))
         for path in sorted(HOUSE.rglob("*.py"))
@@ -235,7 +236,7 @@ def test_the_top_is_seen_at_a_glance():
 
 
 def test_the_rules_can_be_broken(tmp_path, monkeypatch):
-    """What each rule is for, in a house that breaks them all."""
+    """What each rule is for, in a package that breaks them all."""
     (tmp_path / "tasks").mkdir()
     parameters = ", ".join("abcdefghi")
     (tmp_path / "types.py").write_text(

@@ -1,4 +1,4 @@
-"""The config's door: config files, overrides and stored JSON, and the checks of all three.
+"""How a config is read: config files, overrides and stored JSON, and the checks of all three.
 
 A config file is one experiment, a short Python function:
 
@@ -10,8 +10,8 @@ A config file is one experiment, a short Python function:
       return config
 
 `load_config` runs it, applies `inner.rank=16` overrides and validates. Everything wrong with a
-config stops the run here, before jax is imported. Past the door nobody sees a ConfigDict, see
-setup.py.
+config stops the run here, before jax is imported. setup.py turns a checked config into NamedTuples,
+and the stages never see a ConfigDict.
 """
 
 import difflib

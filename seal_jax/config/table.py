@@ -1,7 +1,8 @@
 """Every key of a config in one table: its default, and what it may hold.
 
 load.py builds the default config from it and checks configs, overrides and stored JSON against it.
-A new key is one line here, and one in types.py. Imports no jax.
+A new key is one line here, and one in types.py. The keys `sharding.*` repeat sharding.RULES, and a
+test keeps them equal. Imports no jax.
 """
 
 import ast
@@ -238,7 +239,7 @@ FIELDS: dict[str, Field] = {
     # Grades to rewards.
     "reward.weights": Field({"accuracy": 1.0}, _KEYWORDS),  # of a sum; costs are negative
     "reward.rejected": Field(0.0, _real()),  # the reward of a rejected self-edit
-    "reward.adaptive_seeds": Field(False, _FLAG),  # more seeds for those that compete, see README
+    "reward.adaptive_seeds": Field(False, _FLAG),  # see objectives/README.md
     "reward.num_questions": Field(5, _COUNT),  # that the policy writes itself, for self_questions
     "reward.num_earlier": Field(10, _COUNT),  # questions of earlier problems, for regression
     "reward.judge_url": Field("http://localhost:8000/v1", _TEXT),  # OpenAI-compatible

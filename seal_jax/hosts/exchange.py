@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
-from jax._src import distributed  # JAX has no public door to it
+from jax._src import distributed  # JAX has no public name for it
 
 from seal_jax.hosts.group import timeout_seconds
 

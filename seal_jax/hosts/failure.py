@@ -12,7 +12,7 @@ import threading
 import time
 
 import jax
-from jax._src import distributed  # JAX has no public door to it
+from jax._src import distributed  # JAX has no public name for it
 
 _GRACE = 3.0  # seconds, for a process to end by itself where another has failed
 _ENDS = threading.Event()  # this process does, by itself

@@ -13,7 +13,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-from jax._src import clusters  # JAX has no public door to it
+from jax._src import clusters  # JAX has no public name for it
 
 from seal_jax.hosts.failure import watch_others
 

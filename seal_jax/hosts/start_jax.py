@@ -31,7 +31,7 @@ def start_jax() -> None:
     group = find_group(timeout)
     if group is not None:
         join(group, timeout)
-    elif problem := lost_devices():  # one of several tells the others first, see doctor.py
+    elif problem := lost_devices():  # several compare first: commands/doctor/checks.py
         raise ValueError(problem)
 
 

@@ -1,4 +1,4 @@
-"""Grids, examples and tasks of ARC, and what is checked of them once, at the door."""
+"""Grids, examples and tasks of ARC, and what is checked once, when they are read."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -5,7 +5,7 @@ command   bash launch/quickstart.sh
 size      4 passages x 3 self-edits, then 6 held-out passages in 5 ways: 36 inner runs
 hardware  2 CPU cores, 6 GB of memory, 1.3 GB of disk
 time      12 to 22 minutes with a quiet or a busy machine, after the install (2026-11-23)
-expect    0 % without adaptation, 10 to 27 % with it (one run). It shows the loop, not the method:
+expect    0 % without adaptation, 13 to 27 % with it (one run). It shows the loop, not the method:
           with 6 passages no difference between two ways of adapting is beyond chance
 """
 

@@ -1,7 +1,8 @@
 """SEAL at the paper's full protocol, on SQuAD and a 135M-parameter model.
 
 command   seal-jax train --config configs/squad_smollm2.py --workdir runs/squad
-data      SQuAD from the Hugging Face hub; offline, --set task.source=json:PATH (see README)
+data      SQuAD from the Hugging Face hub; offline, --set task.source=json:PATH,
+          see configs/README.md
 size      2 rounds of 50 passages x 5 self-edits x 3 seeds = 1,500 inner runs, then 200 held-out
           passages in 5 ways, 800 inner runs: about 8 million training tokens
 time      not measured. That is 4 PFLOP: an hour at 1.2 TFLOP/s; on 2 CPU cores, at the quick

@@ -1,4 +1,7 @@
-"""Where arrays live: the mesh, ONE table of logical axis rules, and the two ways across the border.
+"""Where arrays live: the mesh, the table of logical axis rules, and the two ways across the border.
+
+RULES is the only table that the code reads. config/table.py repeats its defaults, as the keys
+`sharding.*`, and a test keeps them equal.
 
 Strings live on the host, arrays on devices. `to_device` and `to_host` are the only crossings, and
 they are explicit, so the loop runs under `jax.transfer_guard('disallow')`.

@@ -1,19 +1,20 @@
 """The outer loop of SEAL.
 
   for step in range(num_steps):
-    problems = next(task_iter)                               # host    P problems
-    rollout  = sample(params, prompts(problems), R)          # device  [P R T]
-    edits    = parse(problems, rollout)                      # host    malformed ones are rejected
-    batches  = pack(edits)                                   # host    fixed shapes, little padding
-    adapters = inner_update(params, adapters0, batches)      # device  A adapters at once
-    answers  = answer(params, adapters, questions)           # device  greedy
-    rewards  = reward(grade(problems, answers))              # host    f32[P R]
-    state    = policy_update(state, rollout, rewards)        # device  an objective's
-    checkpoint(step, state, adapters, rewards)               # disk    Orbax
+    problems   = take_problems(training, step)               # host    P problems
+    rollout    = sample(params, prompts(problems), R)        # device  [P R T]
+    edits      = parse(problems, rollout)                    # host    malformed ones are rejected
+    batches    = pack(edits)                                 # host    fixed shapes, little padding
+    adapters   = inner_update(params, adapters0, batches)    # device  A adapters at once
+    answers    = answer(params, adapters, questions)         # device  greedy
+    rewards    = reward(grade(problems, answers))            # host    f32[P R]
+    advantages = objective(rewards)                          # host    f32[P R]
+    state      = policy_update(state, rollout, advantages)   # device  the objective's loss
+    checkpoint(step, state, rewards)                         # disk    Orbax
 
-The four lines from pack to grade run wave by wave, in `evaluate`. The control that the paper
-lacks, a policy trained on randomly chosen self-edits, is the same loop with another objective, in
-WORKDIR/random.
+From pack to grade the loop goes wave by wave, in `evaluate`: a wave is as many inner runs as train
+side by side. The control that the paper lacks, a policy trained on randomly chosen self-edits, is
+the same loop with another objective, in WORKDIR/random.
 """
 
 import os

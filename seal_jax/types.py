@@ -1,10 +1,11 @@
 """The axis letters, the NamedTuples that cross from stage to stage, and the settings.
 
 Axis letters, used in every einsum and shape comment:
-  P problems, R self-edits per problem, E seeds per self-edit, A adapters, U lanes (adapters that
-  train in one step), W array rows of a step, I inner steps, B rows, T tokens (query), S key/value
-  length, N query heads, K kv heads, G = N / K, H head dim, D model dim, F feed-forward dim, V
-  vocabulary, L layers, r LoRA rank.
+  P problems (in generation: prompts), R self-edits per problem, E seeds per self-edit, A adapters,
+  U lanes (adapters that train in one step), W array rows of a step, M tokens of all rows (in a
+  step, W * T), n chunks of a step, c slots of a chunk, I inner steps, B rows, T tokens (query), S
+  key/value length, N query heads, K kv heads, G = N / K, H head dim, D model dim, F feed-forward
+  dim, V vocabulary, L layers, r LoRA rank.
 """
 
 from collections.abc import Callable, Mapping
@@ -203,7 +204,7 @@ class CheckpointSettings(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """A whole config as values, past the door."""
+    """A whole config as plain values; config/setup.py makes it, and no stage sees a ConfigDict."""
 
     seed: int
     model: ModelSettings

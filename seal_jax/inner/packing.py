@@ -1,11 +1,12 @@
 """Parsed self-edits to fixed-shape arrays (numpy): order, schedule, pack.
 
-A `Job` is one inner run: a self-edit's token texts with one seed. Each of its optimizer steps is
-one row of tokens (its batch of texts, packed behind one another). Rows differ in length by a factor
-of 20, so a lane per adapter, padded to the longest, would mostly compute padding. Instead, a step
-is a budget of tokens in which the rows of several adapters lie behind one another, and it takes the
-adapters whose next rows fill it. An adapter that finds no place waits. It still takes its own rows
-in its own order, so what it becomes does not depend on its neighbors.
+A `Job` is one inner run: a self-edit's texts, as tokens, with one seed. It is a list of rows. A row
+is one batch of texts, written one behind the other, and the adapter takes one inner step on each
+row. Rows differ in length by a factor of 20. If each adapter had a row of an array, padded to the
+longest, most of the work would be padding. Instead, a step is a budget of tokens in which the rows
+of several adapters lie behind one another, and it takes the adapters whose next rows fill it. An
+adapter that finds no place waits. It still takes its own rows in its own order, so what it becomes
+does not depend on its neighbors.
 """
 
 from collections.abc import Iterator, Sequence

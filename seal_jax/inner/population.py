@@ -3,8 +3,8 @@
   resident + program(A) <= device_bytes,    program(A) = program(0) + A * adapter_bytes
 
 The program is a call of the inner loop with its largest step, compiled and never run. A step has a
-fixed number of lanes, so what it needs for a while is the same for any population: only adapters,
-the copies that their training starts from, and optimizer states grow with A. All sizes are bytes on
+fixed number of lanes, so its temporary memory is the same for any population: only adapters, the
+copies that their training starts from, and optimizer states grow with A. All sizes are bytes on
 one device.
 """
 
@@ -137,12 +137,15 @@ def fit_adapters(
 ) -> tuple[int, float]:
     """Return the largest number of adapters that fits, a multiple of `multiple`, and its bytes.
 
-    Where a compiler refused a larger number, it is about half of that at least.
+    Where the compiler itself runs out of memory, it does not say how many bytes are needed, and the
+    next try is half of that number. So then more might fit than is returned, about twice as many
+    at most.
 
     Args:
       needed: how many bytes that number of adapters needs, which may take a compiler's time: it is
         asked once where `most` fit, and about once more where they don't.
-      estimate: the part of it that grows with them; rather too steep than too flat.
+      estimate: the part of it that grows with them. Where it is not exact, it should grow too fast
+        and not too slowly: if it grows too slowly, adapters are given up that would fit.
       room: the bytes there are.
       most: no more than so many are wanted; rounded up.
 

@@ -93,7 +93,7 @@ def encode_text(tokenizer, text: str | Turn, outputs_only: bool = False, *, chat
     The loss is on all tokens but the first, which nothing predicts.
 
     Args:
-      tokenizer: a `seal_jax.tokenizer.Tokenizer`.
+      tokenizer: a `seal_jax.models.tokenizer.Tokenizer`.
       outputs_only: of a turn: the loss is on its outputs, those in its prompt and its answer.
       chat: whether a turn goes through the model's chat template.
 

@@ -313,7 +313,7 @@ def _update(
     batches: Sequence[InnerBatch],
     show: Callable[[int], None] | None = None,
 ) -> tuple[Adapters, list[jax.Array]]:
-    """Train the adapters; `show` is told of each batch how many rows its steps have taken."""
+    """Train the adapters; `show` is told after each batch how many rows of jobs it has trained."""
     state, losses = programs.start(adapters), []
     is_traced = isinstance(state.step, jax.core.Tracer)
     run = programs.run_within if is_traced else programs.run

@@ -1,6 +1,8 @@
-"""What the outer loop and the final comparison share, and the stages on the policy's side of it.
+"""`Stages`: what every outer step calls. And the stages that write and parse self-edits.
 
-Text and numbers come in and go out; arrays stay inside. `config/setup.py` makes `Stages`.
+`Stages` holds the model, the task, the mesh and the functions that train adapters. It is made once,
+in config/setup.py, and the outer loop and the final comparison use the same one. Text and numbers
+come in and go out; arrays stay inside.
 """
 
 from collections.abc import Callable, Sequence

@@ -54,7 +54,7 @@ class Wave(NamedTuple):
     """Runs that are trained and examined together."""
 
     places: list[Place | None]  # of each adapter; None is an idle one
-    show: Callable[[int], object]  # is told how many inner steps are done
+    show: Callable[[int], object]  # is told after each batch how many rows of jobs it has trained
 
 
 class Examination(NamedTuple):

@@ -66,11 +66,13 @@ def checkpoint(
     past: Past,
     value: float | None,
 ) -> None:
-    """Save the state after `step`; `adapters` is what this step merged into `policy`.
+    """Save the state after `step`; `state.adapters` is what this step merged into `state.params`.
 
     It returns before all is on disk; what the step before has saved is.
 
     Args:
+      rewards: those of this step; they are noted beside the state.
+      past: all steps until now, see `extend`.
       value: by which the best checkpoints are chosen; None where nothing was measured.
     """
     position = {"next_step": step + 1, "past": past._asdict()}
@@ -81,7 +83,10 @@ def checkpoint(
 def restore_state(
     manager: ocp.CheckpointManager, state: TrainState, folder: str
 ) -> tuple[TrainState, Past]:
-    """Return the newest good checkpoint's state, or `state`; drop the log of steps to be redone."""
+    """Return the newest good checkpoint's state and past; without one, `state` and no past.
+
+    Lines of metrics.jsonl and edits.jsonl on steps that are to be made again are dropped.
+    """
     restored = checkpoints.restore(manager, _trees(state))
     next_step = restored[2]["next_step"] if restored else 0
     for name in ("metrics.jsonl", "edits.jsonl"):

@@ -1,14 +1,15 @@
-"""One token a row, from its logits and its settings, without sorting the vocabulary.
+"""Draw one token a row: rejection sampling from the nucleus, without sorting the vocabulary.
 
   penalty on what was seen -> temperature -> top_k -> top_p -> min_p -> draw
 
 as Hugging Face's warpers do it, one after the other; tokens of equal probability stay together.
 
-A token is drawn from all of them. It belongs to the nucleus if the mass of the likelier ones is
-below top_p. If it does not, no less likely one does either, so the next try is among the likelier
-ones. A few tries give the exact distribution, each with one pass over the vocabulary. A pass keeps
-only sums of exponentials, one of each block of the vocabulary. A token is found by its block's sum,
-and then within the block.
+The nucleus is what top_p leaves: a token belongs to it if the likelier ones together have less than
+top_p. A token is drawn from all. If it belongs to the nucleus, it is taken. If it does not, no less
+likely one does either: it is rejected, and the next one is drawn among the likelier ones. A few
+tries give the exact distribution, each with one pass over the vocabulary. A pass keeps only sums of
+exponentials, one of each block of the vocabulary. A token is found by its block's sum, and then
+within the block.
 """
 
 import math

@@ -1,6 +1,6 @@
 """The model `tiny:arc`: writes ARC self-edits and answers the small tasks of tasks/arc/small.py.
 
-It is trained on the spot, in about a minute on two CPU cores, on documents of two forms:
+It is trained on the spot, in 80 seconds on two CPU cores, on documents of two forms:
 
   a task, and a self-edit with settings drawn at random from CHOICES
   a task and a test grid, and the grid painted in a random color that the examples do not show

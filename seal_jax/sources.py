@@ -96,10 +96,10 @@ def load_policy(source: str, base: Model, name: str, dtype: str, mesh: Mesh) -> 
       ValueError: it is another architecture.
     """
     if _is_checkpoints(source):
-        return checkpoint.restore(source, {"policy": base.params})[1]["policy"]
+        return _kept_policy(source, base)
     folder, step = os.path.split(os.path.normpath(source))
     if step.isdigit() and _is_checkpoints(folder):
-        return checkpoint.restore(folder, {"policy": base.params}, int(step))[1]["policy"]
+        return _kept_policy(folder, base, int(step))
     if is_peft(source):
         adapters = to_device(load_peft(source, base.config), replicated(mesh))
         where = param_shardings(mesh, base.params, base.config.rules)
@@ -167,6 +167,12 @@ def config_of(source: str) -> ModelConfig:
 
 def _is_checkpoints(folder: str) -> bool:
     return os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder))
+
+
+def _kept_policy(folder: str, base: Model, step: int | None = None) -> Params:
+    found = checkpoint.restore(folder, {"policy": base.params}, step)
+    assert found is not None  # see `_is_checkpoints`
+    return found[1]["policy"]
 
 
 def _load_run(run: RunFolder, dtype: Any, mesh: Mesh | None, rules: ParamRules) -> Model:

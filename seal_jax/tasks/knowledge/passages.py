@@ -55,7 +55,11 @@ def load_problems(
     elif kind == "tfds" and rest:
         items = tfds_items(rest, split, share)
     elif source == "builtin":
-        text = importlib.resources.files(__package__).joinpath("passages.json").read_text("utf-8")
+        text = (
+            importlib.resources.files("seal_jax.tasks.knowledge")
+            .joinpath("passages.json")
+            .read_text("utf-8")
+        )
         items = _json_items(_parse_json(text, source), source, split, share)
     elif source.startswith("json:") or source.endswith(".json"):
         path = source.removeprefix("json:")

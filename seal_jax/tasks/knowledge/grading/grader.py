@@ -24,7 +24,9 @@ from seal_jax.tasks.knowledge.grading.rules import MAX_CHARS, answer_part, rejec
 from seal_jax.tasks.knowledge.grading.words import NEGATIONS, Text, read
 
 _TABLE = json.loads(
-    importlib.resources.files(__package__).joinpath("points.json").read_text("utf-8")
+    importlib.resources.files("seal_jax.tasks.knowledge.grading")
+    .joinpath("points.json")
+    .read_text("utf-8")
 )
 INTERCEPT: float = _TABLE["intercept"]
 POINTS: dict[str, tuple[list[float], list[float]]] = _TABLE["points"]  # edges, points

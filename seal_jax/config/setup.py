@@ -169,7 +169,7 @@ def _at_once(settings: Settings, model: Model, loop: InnerLoop) -> Callable[[int
     )
     base = jax.eval_shape(partial(quantize_params, word=inner.quantize), model.params)
     mesh = loop.setup.mesh
-    assert mesh is not None
+    assert mesh is not None  # see `make_stages`
     base = shaped(base, param_shardings(mesh, base, model.config.rules))
     needs = Needs(loop, inner, base, resident=resident_bytes(settings, model, mesh))
     latest = [Population(min(settings.answer.max_rows, runs))]  # it never grows

@@ -319,14 +319,8 @@ def _splash(*arrays: Array, window: int | None, softcap: float | None) -> jax.Ar
     sizes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     blocks: dict[str, Any] = {f"block_{name}": block for name in sizes}
 
-    def compute(
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        segments: jax.Array,
-        key_segments: jax.Array,
-        interpret: bool,
-    ) -> jax.Array:
+    def compute(*arrays: jax.Array, interpret: bool) -> jax.Array:
+        *heads, segments, key_segments = arrays
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * N),
             block_sizes=splash.BlockSizes(**blocks),
@@ -335,7 +329,7 @@ def _splash(*arrays: Array, window: int | None, softcap: float | None) -> jax.Ar
             attn_logits_soft_cap=softcap,
             interpret=interpret,
         )
-        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(q=segments, kv=key_segments))
+        return jax.vmap(kernel)(*heads, splash.SegmentIds(q=segments, kv=key_segments))
 
     interpreted, compiled = (partial(compute, interpret=choice) for choice in (True, False))
     return jax.lax.platform_dependent(*arrays, cpu=interpreted, default=compiled)

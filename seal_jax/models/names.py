@@ -87,8 +87,7 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-# path, shape, Hugging Face's name, GGUF's name
-_Row = tuple[str, tuple[int, ...], str, str]
+_Row = tuple[str, tuple[int, ...], str, str]  # path, shape, Hugging Face's name, GGUF's name
 
 
 def param_table(config: ModelConfig) -> list[Param]:

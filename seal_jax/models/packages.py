@@ -82,7 +82,9 @@ def _joined(name: str, sha256: str, file_name: str) -> Path:
                 with open(part, "rb") as file:
                     shutil.copyfileobj(file, partial)
             partial.seek(0)
-            found = hashlib.file_digest(partial, "sha256").hexdigest()  # ty: ignore[no-matching-overload]  # a file
+            # typeshed does not take a temporary file for one.
+            digest = hashlib.file_digest(partial, "sha256")  # ty: ignore[no-matching-overload]
+            found = digest.hexdigest()
         if found != sha256:
             raise ValueError(
                 f"package:{name}: its {len(parts)} parts make a {file_name} with sha256 {found}, "

@@ -80,11 +80,8 @@ def look_up(
         earlier_baseline = float(np.mean(baseline_accuracy(stages, frozen, asked)))
         others = [(*group, *chosen) for group in others]
     judged = judge_edits(stages, step, edits)
-    lengths = (
-        np.asarray(rollout.loss_mask).sum(axis=1).reshape(len(edits), -1)
-        / settings.sample.max_tokens
-    )
-    return Known(lengths, baseline, others, earlier_baseline, judged)
+    written = np.asarray(rollout.loss_mask).sum(axis=1).reshape(len(edits), -1)
+    return Known(written / settings.sample.max_tokens, baseline, others, earlier_baseline, judged)
 
 
 def gather(step: OuterStep, edits: Edits, known: Known, outcomes: Outcomes) -> list[list[Evidence]]:

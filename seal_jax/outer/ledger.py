@@ -79,12 +79,8 @@ def _outcome(
 
 def append_outcome(ledger: str, run: InnerRun, outcome: Outcome) -> None:
     """Write a finished run into the ledger."""
-    entry: dict[str, Any] = {
-        "name": list(run.name),
-        "step": run.step,
-        "text": _digest(run),
-        **outcome._asdict(),
-    }
+    entry: dict[str, Any] = {"name": list(run.name), "step": run.step, "text": _digest(run)}
+    entry |= outcome._asdict()
     for field in _MAY_BE_NAN:
         if entry[field] is not None and not math.isfinite(entry[field]):
             entry[field] = "nan"  # JSON has none

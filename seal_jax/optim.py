@@ -103,7 +103,9 @@ def accumulate(
     def group_size(num_updates: jax.Array) -> jax.Array:
         return jnp.minimum(num_steps, jnp.maximum(all_steps - num_updates * num_steps, 1))
 
-    return optax.MultiSteps(tx, group_size).gradient_transformation()
+    # It is only ever given an array.
+    steps = optax.MultiSteps(tx, group_size)  # ty: ignore[invalid-argument-type]
+    return steps.gradient_transformation()
 
 
 def scheduled_rate(

@@ -79,12 +79,14 @@ def mesh_axes(logical: str, rules: ParamRules = ()) -> tuple[str, ...]:
     return tuple(dict(rules).get(logical, RULES[logical]).split())
 
 
-def num_parts(mesh: Mesh, logical: str, rules: ParamRules = ()) -> int:
+def num_parts(mesh: Mesh | AbstractMesh, logical: str, rules: ParamRules = ()) -> int:
     """Return into how many parts the mesh divides a logical axis."""
     return math.prod(mesh.shape[axis] for axis in mesh_axes(logical, rules))
 
 
-def divided(mesh: Mesh, logical: str, size: int, rules: ParamRules = ()) -> str | tuple | None:
+def divided(
+    mesh: Mesh | AbstractMesh, logical: str, size: int, rules: ParamRules = ()
+) -> str | tuple | None:
     """Return the entry of a PartitionSpec: None, if the axes do not divide `size`."""
     axes = mesh_axes(logical, rules)
     if not axes or size % num_parts(mesh, logical, rules):
@@ -130,7 +132,7 @@ def lookup_specs(
     return LookupSpecs(PartitionSpec(*entries), PartitionSpec(), PartitionSpec(None, entries[1]))
 
 
-def param_shardings(mesh: Mesh, params: Params, rules: ParamRules = ()) -> Params:
+def param_shardings(mesh: Mesh, params: Any, rules: ParamRules = ()) -> Any:
     """Return the sharding of every parameter, or of what an optimizer keeps for it.
 
     A size that its axis does not divide is whole.
@@ -139,7 +141,7 @@ def param_shardings(mesh: Mesh, params: Params, rules: ParamRules = ()) -> Param
       rules: of `ModelConfig.rules`.
     """
 
-    def one(path, leaf) -> NamedSharding:
+    def one(path: tuple, leaf: Any) -> NamedSharding:
         names = [getattr(entry, "key", None) for entry in path]
         axes = next((KERNELS[name] for name in names if name in KERNELS), None)
         if axes is None or len(leaf.shape) != len(axes):
@@ -205,12 +207,12 @@ def to_host(tree: Any) -> Any:
     return jax.device_get(treedef.unflatten(leaves))
 
 
-def _is_here(leaf) -> bool:
+def _is_here(leaf: Any) -> bool:
     """Whether this process has every number of an array."""
     return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
-def _put_parts(leaf, sharding: NamedSharding) -> jax.Array:
+def _put_parts(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if not _is_here(leaf):  # it lies on the devices of all, and moves between them
         return jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -249,19 +251,19 @@ def num_shards(mesh: Mesh | None, rules: ParamRules = ()) -> int:
     return num_parts(mesh, "adapter", rules) if apart else 1
 
 
-def _batch_specs(axes: tuple[str, ...]) -> InnerBatch:
-    """Return how the arrays of a batch are divided over axes of the mesh."""
+def _batch_specs(axes: tuple[str, ...]) -> Any:
+    """Return how an InnerBatch is divided over axes of the mesh, as one of PartitionSpecs."""
     by_lane, by_adapter = PartitionSpec(None, axes), PartitionSpec(axes)
     names = InnerBatch._fields
-    return InnerBatch(*(by_lane if name in STEP_FIELDS else by_adapter for name in names))
+    return InnerBatch._make(by_lane if name in STEP_FIELDS else by_adapter for name in names)
 
 
-def batch_sharding(mesh: Mesh, rules: ParamRules = ()) -> InnerBatch:
-    """Return where the inner loop wants the arrays of a batch."""
+def batch_sharding(mesh: Mesh, rules: ParamRules = ()) -> Any:
+    """Return where the inner loop wants a batch, as an InnerBatch of shardings."""
     if num_shards(mesh, rules) == 1:
-        return InnerBatch(*[replicated(mesh)] * len(InnerBatch._fields))
+        return InnerBatch._make([replicated(mesh)] * len(InnerBatch._fields))
     specs = _batch_specs(mesh_axes("adapter", rules))
-    return InnerBatch(*(NamedSharding(mesh, spec) for spec in specs))
+    return InnerBatch._make(NamedSharding(mesh, spec) for spec in specs)
 
 
 def place_state(state: InnerState, mesh: Mesh | None, rules: ParamRules = ()) -> InnerState:

@@ -83,6 +83,7 @@ def load_model(
         return load_folder(path, *placed) if run is None else _load_run(run, *placed)
     if is_file:
         return load_gguf(path, *placed)
+    assert on_hub is not None  # or it was refused above
     return load_folder(_from_hub(*on_hub.groups()), *placed)
 
 
@@ -100,15 +101,14 @@ def load_policy(source: str, base: Model, name: str, dtype: str, mesh: Mesh) -> 
     import jax
 
     from seal_jax.models import lora
-    from seal_jax.runs import checkpoint
     from seal_jax.runs.peft import is_peft, load_peft
     from seal_jax.sharding import param_shardings, replicated, to_device
 
     if _is_checkpoints(source):
-        return checkpoint.restore(source, {"policy": base.params})[1]["policy"]
+        return _kept_policy(source, base)
     folder, step = os.path.split(os.path.normpath(source))
     if step.isdigit() and _is_checkpoints(folder):
-        return checkpoint.restore(folder, {"policy": base.params}, int(step))[1]["policy"]
+        return _kept_policy(folder, base, int(step))
     if is_peft(source):
         adapters = to_device(load_peft(source, base.config), replicated(mesh))
         where = param_shardings(mesh, base.params, base.config.rules)
@@ -186,6 +186,14 @@ def config_of(source: str) -> ModelConfig:
 
 def _is_checkpoints(folder: str) -> bool:
     return os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder))
+
+
+def _kept_policy(folder: str, base: Model, step: int | None = None) -> Params:
+    from seal_jax.runs import checkpoint
+
+    found = checkpoint.restore(folder, {"policy": base.params}, step)
+    assert found is not None  # see `_is_checkpoints`
+    return found[1]["policy"]
 
 
 def _load_run(run: RunFolder, dtype: Any, mesh: Mesh | None, rules: ParamRules) -> Model:

@@ -212,7 +212,7 @@ def evaluate(
             found = outcomes_of_wave(
                 wave, batches, to_host(losses), answers, marks, logps, num_epochs
             )
-            kept = None if keep is None else to_host(adapters)
+            kept = adapters if keep is None else to_host(adapters)
             for i, place in enumerate(wave.places):
                 if place is None or place.run.name in outcomes:
                     continue

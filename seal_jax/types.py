@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+Array = jax.Array | np.ndarray  # on the devices, or on the host
 Params = dict[str, Any]  # the base model or the policy: nested dict of arrays
 # Pairs of a logical axis and the mesh axes that divide it, with spaces between; see sharding.py.
 ParamRules = tuple[tuple[str, str], ...]
@@ -27,7 +29,7 @@ class Adapters(NamedTuple):
     """
 
     weights: Params
-    scale: jax.Array  # f32[A] alpha / rank
+    scale: Array  # f32[A] alpha / rank
 
 
 class InnerState(NamedTuple):
@@ -46,18 +48,18 @@ class InnerBatch(NamedTuple):
     Over a mesh, W, U and n are divided as the population is, and count within their shard.
     """
 
-    lanes: jax.Array  # i32[I U] which adapter takes the lane
-    chunk_lanes: jax.Array  # i32[I n] whose adapter a chunk takes
-    chunk_tokens: jax.Array  # i32[I n c] the token (of W * T) in each slot; W * T in an empty one
-    tokens: jax.Array  # i32[I W T]
+    lanes: Array  # i32[I U] which adapter takes the lane
+    chunk_lanes: Array  # i32[I n] whose adapter a chunk takes
+    chunk_tokens: Array  # i32[I n c] the token (of W * T) in each slot; W * T in an empty one
+    tokens: Array  # i32[I W T]
     # 0 is nothing, 1.. are the texts of the array row, -s is padding that is in the loss: it sees
     # text s, and nobody sees it.
-    segments: jax.Array  # i32[I W T]
-    positions: jax.Array  # i32[I W T] restart with each text
-    loss_weight: jax.Array  # f32[I W T] how much predicting this token counts
-    learning_rate: jax.Array  # f32[A] at the first step
-    num_steps: jax.Array  # i32[A] at whose end the schedule ends
-    seed: jax.Array  # i32[A] of the LoRA dropout
+    segments: Array  # i32[I W T]
+    positions: Array  # i32[I W T] restart with each text
+    loss_weight: Array  # f32[I W T] how much predicting this token counts
+    learning_rate: Array  # f32[A] at the first step
+    num_steps: Array  # i32[A] at whose end the schedule ends
+    seed: Array  # i32[A] of the LoRA dropout
 
     def map_steps(self, function: Callable[[Any], Any]) -> "InnerBatch":
         """Return the batch with `function` of each array that has steps [I ...]."""
@@ -70,9 +72,9 @@ STEP_FIELDS = InnerBatch._fields[: InnerBatch._fields.index("learning_rate")]  #
 class Rollout(NamedTuple):
     """What the policy wrote, with its prompts; one row per self-edit, P * R rows."""
 
-    tokens: jax.Array  # i32[B T] prompt and self-edit, padded on the right
-    logp: jax.Array  # f32[B T] of each written token under the policy that wrote it, else 0
-    loss_mask: jax.Array  # bool[B T] the written tokens
+    tokens: Array  # i32[B T] prompt and self-edit, padded on the right
+    logp: Array  # f32[B T] of each written token under the policy that wrote it, else 0
+    loss_mask: Array  # bool[B T] the written tokens
     step: int = 0  # the outer step whose policy wrote them
 
 

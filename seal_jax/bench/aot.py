@@ -83,11 +83,12 @@ def report(kind: str, config: ModelConfig = QWEN_7B) -> dict[str, Any]:
 
 
 def _memory_and_collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None  # libtpu's compiler has both
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
-        "collectives": len(_COLLECTIVE.findall(compiled.as_text())),
+        "collectives": len(_COLLECTIVE.findall(text)),
     }
 
 
@@ -231,7 +232,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _COLLECTIVE = re.compile(r" (?:all-\w+|reduce-scatter|collective-permute|send)(?:-start)?\(")
 
 
-def cycles_by_op(hlo_text: str, unknown_trip_count: int = 1) -> collections.Counter:
+def cycles_by_op(hlo_text: str | None, unknown_trip_count: int = 1) -> collections.Counter:
     """Return a compiled program's estimated cycles by op_name, which says what of JAX they are for.
 
     Loops count as often as they run, conditionals as their dearest branch. A fusion has its
@@ -244,7 +245,7 @@ def cycles_by_op(hlo_text: str, unknown_trip_count: int = 1) -> collections.Coun
       ValueError: there is no program in the text.
     """
     total: collections.Counter = collections.Counter()
-    for line, count in executed(hlo_text, unknown_trip_count):
+    for line, count in executed(hlo_text or "", unknown_trip_count):
         if cycles := cycles_of(line):
             op = _OP_NAME.search(line)
             total[op[1] if op else ""] += count * cycles

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from seal_jax.models.known_models import TINY
+from seal_jax.models.model import Model
 from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.models.toys import pretrain
 from seal_jax.tasks.facts import ATTRIBUTES, Facts, facts_of
@@ -62,11 +63,10 @@ def make_documents(seed: int) -> Callable[[], list[pretrain.Batch]]:
 
 def model_folder(folder: Path, seed: int = 1) -> Path:
     """Return the model's folder within `folder`; it is trained where there is none."""
-    settings = {
-        "num_steps": NUM_STEPS,
-        "seed": seed,
-        "label": "training a tiny model to take notes",
-    }
-    return pretrain.pretrained_folder(
-        folder / "model", lambda: pretrain.pretrain(TINY, make_documents(seed), **settings)
-    )
+
+    def train() -> Model:
+        label = "training a tiny model to take notes"
+        draw = make_documents(seed)
+        return pretrain.pretrain(TINY, draw, num_steps=NUM_STEPS, seed=seed, label=label)
+
+    return pretrain.pretrained_folder(folder / "model", train)

@@ -42,7 +42,7 @@ from seal_jax.optim import make_optimizer
 from seal_jax.sources import load_model
 from seal_jax.tasks.knowledge.passages import load_problems
 
-PAPER = {"rank": 32, "alpha": 64.0, "targets": ("q_proj", "v_proj")}
+PAPER: dict[str, Any] = {"rank": 32, "alpha": 64.0, "targets": ("q_proj", "v_proj")}
 LEARNING_RATE = 1e-3
 ROUND = 750  # inner runs of one ReST-EM round in the paper: 50 passages, 5 self-edits, 3 seeds
 
@@ -133,9 +133,14 @@ def _tokens(model: Model, texts: Sequence[str], quarter: bool) -> list[list[int]
 
 def _jobs(edits: Sequence[Sequence[Sequence[int]]], count: int, num_epochs: int) -> list[Job]:
     """Return `count` jobs, the longest first; beyond the self-edits at hand, with other seeds."""
-    options = {"num_epochs": num_epochs, "batch_size": 1, "learning_rate": LEARNING_RATE}
     jobs = [
-        make_job([text_of(tokens) for tokens in edits[i % len(edits)]], key=(0, i), **options)
+        make_job(
+            [text_of(tokens) for tokens in edits[i % len(edits)]],
+            key=(0, i),
+            num_epochs=num_epochs,
+            batch_size=1,
+            learning_rate=LEARNING_RATE,
+        )
         for i in range(count)
     ]
     return sorted(jobs, key=lambda job: -num_trained(job))
@@ -192,7 +197,7 @@ def _figures(
         if (name := f"population_{size}_{dtype}") in per_token:
             populations[dtype][size] = per_token[name]
     best = {dtype: min(found.values()) for dtype, found in populations.items()}
-    dtype = min(best, key=best.get)
+    dtype = min(best, key=best.__getitem__)
 
     def ratio(*names: str) -> float | None:
         found = [per_token[name] for name in names if name in per_token]
@@ -209,7 +214,7 @@ def _figures(
         },
         "share_of_peak": next(iter(shares.values())),
         "shares_of_peak": shares,
-        "num_adapters": min(populations[dtype], key=populations[dtype].get),
+        "num_adapters": min(populations[dtype], key=populations[dtype].__getitem__),
         "dtype": dtype,
         "peak_gflops": {name: peak / 1e9 for name, peak in peaks.items()},
         "text_tokens_per_second": {name: 1.0 / x for name, x in per_token.items()},

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ def make_peft_steps(
 
 
 @contextlib.contextmanager
-def _to_its_end() -> Iterator[None]:
+def _to_its_end() -> Generator[None]:
     """Wait for the GPU; say of memory that it ran out in the bench's words."""
     import torch
 

@@ -50,7 +50,7 @@ from seal_jax.sources import load_model
 from seal_jax.tasks.knowledge.passages import load_problems
 from seal_jax.types import Adapters
 
-LORA = {"rank": 32, "alpha": 64.0, "targets": ("q_proj", "v_proj")}
+LORA: dict[str, Any] = {"rank": 32, "alpha": 64.0, "targets": ("q_proj", "v_proj")}
 _TIMED_ADAPTERS = 2  # of torch and PEFT's
 _FIRST = STOP_CHUNK  # tokens of the calls that are cut short: one device call of generate's
 _DRAWS = 16  # timed at once, as one is short
@@ -230,9 +230,10 @@ def _figures(
     }
 
 
-def _best(rates: dict[str, float], name: str) -> float | None:
+def _best(rates: dict[str, float], name: str) -> float:
+    """Return the best of all dtypes; 0 where none was timed."""
     found = (rates.get(f"{name}_{dtype}") for dtype in base_dtypes())
-    return max(filter(None, found), default=None)
+    return max(filter(None, found), default=0.0)
 
 
 def _limit(model: Model, work: Work, bandwidth: float, peak: float) -> float:

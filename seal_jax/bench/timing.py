@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import jax
@@ -88,13 +88,13 @@ def profiled(folder: str, call: Callable[[], Any]) -> None:
 
 
 @contextlib.contextmanager
-def count_compiles() -> Iterator[list[float]]:
+def count_compiles() -> Generator[list[float]]:
     """Yield a list that gets the seconds of every program that JAX compiles within."""
     compiled: list[float] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(duration)
+            compiled.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

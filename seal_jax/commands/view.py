@@ -62,6 +62,7 @@ def run_predictions(run: str, arm: str, name: str) -> tuple[str, list[list[dict[
     """
     from seal_jax.config.load import from_json, task_arguments
     from seal_jax.tasks import make_task
+    from seal_jax.tasks.arc.task import Arc
 
     config = from_json(Path(run, "config.json").read_text("utf-8"))
     if config.task.name != "arc":
@@ -77,5 +78,6 @@ def run_predictions(run: str, arm: str, name: str) -> tuple[str, list[list[dict[
             f"{ledger}: no task {name!r}, found {', '.join(sorted(answers)) or 'none'}"
         )
     task = make_task(**task_arguments(config))
+    assert isinstance(task, Arc)
     problem, exam = next(pair for pair in task.load("eval") if pair[0].id == name)
     return config.task.source, list(task.predictions(problem, exam, answers[name]).by_test)

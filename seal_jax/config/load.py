@@ -23,7 +23,7 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -107,8 +107,9 @@ def task_arguments(config: ConfigDict) -> dict[str, Any]:
 
 def to_json(config: ConfigDict) -> str:
     """Return `config` as JSON: sorted, one text per config, a function as 'module:qualname'."""
-    options = {"indent": 2, "sort_keys": True, "allow_nan": False}
-    return json.dumps(config.to_dict(), default=_name_of, **options) + "\n"
+    plain = config.to_dict()
+    text = json.dumps(plain, default=_name_of, indent=2, sort_keys=True, allow_nan=False)
+    return text + "\n"
 
 
 def from_json(text: str) -> ConfigDict:
@@ -244,7 +245,7 @@ def _unknown_key(key: str, valid: Mapping[str, Any]) -> str:
     same = [other for other in valid if other.rpartition(".")[2] == leaf]
     pool = same or list(valid)
     if not same and "." not in key:
-        leaves = {other.rpartition(".")[2]: other for other in reversed(valid)}
+        leaves = {other.rpartition(".")[2]: other for other in reversed(list(valid))}
         pool = [leaves[name] for name in difflib.get_close_matches(key, leaves, 1, 0.0)]
     nearest = difflib.get_close_matches(key, pool, 1, 0.0)[0]
     return f"unknown key {key!r}; nearest valid key: {nearest!r}"
@@ -302,7 +303,7 @@ def _run_file(path: str) -> ConfigDict:
 def _explain(error: Exception, path: str) -> str:
     """Word an exception of a config file: file, line, the line's text, and what is wrong."""
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [(frame.lineno, frame.line) for frame in frames if frame.filename == path]
+    lines = [(frame.lineno, frame.line or "") for frame in frames if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path:
         lines = [(error.lineno, (error.text or "").strip())]
     number, line = lines[-1] if lines else (1, "")
@@ -318,7 +319,7 @@ def _explain(error: Exception, path: str) -> str:
 # --- plain values, JSON ---
 
 
-def _name_of(function: Callable) -> str:
+def _name_of(function: Any) -> str:
     return f"{function.__module__}:{function.__qualname__}"
 
 

@@ -59,7 +59,7 @@ def _import_name(text: str) -> Callable | None:
     if not qualname:
         raise ValueError(f"{text!r} is not 'module:name'")
     try:
-        value = importlib.import_module(module_name)
+        value: Any = importlib.import_module(module_name)
         for name in qualname.split("."):
             value = getattr(value, name)
     except (ImportError, AttributeError) as error:

@@ -33,6 +33,7 @@ def watch_others() -> None:
 
 def _end_where_another_fails() -> None:
     client, message = distributed.global_state.client, ""
+    assert client is not None  # JAX has connected the processes
     while not message:
         if _ENDS.wait(1.0):
             return

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -146,7 +146,7 @@ def remove(path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+def whole_folder(path: str | os.PathLike) -> Generator[Path]:
     """Yield a temporary folder beside `path` that takes its name at the end: whole, or absent.
 
     `path` may be an empty folder.
@@ -157,7 +157,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[Path]:
+def _replacing(path: str | os.PathLike) -> Generator[Path]:
     """Yield a path for what takes the place of `path` at the end, if nothing is raised."""
     path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

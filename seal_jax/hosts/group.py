@@ -66,12 +66,13 @@ def find_group(timeout: float) -> Group | None:
         None, None, None, None, None, int(timeout)
     )
     address, count, index, local_device_ids = found
-    if None in (address, count, index):
+    if address is None or count is None or index is None:
         raise ValueError(
             "SEAL_JAX_DISTRIBUTED=1, and JAX finds no cluster (Cloud TPU, GKE, Slurm, Open MPI)"
             f" around this process: set {', '.join(_NAMES)}, or unset it to run alone"
         )
-    return Group(address, count, index, local_device_ids and tuple(local_device_ids))
+    devices = None if local_device_ids is None else tuple(local_device_ids)
+    return Group(address, count, index, devices)
 
 
 def _named_group(given: dict[str, str]) -> Group:
@@ -128,8 +129,9 @@ def _call(group: Group, my_host: str, deadline: float) -> str:
     """Call the roll; returns what is wrong, as all the others are told, or ''."""
     port = int(group.address.rpartition(":")[2])
     try:
-        dual = {"family": socket.AF_INET6, "dualstack_ipv6": True}
-        server = socket.create_server(("", port), **(dual if socket.has_dualstack_ipv6() else {}))
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        server = socket.create_server(("", port), family=family, dualstack_ipv6=dual)
     except OSError as error:
         return (
             f"process 0 on {my_host} cannot listen at port {port} ({error.strerror}): end what"

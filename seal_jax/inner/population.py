@@ -11,9 +11,10 @@ one device.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from seal_jax.hosts.console import say
 from seal_jax.hosts.exchange import least
@@ -41,6 +42,11 @@ class Needs(NamedTuple):
     resident: int  # bytes of what else lies on each device meanwhile
     limit: int | None = None  # bytes to plan with on each device; `device_bytes` by default
 
+    @property
+    def mesh(self) -> Mesh:
+        assert self.loop.setup.mesh is not None
+        return self.loop.setup.mesh
+
 
 def fit_population(needs: Needs, longest: int, previous: Population) -> Population:
     """Return how many adapters fit where the longest row that is to come has so many tokens.
@@ -56,7 +62,7 @@ def fit_population(needs: Needs, longest: int, previous: Population) -> Populati
     if longest <= previous.longest:
         return previous
     setup, inner = needs.loop.setup, needs.inner
-    mesh, rules = setup.mesh, setup.config.rules
+    mesh, rules = needs.mesh, setup.config.rules
     room = least("memory", device_bytes(mesh) if needs.limit is None else needs.limit)
     # The population is divided over this axis where its size allows, see sharding.leading.
     multiple = num_parts(mesh, "adapter", rules)
@@ -84,13 +90,13 @@ def adapter_shapes(needs: Needs, num_adapters: int) -> Adapters:
     sizes = {"rank": inner.rank, "alpha": inner.alpha, "targets": inner.targets}
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_adapters))
     adapters = jax.eval_shape(partial(lora.init_adapters, setup.config, **sizes), keys)
-    return shaped(adapters, leading(setup.mesh, "adapter", num_adapters, setup.config.rules))
+    return shaped(adapters, leading(needs.mesh, "adapter", num_adapters, setup.config.rules))
 
 
 def _needed(needs: Needs, shape: Shape, num_adapters: int) -> float:
     """Return the bytes on each device while so many adapters take a step of that shape."""
     setup = needs.loop.setup
-    mesh, rules = setup.mesh, setup.config.rules
+    mesh, rules = needs.mesh, setup.config.rules
     batch = empty_batch(shape, num_adapters, needs.inner.steps_per_call, num_shards(mesh, rules))
     batch = shaped(batch, batch_sharding(mesh, rules))
     params = shaped(needs.params, jax.tree.map(lambda x: x.sharding, needs.params))
@@ -181,10 +187,11 @@ def adapter_bytes(adapters: Adapters, setup: InnerSetup) -> int:
 
     Their first values, as the caller has them, the loop's state, and what a batch says of each.
     """
-    where = adapters.scale.sharding
+    scale: Any = adapters.scale
+    where = scale.sharding
     state = shaped(jax.eval_shape(partial(start_state, setup), adapters), where)
     numbers = 4 * (len(InnerBatch._fields) - len(STEP_FIELDS))
-    numbers *= where.shard_shape(adapters.scale.shape)[0]
+    numbers *= where.shard_shape(scale.shape)[0]
     return tree_bytes(adapters) + tree_bytes(state) + numbers
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from seal_jax.models.tokenizer import Tokenizer
 from seal_jax.tasks.task import Turn
 
 # The authors' code pads every text to PADDED tokens and counts the prediction of padding too. Where
@@ -87,13 +88,14 @@ def num_trained(job: Job) -> int:
     return sum(map(row_length, job.rows))
 
 
-def encode_text(tokenizer, text: str | Turn, outputs_only: bool = False, *, chat: bool) -> Text:
+def encode_text(
+    tokenizer: Tokenizer, text: str | Turn, outputs_only: bool = False, *, chat: bool
+) -> Text:
     """Return a training text as tokens, with its loss mask.
 
     The loss is on all tokens but the first, which nothing predicts.
 
     Args:
-      tokenizer: a `seal_jax.models.tokenizer.Tokenizer`.
       outputs_only: of a turn: the loss is on its outputs, those in its prompt and its answer.
       chat: whether a turn goes through the model's chat template.
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
@@ -175,7 +176,7 @@ def lane_gradients(
         key_of = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))
         drop = setup.dropout, key_of(batch.seed[lane], state.step[lane])
 
-    def total(weights: tuple[Params, ...]) -> tuple[jax.Array, jax.Array]:
+    def total(weights: Any) -> tuple[jax.Array, jax.Array]:
         losses = lane_losses(config, params, Adapters(weights, scale), batch, rope, drop)
         return losses.sum(), losses
 
@@ -315,7 +316,7 @@ def _update(
 ) -> tuple[Adapters, list[jax.Array]]:
     """Train the adapters; `show` is told after each batch how many rows of jobs it has trained."""
     state, losses = programs.start(adapters), []
-    is_traced = isinstance(state.step, jax.core.Tracer)
+    is_traced = isinstance(state.step, Tracer)
     run = programs.run_within if is_traced else programs.run
     for batch in batches:
         state, loss = run(params, state, batch)

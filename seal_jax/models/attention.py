@@ -8,12 +8,14 @@ its own segment, from its own slot back to the edge of the window. The two kerne
 """
 
 from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from seal_jax.models.config import ModelConfig
 from seal_jax.sharding import attention_specs, auto_axes, platform
+from seal_jax.types import Array
 
 _TILE = 128  # splash attention's smallest
 # The lengths from which the kernels are worth their overhead.
@@ -33,8 +35,8 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segments: jax.Array,
-    key_segments: jax.Array,
+    segments: Array,
+    key_segments: Array,
     *,
     local: bool,
 ) -> jax.Array:
@@ -66,8 +68,8 @@ def attend_apart(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segments: jax.Array,
-    key_segments: jax.Array,
+    segments: Array,
+    key_segments: Array,
     finite: jax.Array,
     *,
     local: bool,
@@ -145,9 +147,7 @@ def score_scale(config: ModelConfig) -> float:
     return config.head_dim**-0.5 if config.query_scale is None else config.query_scale
 
 
-def visible_slots(
-    segments: jax.Array, key_segments: jax.Array, window: int | None = None
-) -> jax.Array:
+def visible_slots(segments: Array, key_segments: Array, window: int | None = None) -> jax.Array:
     """Return bool[B T T], True where query t may look at key s; see `attend`."""
     slots = jnp.arange(segments.shape[1])
     distance = slots[None, :, None] - slots[None, None]
@@ -173,7 +173,14 @@ def xla_attention(
     return _xla_forward(q, k, v, visible, scale, softcap)[0]
 
 
-def _xla_forward(q, k, v, visible, scale, softcap):
+def _xla_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    scale: float,
+    softcap: float | None,
+) -> tuple[jax.Array, tuple]:
     B, N, T, H = q.shape
     K, S = k.shape[1:3]
     # Scaled here, where there are fewer numbers than scores.
@@ -215,7 +222,9 @@ def weigh(scores: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
     return weights, 1 / total
 
 
-def _xla_backward(scale, softcap, saved, grads):
+def _xla_backward(
+    scale: float, softcap: float | None, saved: tuple, grads: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     del softcap
     rows, k, v, weights, share, slope, out = saved
     shape = out.shape
@@ -264,8 +273,8 @@ def splash_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segments: jax.Array,
-    key_segments: jax.Array,
+    segments: Array,
+    key_segments: Array,
     window: int | None,
 ) -> jax.Array:
     """Compute attention with JAX's splash kernel (Pallas), which skips tiles that nobody sees.
@@ -296,7 +305,7 @@ def splash_attention(
     return kernel(q, k.astype(q.dtype), v.astype(q.dtype), segments, key_segments)[:, :, :T]
 
 
-def _splash(*arrays: jax.Array, window: int | None, softcap: float | None) -> jax.Array:
+def _splash(*arrays: Array, window: int | None, softcap: float | None) -> jax.Array:
     """Run the kernel on q, k, v [B N T H] and the segments of both sides i32[B T]."""
     # Pallas takes a second to import, and only this function needs it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -308,18 +317,19 @@ def _splash(*arrays: jax.Array, window: int | None, softcap: float | None) -> ja
         mask = splash.LocalMask((T, T), window_size=(window - 1, 0), offset=0)
     block = next(size for size in (512, 256, _TILE) if T % size == 0)
     sizes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    blocks = splash.BlockSizes(**{f"block_{name}": block for name in sizes})
+    blocks: dict[str, Any] = {f"block_{name}": block for name in sizes}
 
-    def compute(q, k, v, segments, key_segments, interpret: bool) -> jax.Array:
+    def compute(*arrays: jax.Array, interpret: bool) -> jax.Array:
+        *heads, segments, key_segments = arrays
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * N),
-            block_sizes=blocks,
+            block_sizes=splash.BlockSizes(**blocks),
             head_shards=1,
             q_seq_shards=1,
             attn_logits_soft_cap=softcap,
             interpret=interpret,
         )
-        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(q=segments, kv=key_segments))
+        return jax.vmap(kernel)(*heads, splash.SegmentIds(q=segments, kv=key_segments))
 
     interpreted, compiled = (partial(compute, interpret=choice) for choice in (True, False))
     return jax.lax.platform_dependent(*arrays, cpu=interpreted, default=compiled)

@@ -210,7 +210,7 @@ def config_from_hf(source: dict[str, Any] | str | os.PathLike) -> ModelConfig:
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"hidden_size {embed_dim} is not a multiple of {num_heads} heads")
         query_scalar = hf.get("query_pre_attn_scalar")
-        fields = {
+        fields: dict[str, Any] = {
             "vocab_size": int(hf["vocab_size"]),
             "num_layers": int(hf["num_hidden_layers"]),
             "embed_dim": embed_dim,

@@ -64,7 +64,7 @@ def gguf_config(reader: gguf.GGUFReader, path: str | os.PathLike) -> ModelConfig
     metadata = gguf_metadata(reader, path)
     where = os.fspath(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    arch = metadata.get("general.architecture")
+    arch: Any = metadata.get("general.architecture")
     try:
         _refuse_unsupported(metadata, arch)
         config = _sizes(metadata, arch, "output.weight" not in tensors)

@@ -13,7 +13,6 @@ TINY = ModelConfig(
     mlp_dim=384,
     max_length=1024,
 )
-_LLAMA_ROPE = {"rope_theta": 5e5, "max_length": 131072}
 
 
 def _llama3(
@@ -21,7 +20,8 @@ def _llama3(
 ) -> ModelConfig:
     return ModelConfig(
         128256, layers, width, heads, 8, 64 if width == 2048 else 128, mlp,
-        tie_embeddings=tied, rope_scaling=RopeScaling(factor, 1.0, 4.0, 8192), **_LLAMA_ROPE,
+        tie_embeddings=tied, rope_scaling=RopeScaling(factor, 1.0, 4.0, 8192),
+        rope_theta=5e5, max_length=131072,
     )  # fmt: skip
 
 

@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.quantize import product
-from seal_jax.types import Params
+from seal_jax.types import Array, Params
 
 
 def unembed(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
@@ -28,8 +29,8 @@ def next_token_logp(
     config: ModelConfig,
     params: Params,
     hidden: jax.Array,
-    tokens: jax.Array,
-    wanted: jax.Array,
+    tokens: Array,
+    wanted: Array,
 ) -> jax.Array:
     """Return log p f32[B T-1] of all tokens but each row's first, given those before them.
 
@@ -48,8 +49,8 @@ def token_logp(
     config: ModelConfig,
     params: Params,
     hidden: jax.Array,
-    targets: jax.Array,
-    wanted: jax.Array,
+    targets: Array,
+    wanted: Array,
     tile: int = 1024,
 ) -> jax.Array:
     """Return log p(targets), f32[M], for hidden states [M D] and targets i32[M].
@@ -86,7 +87,12 @@ def token_logp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _tile_logp(
-    config: ModelConfig, may_skip: bool, head: Params, hidden, targets, wanted
+    config: ModelConfig,
+    may_skip: bool,
+    head: Params,
+    hidden: jax.Array,
+    targets: Array,
+    wanted: Array,
 ) -> jax.Array:
     """Return log_softmax(logits)[targets], f32[M], of hidden states [M D]; 0 where not wanted.
 
@@ -100,7 +106,14 @@ def _tile_logp(
     return _if_any(wanted, may_skip, logp, head, hidden)
 
 
-def _tile_forward(config, may_skip, head, hidden, targets, wanted):
+def _tile_forward(
+    config: ModelConfig,
+    may_skip: bool,
+    head: Params,
+    hidden: jax.Array,
+    targets: Array,
+    wanted: Array,
+) -> tuple[jax.Array, tuple]:
     def logp_and_slope(head: Params, hidden: jax.Array) -> tuple[jax.Array, ...]:
         logp, total, unscaled, pull_back = _log_softmax_at(config, head, hidden, targets)
         return jnp.where(wanted, logp, 0.0), total, pull_back(unscaled)[1]
@@ -109,7 +122,9 @@ def _tile_forward(config, may_skip, head, hidden, targets, wanted):
     return logp, (head, hidden, targets, wanted, total, slope)
 
 
-def _tile_backward(config, may_skip, saved, grads):
+def _tile_backward(
+    config: ModelConfig, may_skip: bool, saved: tuple, grads: jax.Array
+) -> tuple[Params, jax.Array, None, None]:
     head, hidden, targets, wanted, total, slope = saved
     # A token's gradient is scaled behind the product: of D numbers instead of V.
     scale = -grads[:, None] / total
@@ -127,7 +142,7 @@ def _tile_backward(config, may_skip, saved, grads):
 _tile_logp.defvjp(_tile_forward, _tile_backward)
 
 
-def _if_any(wanted: jax.Array, may_skip: bool, function: Callable, *args):
+def _if_any(wanted: Array, may_skip: bool, function: Callable, *args: Any) -> Any:
     """Return function(*args); zeros where nobody wants any, if it may be skipped."""
     if not may_skip:
         return function(*args)
@@ -136,7 +151,9 @@ def _if_any(wanted: jax.Array, may_skip: bool, function: Callable, *args):
     return jax.lax.cond(wanted.any(), function, lambda *_: nothing, *args)
 
 
-def _log_softmax_at(config: ModelConfig, head: Params, hidden: jax.Array, targets: jax.Array):
+def _log_softmax_at(
+    config: ModelConfig, head: Params, hidden: jax.Array, targets: Array
+) -> tuple[jax.Array, jax.Array, jax.Array, Callable]:
     """Return log_softmax(logits)[targets], and what its gradient is made of.
 
     Returns:

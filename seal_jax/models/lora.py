@@ -8,6 +8,7 @@ a TPU's lanes.
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from seal_jax.models.config import LINEARS, ModelConfig
 from seal_jax.models.names import linear_shapes
 from seal_jax.models.quantize import is_quantized
 from seal_jax.types import Adapters, Params
+
+Tree = TypeVar("Tree")
 
 # The block of each linear map that can be adapted.
 TARGETS = dict.fromkeys(LINEARS[:4], "attn") | dict.fromkeys(LINEARS[4:], "mlp")
@@ -66,8 +69,11 @@ def stack(adapters: Sequence[Adapters]) -> Adapters:
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *adapters)
 
 
-def take(adapters: Adapters, index: int | slice | jax.Array) -> Adapters:
-    """Return the adapters at `index` (an int drops the axis, a slice or an array keeps it)."""
+def take(adapters: Tree, index: int | slice | jax.Array) -> Tree:
+    """Return the adapters at `index` (an int drops the axis, a slice or an array keeps it).
+
+    Likewise of their weights, or of what an optimizer keeps for them.
+    """
     return jax.tree.map(lambda x: x[index], adapters)
 
 

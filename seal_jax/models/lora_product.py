@@ -11,18 +11,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from seal_jax.types import Array
+
 
 class Chunks(NamedTuple):
     """n chunks of c tokens each, of M tokens; token and slot are each other's inverse."""
 
-    lane: jax.Array  # i32[n] whose adapter a chunk takes
+    lane: Array  # i32[n] whose adapter a chunk takes
     token: jax.Array  # i32[n c] the token in each slot; an empty one has its chunk's first
-    in_use: jax.Array  # bool[n c 1] whether a slot is not empty
+    in_use: Array  # bool[n c 1] whether a slot is not empty
     slot: jax.Array  # i32[M] the slot of each token; any, where nobody's adapter takes it
     has_slot: jax.Array  # bool[M 1] whether somebody's does
 
 
-def make_chunks(lane: jax.Array, token: jax.Array, num_tokens: int) -> Chunks:
+def make_chunks(lane: Array, token: Array, num_tokens: int) -> Chunks:
     """Return the chunks of M = `num_tokens` tokens.
 
     Args:
@@ -51,7 +53,7 @@ def token_lanes(chunks: Chunks) -> jax.Array:
 
 
 @partial(jax.named_call, name="lora")
-def grouped_product(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+def grouped_product(x: jax.Array, a: jax.Array, b: jax.Array, scale: Array) -> jax.Array:
     """Return scale * (x @ a.T) @ b, [M F] for x [M D] grouped by adapter, a [A r D], b [A r F]."""
     grouped = x.reshape(a.shape[0], -1, x.shape[-1]).astype(a.dtype)
     low = jnp.einsum("atd,ard->atr", grouped, a) * scale[:, None, None].astype(a.dtype)
@@ -60,7 +62,7 @@ def grouped_product(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) 
 
 @jax.custom_vjp
 def chunked_product(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, chunks: Chunks
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: Array, chunks: Chunks
 ) -> jax.Array:
     """Return scale * (x @ a.T) @ b, [M F] for x [M D], a [U r D], b [U r F]; 0 for nobody's token.
 
@@ -72,7 +74,9 @@ def chunked_product(
 
 
 @partial(jax.named_call, name="lora")
-def _forward(x, a, b, scale, chunks):
+def _forward(
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: Array, chunks: Chunks
+) -> tuple[jax.Array, tuple]:
     low = _sum("ncd,nrd->ncr", _gather(x, chunks.token), _gather(a, chunks.lane).astype(x.dtype))
     low = _in_use((low * scale[chunks.lane, None, None]).astype(x.dtype), chunks)
     out = _sum("ncr,nrf->ncf", low, _gather(b, chunks.lane).astype(x.dtype)).astype(x.dtype)
@@ -80,7 +84,7 @@ def _forward(x, a, b, scale, chunks):
 
 
 @partial(jax.named_call, name="lora_backward")
-def _backward(saved, grads):
+def _backward(saved: tuple, grads: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
     x, a, b, scale, chunks, low = saved
     grads = _gather(grads, chunks.token)
     d_low = _sum("ncf,nrf->ncr", grads, _gather(b, chunks.lane).astype(x.dtype))
@@ -115,5 +119,5 @@ def _to_tokens(slots: jax.Array, chunks: Chunks) -> jax.Array:
     return jnp.where(chunks.has_slot, _gather(flat, chunks.slot), 0)
 
 
-def _gather(x: jax.Array, index: jax.Array) -> jax.Array:
+def _gather(x: jax.Array, index: Array) -> jax.Array:
     return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)

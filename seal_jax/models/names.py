@@ -87,10 +87,15 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+_Row = tuple[str, tuple[int, ...], str, str]  # path, shape, Hugging Face's name, GGUF's name
+
+
 def param_table(config: ModelConfig) -> list[Param]:
     """Return every parameter of the decoder."""
     dim, vocab = config.embed_dim, config.vocab_size
-    rows = [("embed/embedding", (vocab, dim), "model.embed_tokens.weight", "token_embd.weight")]
+    rows: list[_Row] = [
+        ("embed/embedding", (vocab, dim), "model.embed_tokens.weight", "token_embd.weight")
+    ]
     layer = _layer_rows(config)
     for i in range(config.num_layers):
         rows += [
@@ -100,13 +105,13 @@ def param_table(config: ModelConfig) -> list[Param]:
     rows.append(("final_norm/scale", (dim,), "model.norm.weight", "output_norm.weight"))
     if not config.tie_embeddings:
         rows.append(("lm_head/kernel", (dim, vocab), "lm_head.weight", "output.weight"))
-    return [Param(tuple(path.split("/")), *row) for path, *row in rows]
+    return [Param(tuple(path.split("/")), shape, hf, gguf) for path, shape, hf, gguf in rows]
 
 
-def _layer_rows(config: ModelConfig) -> list[tuple[str, tuple[int, ...], str, str]]:
-    """Return (path, shape, Hugging Face's name, GGUF's name) of a layer's parameters."""
+def _layer_rows(config: ModelConfig) -> list[_Row]:
+    """Return a layer's parameters."""
     shapes, renamed = linear_shapes(config), find_family(config.family).tensor_names
-    rows = []
+    rows: list[_Row] = []
     for path, (hf, gguf) in _LINEARS.items():
         hf, name = renamed.get(hf, hf), path.split("/")[1]
         rows.append((f"{path}/kernel", shapes[name], f"{hf}.weight", f"{gguf}.weight"))

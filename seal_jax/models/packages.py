@@ -47,7 +47,7 @@ def packaged_gguf(name: str) -> Path:
 def _folders(name: str) -> list[Path]:
     """Return the folders of an installed package. A top-level name is found without an import."""
     spec = importlib.util.find_spec(name)
-    return [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    return [Path(folder) for folder in (spec.submodule_search_locations if spec else None) or ()]
 
 
 def _find(folders: list[Path], pattern: str) -> list[Path]:
@@ -58,7 +58,7 @@ def _checksum(name: str, folders: list[Path]) -> tuple[str, str]:
     """Return the sha256 and the name of the one .gguf file that SHA256SUMS lists."""
     lines = _find(folders, "SHA256SUMS")[0].read_text(encoding="utf-8").splitlines()
     matches = (re.fullmatch(r"([0-9a-f]{64}) [ *]([\w.-]+\.gguf)", line) for line in lines)
-    found = [match.groups() for match in matches if match]
+    found = [(match[1], match[2]) for match in matches if match]
     if len(found) != 1:
         raise FileNotFoundError(f"package:{name}: its SHA256SUMS lists {len(found)} .gguf files.")
     return found[0]
@@ -82,7 +82,9 @@ def _joined(name: str, sha256: str, file_name: str) -> Path:
                 with open(part, "rb") as file:
                     shutil.copyfileobj(file, partial)
             partial.seek(0)
-            found = hashlib.file_digest(partial, "sha256").hexdigest()
+            # typeshed does not take a temporary file for one.
+            digest = hashlib.file_digest(partial, "sha256")  # ty: ignore[no-matching-overload]
+            found = digest.hexdigest()
         if found != sha256:
             raise ValueError(
                 f"package:{name}: its {len(parts)} parts make a {file_name} with sha256 {found}, "

@@ -113,6 +113,7 @@ def shards_of(shape: tuple[int, ...], sharding: Sharding | None) -> dict[tuple, 
         return {tuple((0, size) for size in shape): [None]}
     devices: dict[tuple, list] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None  # it is of devices that are here
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         devices.setdefault(bounds, []).append(device)
     return devices

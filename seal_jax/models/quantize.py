@@ -20,7 +20,7 @@ from jax.sharding import AxisType
 
 from seal_jax.models.turned_kernels import Turned, at_least_two, turned_product
 from seal_jax.sharding import auto_axes, lookup_specs
-from seal_jax.types import ParamRules, Params
+from seal_jax.types import Array, ParamRules, Params
 
 QUANTIZATIONS = ("none", "int8", "nf4")
 TILE = 64  # inputs that share a scale under nf4
@@ -90,7 +90,7 @@ def _to_nf4(x: jax.Array) -> Any:
     scale = jnp.where(largest > 0, largest, 1.0).astype(x.dtype)
     relative = tiles / scale.astype(jnp.float32)[:, None]
     middles = [(a + b) / 2 for a, b in zip(LEVELS[:-1], LEVELS[1:], strict=True)]
-    codes = sum((relative > middle).astype(jnp.int8) for middle in middles)
+    codes = jnp.asarray(sum((relative > middle).astype(jnp.int8) for middle in middles))
     return qwix.QArray(codes.reshape(x.shape).astype(jnp.uint4), scale, None, "nf4")
 
 
@@ -110,7 +110,7 @@ def dequantize(kernel: Any, dtype: Any) -> jax.Array:
     return tiles.reshape(codes.shape)
 
 
-def take_rows(table: Any, index: jax.Array, rules: ParamRules = ()) -> jax.Array:
+def take_rows(table: Any, index: Array, rules: ParamRules = ()) -> jax.Array:
     """Return table[index]: the embeddings [M D] of tokens i32[M].
 
     Args:
@@ -122,7 +122,7 @@ def take_rows(table: Any, index: jax.Array, rules: ParamRules = ()) -> jax.Array
     return _take(table.qvalue, index, rules).astype(scale.dtype) * scale
 
 
-def _take(table: jax.Array, index: jax.Array, rules: ParamRules) -> jax.Array:
+def _take(table: jax.Array, index: Array, rules: ParamRules) -> jax.Array:
     """Return table[index]; within a shard_map over some axes, by hand over the others.
 
     XLA aborts on that lookup where both of the table's axes are divided.
@@ -135,7 +135,7 @@ def _take(table: jax.Array, index: jax.Array, rules: ParamRules) -> jax.Array:
         return table[index]
     vocab = specs.table[0]
 
-    def take_here(part: jax.Array, index: jax.Array) -> jax.Array:
+    def take_here(part: jax.Array, index: Array) -> jax.Array:
         index = index - jax.lax.axis_index(vocab) * len(part)
         here = (index >= 0) & (index < len(part))
         rows = part[jnp.where(here, index, 0)]

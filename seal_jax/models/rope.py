@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from seal_jax.models.config import ModelConfig
 from seal_jax.sharding import platform
+from seal_jax.types import Array
 
 # (cos, sin) of a global and of a local layer, f32[... 1 T H] each.
 RopeTables = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -28,7 +29,7 @@ def rope_frequencies(config: ModelConfig, local: bool = False) -> jax.Array:
     return frequency * blend + frequency / s.factor * (1.0 - blend)
 
 
-def _rope_table(positions: jax.Array, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _rope_table(positions: Array, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
     angle = positions.astype(jnp.float32)[..., None, :, None]
     angle = angle * jnp.expand_dims(frequency, range(positions.ndim + 1))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -59,7 +60,7 @@ apply_rope.defvjp(
 )
 
 
-def rope_tables(config: ModelConfig, positions: jax.Array) -> RopeTables:
+def rope_tables(config: ModelConfig, positions: Array) -> RopeTables:
     """Return cosine and signed sine of the angles at positions i32[... T]."""
     table = _rope_table(positions, rope_frequencies(config))
     if config.local_rope_theta is None:

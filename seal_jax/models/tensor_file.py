@@ -12,8 +12,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -117,8 +118,8 @@ def same_values(left: Tensor, right: Tensor, index: Index) -> bool:
     num_rows = _rows_per_block(left.shape[1] * DTYPES[left.dtype].itemsize)
     for first in range(start, stop, num_rows):
         block = (slice(first, min(first + num_rows, stop)), columns)
-        values = (read_slice(t, block, DTYPES[t.dtype]) for t in (left, right))
-        if not np.array_equal(*values):
+        one, other = (read_slice(t, block, DTYPES[t.dtype]) for t in (left, right))
+        if not np.array_equal(one, other):
             return False
     return True
 
@@ -158,7 +159,7 @@ def write_file(path: Path, shapes: dict[str, tuple[str, tuple]], arrays: Iterabl
         for (name, (dtype, shape)), array in zip(shapes.items(), arrays, strict=True):
             tensor = Tensor(path, name, dtype, shape, file.tell())
             for _, block in _row_blocks(array):
-                file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+                file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
             file.flush()
             _verify(tensor, array)
         os.fsync(file.fileno())
@@ -182,12 +183,12 @@ def dtype_name(dtype: Any, where: str) -> str:
 
 
 def _read_rows(
-    file: BinaryIO, tensor: Tensor, rows: range, columns: range, values: np.ndarray
+    file: FileIO, tensor: Tensor, rows: range, columns: range, values: np.ndarray
 ) -> None:
     """Read the given columns of the given rows into `values`, which is contiguous."""
     if not values.size:
         return
-    data = memoryview(values.reshape(-1).view(np.uint8))
+    data = values.reshape(-1).view(np.uint8).data
     width = tensor.shape[-1] if tensor.shape else 1
     size = len(columns) * values.itemsize
     if len(columns) == width:  # the rows touch each other

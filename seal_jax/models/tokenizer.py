@@ -32,7 +32,11 @@ class Tokenizer(Protocol):
     vocab_size: int  # every id is below it; the model's V may be larger
     pad_id: int  # may equal a stop id: mask by length, not by value
     stop_ids: tuple[int, ...]  # the first one ends a text; any of them ends an answer
-    bos: int | None  # put in front of plain text, because the model was trained so
+
+    @property
+    def bos(self) -> int | None:
+        """What is put in front of plain text, because the model was trained so."""
+        ...
 
     def encode(self, text: str, start: bool = True) -> list[int]:
         """Return the ids of plain text, `bos` in front where `start` and the model wants it."""
@@ -75,7 +79,7 @@ class ByteTokenizer:
     vocab_size = 261
     pad_id = 256
     bos = 257
-    stop_ids = (258,)
+    stop_ids: tuple[int, ...] = (258,)
     user_id = 259
     assistant_id = 260
 

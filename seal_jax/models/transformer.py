@@ -13,7 +13,7 @@ unrolled: on TPUs the inner loop is faster so than with a scan over layers.
 import functools
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -35,7 +35,7 @@ from seal_jax.models.lora_product import Chunks, chunked_product, grouped_produc
 from seal_jax.models.quantize import product, take_rows
 from seal_jax.models.rope import RopeTables, apply_rope, rope_tables
 from seal_jax.sharding import auto_axes, platform
-from seal_jax.types import Adapters, Params
+from seal_jax.types import Adapters, Array, Params
 
 
 class RMSNorm(nn.Module):
@@ -74,7 +74,7 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(y.dtype)[None]
-        if self.has_variable("lora", "a"):
+        if lora is not None and self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             if lora.dropout is not None:
                 name = zlib.crc32("/".join(self.path).encode())
@@ -100,7 +100,7 @@ class Attention(nn.Module):
     local: bool
 
     @nn.compact
-    def __call__(self, x, call: "_Call", cache):
+    def __call__(self, x: jax.Array, call: "_Call", cache: tuple | None) -> tuple[jax.Array, tuple]:
         c = self.config
         B, T = call.segments.shape
         num_heads = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
@@ -111,6 +111,7 @@ class Attention(nn.Module):
         q, k = apply_rope(q, call.rope[self.local]), apply_rope(k, call.rope[self.local])
         texts = call.segments, call.key_segments
         if cache is not None:
+            assert call.slot is not None and call.seen is not None
             prompts, own = cache
             k, v = own = write_cache(*own, k, v, call.slot)
             out = flat_heads(attend_cached(c, q, prompts, own, call.seen[self.local]))
@@ -150,7 +151,7 @@ class MLP(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, lora):
+    def __call__(self, x: jax.Array, lora: "_Lora | None") -> jax.Array:
         c = self.config
         gate = _linear(c, c.mlp_dim, "gate_proj")(x, lora)
         up = _linear(c, c.mlp_dim, "up_proj")(x, lora)
@@ -162,7 +163,7 @@ class Layer(nn.Module):
     local: bool
 
     @nn.compact
-    def __call__(self, x, call: "_Call", cache):
+    def __call__(self, x: jax.Array, call: "_Call", cache: tuple | None) -> tuple[jax.Array, tuple]:
         c = self.config
         attention = Attention(c, self.local, name="attn")
         attn, cache = attention(_norm(c, "attn_norm")(x), call, cache)
@@ -180,7 +181,7 @@ class Packed(NamedTuple):
 
     # i32[B T] of the keys; a token whose own key is of another segment does not see itself. As
     # `segments` by default.
-    key_segments: jax.Array | None = None
+    key_segments: Array | None = None
     # Whose adapter each of the B * T tokens takes, instead of rows grouped by adapter.
     chunks: Chunks | None = None
     # `rope_tables` of the positions, made outside of the loop: XLA for CPUs would compute cosines
@@ -194,7 +195,7 @@ class Packed(NamedTuple):
 class _Lora(NamedTuple):
     """Whose adapter each token takes; the adapters' matrices are in the 'lora' collection."""
 
-    scale: jax.Array  # f32[A]
+    scale: Array  # f32[A]
     chunks: Chunks | None  # or rows are grouped by adapter
     dropout: Callable | None  # see `Packed`
     layer: jax.Array | None = None  # u32[] of the maps that ask for it
@@ -204,8 +205,8 @@ class _Call(NamedTuple):
     """What every layer is called with; see `hidden_states`."""
 
     rope: RopeTables
-    segments: jax.Array  # i32[B T]
-    key_segments: jax.Array  # i32[B T]
+    segments: Array  # i32[B T]
+    key_segments: Array  # i32[B T]
     lora: "_Lora | None"
     slot: jax.Array | None = None  # i32[B] of the token, where there is a cache
     seen: tuple | None = None  # there: `seen_slots` of a global and of a local layer
@@ -227,7 +228,14 @@ _REMAT_POLICIES = {
 }
 
 
-def _apply_layer(config: ModelConfig, local: bool, variables: Params, x, call: _Call, cache):
+def _apply_layer(
+    config: ModelConfig,
+    local: bool,
+    variables: Params,
+    x: jax.Array,
+    call: _Call,
+    cache: tuple | None,
+) -> tuple[jax.Array, tuple]:
     """Apply a layer.
 
     Layers of equal shapes are traced once and lowered as one function, which XLA inlines. Where the
@@ -241,7 +249,14 @@ def _apply_layer(config: ModelConfig, local: bool, variables: Params, x, call: _
     return apply(config, local, variables, x, call, cache)
 
 
-def _apply(config: ModelConfig, local: bool, variables: Params, x, call: _Call, cache):
+def _apply(
+    config: ModelConfig,
+    local: bool,
+    variables: Params,
+    x: jax.Array,
+    call: _Call,
+    cache: tuple | None,
+) -> Any:
     layer = Layer
     if config.remat != "none":
         layer = nn.remat(Layer, policy=_REMAT_POLICIES[config.remat])
@@ -258,7 +273,9 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens, call: _Call, caches: RowCaches | None = None):
+    def __call__(
+        self, tokens: Array, call: _Call, caches: RowCaches | None = None
+    ) -> tuple[jax.Array, KVCache]:
         c = self.config
         embed = nn.Embed(
             c.vocab_size, c.embed_dim, embedding_init=nn.initializers.normal(0.02), name="embed"
@@ -309,8 +326,8 @@ def _unstack(x: jax.Array) -> list[jax.Array]:
 _unstack.defvjp(lambda x: (_unstack(x), None), lambda _, grads: (jnp.stack(grads, axis=1),))
 
 
-def split_layers(weights: Params) -> tuple[Params, ...]:
-    """Return the weights of a stack of adapters [A L ...] as L trees [A ...]."""
+def split_layers(weights: Params) -> Any:
+    """Return the weights of a stack of adapters [A L ...] as a tuple of L trees [A ...]."""
     leaves, treedef = jax.tree.flatten(weights)
     by_layer = zip(*(_unstack(x) for x in leaves), strict=True)
     return tuple(treedef.unflatten(layer) for layer in by_layer)
@@ -319,9 +336,9 @@ def split_layers(weights: Params) -> tuple[Params, ...]:
 def hidden_states(
     config: ModelConfig,
     params: Params,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
+    tokens: Array,
+    positions: Array,
+    segments: Array,
     adapters: Adapters | None = None,
     caches: RowCaches | None = None,
     packed: Packed | None = None,
@@ -357,7 +374,8 @@ def hidden_states(
         lora,
         *(() if caches is None else (caches.slot, seen_of_layers(config, caches))),
     )
-    return Transformer(config).apply(variables, tokens, call, caches)
+    found: Any = Transformer(config).apply(variables, tokens, call, caches)
+    return found
 
 
 def forward(

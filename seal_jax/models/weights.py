@@ -12,7 +12,7 @@ import collections
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ def _num_bytes(param: Param, sharding: Sharding | None, tensor: Tensor) -> int:
 @contextlib.contextmanager
 def _progress(
     total: int, desc: str, show: Callable[[int], Any] | None
-) -> Iterator[Callable[[int], Any]]:
+) -> Generator[Callable[[int], Any]]:
     """Give what to call with the bytes of each read: `show`, or process 0's bar of megabytes."""
     if show is not None or total < QUIET_BYTES or jax.process_index():
         yield show or (lambda size: None)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seal_jax.types import Array
+
 
 class Past(NamedTuple):
     """What an outer step knows of the steps before it; saved with the policy."""
@@ -35,11 +37,11 @@ class Tokens(NamedTuple):
     """What a loss sees of the written tokens, f32[B T] each."""
 
     logp: jax.Array  # under the policy that is trained
-    old_logp: jax.Array  # under the policy that wrote them
-    advantages: jax.Array
+    old_logp: Array  # under the policy that wrote them
+    advantages: Array
     values: jax.Array  # of the value head; 0 without one, as the next two
-    old_values: jax.Array
-    returns: jax.Array
+    old_values: Array
+    returns: Array
 
 
 class Gae(NamedTuple):
@@ -79,7 +81,7 @@ AVERAGES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 
 
 def token_advantages(
-    gae: Gae, rewards: np.ndarray, values: np.ndarray, loss_mask: np.ndarray
+    gae: Gae, rewards: np.ndarray, values: np.ndarray, loss_mask: Array
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return advantages and returns of the written tokens, f32[B T] each; 0 elsewhere.
 
@@ -105,7 +107,7 @@ def token_advantages(
     return np.where(loss_mask, advantages, 0).astype(np.float32), returns
 
 
-def kl_penalty(logp: jax.Array, ref_logp: jax.Array) -> jax.Array:
+def kl_penalty(logp: jax.Array, ref_logp: Array) -> jax.Array:
     """Return an estimate of KL(policy | reference) per token that is never negative, f32[B T].
 
     r - 1 - log r with r = p_ref / p; unbiased for tokens that the policy wrote.
@@ -113,7 +115,7 @@ def kl_penalty(logp: jax.Array, ref_logp: jax.Array) -> jax.Array:
     References:
       Schulman, Approximating KL Divergence, 2020 (its k3); arXiv 2402.03300, equation 4.
     """
-    log_ratio = ref_logp - logp
+    log_ratio = jnp.subtract(ref_logp, logp)
     return jnp.expm1(log_ratio) - log_ratio
 
 
@@ -138,7 +140,7 @@ def imitate(tokens: Tokens) -> jax.Array:
 
 def weighted(tokens: Tokens) -> jax.Array:
     """Return the loss whose gradient is the policy gradient, f32[B T]."""
-    return -tokens.advantages * tokens.logp
+    return tokens.logp * -tokens.advantages
 
 
 def clipped(tokens: Tokens, low: float, high: float) -> jax.Array:

@@ -96,7 +96,7 @@ def compare(
 
 def titles_of(stages: Stages) -> dict[str, str]:
     """Return what the table calls things in this task."""
-    return TITLES | task_titles(stages.task)
+    return {**TITLES, **task_titles(stages.task)}
 
 
 def run_arm(

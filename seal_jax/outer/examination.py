@@ -5,9 +5,9 @@ the passage in context (no labels needed), and questions of earlier problems (wa
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -89,8 +89,8 @@ def look_up(
         earlier_baseline = float(np.mean(baseline_accuracy(stages, frozen, asked)))
         others = [(*group, *chosen) for group in others]
     judged = judge_edits(stages, step, edits)
-    lengths = rollout.loss_mask.sum(axis=1).reshape(len(edits), -1) / settings.sample.max_tokens
-    return Known(lengths, baseline, others, earlier_baseline, judged)
+    written = np.asarray(rollout.loss_mask).sum(axis=1).reshape(len(edits), -1)
+    return Known(written / settings.sample.max_tokens, baseline, others, earlier_baseline, judged)
 
 
 def gather(step: OuterStep, edits: Edits, known: Known, outcomes: Outcomes) -> list[list[Evidence]]:
@@ -160,7 +160,7 @@ def outcomes_of(problem_id: str, r: int, outcomes: Outcomes) -> list[Outcome]:
 
 
 def best_edits(
-    evidence: Sequence[Sequence[Evidence]], edits: Edits, count: int, weights: dict[str, float]
+    evidence: Sequence[Sequence[Evidence]], edits: Edits, count: int, weights: Mapping[str, float]
 ) -> list[list[Edit | None]]:
     """Return the edits with all but the `count` best of each problem (so far) made None."""
     chosen: list[list[Edit | None]] = []
@@ -171,7 +171,7 @@ def best_edits(
     return chosen
 
 
-def _worth(evidence: Evidence, edit: Edit, weights: dict[str, float]) -> float:
+def _worth(evidence: Evidence, edit: Edit, weights: Mapping[str, float]) -> float:
     if not isinstance(edit, SelfEdit):
         return -np.inf
     if not evidence.outcomes:
@@ -183,6 +183,7 @@ def _worth(evidence: Evidence, edit: Edit, weights: dict[str, float]) -> float:
 def write_questions(stages: Stages, params: Params, step: OuterStep) -> list[Others]:
     """Let the policy write questions on each problem, with the passage in context."""
     task, seed = stages.task, stages.settings.seed
+    assert asks_itself(task)  # see `check_rewards`
     prompts = [task.question_prompt(problem) for problem, _ in step.batch]
     paths = [
         (seed, keys.QUESTIONS, step.number, keys.number_of(problem.id), 0)
@@ -222,7 +223,7 @@ def judge_edits(stages: Stages, step: OuterStep, edits: Edits) -> list[list[floa
     ]
     texts = [edits[p][r].text for p, r in asked]
     path = judged(step.folder, step.number)
-    found = ask_first("scores of the judge", lambda: read_json(path))
+    found: dict[str, Any] | None = ask_first("scores of the judge", lambda: read_json(path))
     if found is None or found["texts"] != texts:
         settings = Judge(section.judge_url, section.judge_model, num_tries=section.judge_tries)
         pairs = [

@@ -45,8 +45,10 @@ def outcomes_of_wave(
     by_job = job_losses(batches, losses, len(wave.places))
     parts = zip(wave.places, by_job, answers, marks, logps, strict=True)
     return {
-        place.run.name: _outcome(place, *found, num_epochs)._replace(trained_tokens=trained)
-        for place, *found in parts
+        place.run.name: _outcome(place, loss, texts, mark, logp, num_epochs)._replace(
+            trained_tokens=trained
+        )
+        for place, loss, texts, mark, logp in parts
         if place is not None
     }
 
@@ -77,7 +79,8 @@ def _outcome(
 
 def append_outcome(ledger: str, run: InnerRun, outcome: Outcome) -> None:
     """Write a finished run into the ledger."""
-    entry = {"name": list(run.name), "step": run.step, "text": _digest(run), **outcome._asdict()}
+    entry: dict[str, Any] = {"name": list(run.name), "step": run.step, "text": _digest(run)}
+    entry |= outcome._asdict()
     for field in _MAY_BE_NAN:
         if entry[field] is not None and not math.isfinite(entry[field]):
             entry[field] = "nan"  # JSON has none
@@ -94,7 +97,8 @@ def read_ledger(ledger: str, runs: Sequence[InnerRun]) -> Outcomes:
             continue
         for field in _MAY_BE_NAN:
             entry[field] = math.nan if entry[field] == "nan" else entry[field]
-        outcomes[name] = Outcome(**entry | {"answers": tuple(entry["answers"])})
+        entry["answers"] = tuple(entry["answers"])
+        outcomes[name] = Outcome(**entry)
     return outcomes
 
 

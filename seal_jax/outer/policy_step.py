@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from seal_jax import keys
 from seal_jax.models import lora
@@ -18,7 +19,7 @@ from seal_jax.models.transformer import hidden_states
 from seal_jax.objectives.objective import Objective, Tokens, kl_penalty
 from seal_jax.optim import Optimizer, scheduled_rate
 from seal_jax.sharding import param_shardings, replicated, to_device
-from seal_jax.types import Adapters, OuterSettings, Params, Rollout, TrainState
+from seal_jax.types import Adapters, Array, OuterSettings, Params, Rollout, TrainState
 
 
 class UpdateSettings(NamedTuple):
@@ -67,21 +68,21 @@ class PolicySetup(NamedTuple):
 class TrainRows(NamedTuple):
     """What a training step takes of its rows: [n m ...], n microbatches of m rows."""
 
-    tokens: jax.Array  # i32[.. T]
-    loss_mask: jax.Array  # bool[.. T]
-    old_logp: jax.Array  # f32[.. T], as those that follow
-    ref_logp: jax.Array
-    advantages: jax.Array
-    old_values: jax.Array
-    returns: jax.Array
-    weight: jax.Array  # f32[..] of each token's loss; 0 fills a batch up
+    tokens: Array  # i32[.. T]
+    loss_mask: Array  # bool[.. T]
+    old_logp: Array  # f32[.. T], as those that follow
+    ref_logp: Array
+    advantages: Array
+    old_values: Array
+    returns: Array
+    weight: Array  # f32[..] of each token's loss; 0 fills a batch up
 
 
 class Penalties(NamedTuple):
     """Coefficients of what is added to every objective's loss; f32[] each, traced."""
 
-    kl: jax.Array
-    entropy: jax.Array
+    kl: ArrayLike
+    entropy: ArrayLike
 
 
 def rollout_logp(
@@ -92,7 +93,7 @@ def rollout_logp(
 
 
 def score(
-    config: ModelConfig, params: Params, adapters: Adapters | None, tokens, loss_mask
+    config: ModelConfig, params: Params, adapters: Adapters | None, tokens: Array, loss_mask: Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return log p f32[B T] of the written tokens, and the hidden states [B T D] before each."""
     B, T = tokens.shape
@@ -146,7 +147,7 @@ def init_train_state(
     params: Params,
     optimizer: Optimizer,
     *,
-    mesh,
+    mesh: Mesh,
     update: str,
     value_head: bool = False,
     **lora_kwargs: Any,

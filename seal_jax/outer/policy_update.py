@@ -211,11 +211,12 @@ def score_rollout(
     metrics = {"outer/ratio_at_start": float(np.exp(differences.max(initial=0.0)))}
     ref_logp = zeros
     if setup.settings.kl_coef > 0:
+        assert reference is not None
         ref_logp = score(reference, None, rollout)[0]
         log_ratio = (ref_logp - logp)[loss_mask]
         metrics["policy/kl"] = float(np.mean(np.expm1(log_ratio) - log_ratio))
     by_token, returns = np.where(loss_mask, advantages[:, None], zeros), zeros
-    if setup.has_values:
+    if setup.objective.gae is not None:
         by_token, returns = token_advantages(setup.objective.gae, advantages, values, loss_mask)
         errors = (values - returns)[loss_mask]
         metrics["policy/value_error"] = float(np.sqrt(np.mean(errors**2)))

@@ -1,6 +1,7 @@
 """The problems of a run: read once, by as many processes as there are, and the same on all."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import xxhash
@@ -54,11 +55,12 @@ def read_problems(task: Task, split: str) -> list[Pair]:
     if num_processes() == 1:
         return task.load(split)
     if load_share := load_share_of(task):
+        load = partial(load_share, split)
         everybody = range(num_processes())
         shares = exchange_shares(
             f"problems of {split}",
             everybody,
-            lambda mine: [load_share(split, (i, len(everybody))) for i in mine],
+            lambda mine: [load((i, len(everybody))) for i in mine],
         )
         return join_shares([map(_problem_of, share) for share in shares])
     problems = task.load(split)

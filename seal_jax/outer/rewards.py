@@ -63,11 +63,16 @@ def _regression(evidence: Evidence, outcome: Outcome) -> float:
     return evidence.earlier_baseline - outcome.others[EARLIER]
 
 
+def _log_likelihood(evidence: Evidence, outcome: Outcome) -> float:
+    assert outcome.log_likelihood is not None  # measured where a reward has it
+    return outcome.log_likelihood
+
+
 # Of one seed. Costs take negative weights.
 REWARDS: dict[str, Callable[[Evidence, Outcome], float]] = {
     "accuracy": lambda evidence, outcome: outcome.accuracy,
     "gain": lambda evidence, outcome: outcome.accuracy - evidence.baseline,
-    "log_likelihood": lambda evidence, outcome: outcome.log_likelihood,
+    "log_likelihood": _log_likelihood,
     "self_questions": lambda evidence, outcome: outcome.others.get(OWN, np.nan),
     "judge": lambda evidence, outcome: evidence.judged,
     "length": lambda evidence, outcome: evidence.length,

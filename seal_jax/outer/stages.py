@@ -124,7 +124,7 @@ def write(
         paths,
         settings.sample,
         mesh=stages.mesh,
-        constrain=constrain and (lambda _, tokens: constrain(tokens)),
+        constrain=None if constrain is None else lambda _, tokens: constrain(tokens),
         show=bar.update,
     )
     bar.close()

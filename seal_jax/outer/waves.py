@@ -4,7 +4,7 @@ A run is one self-edit with one seed. A wave always has the same number of adapt
 with idle ones), and each has its own prompts, so few programs serve all waves.
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import NamedTuple
 
 from seal_jax import keys
@@ -61,7 +61,7 @@ class Examination(NamedTuple):
     """Inner runs to make, and where those that have ended are noted."""
 
     # What is known so far -> the next runs to make, none where all have ended.
-    runs_to_make: Callable[[Mapping[RunName, Outcome]], list[InnerRun]]
+    runs_to_make: Callable[[dict[RunName, Outcome]], list[InnerRun]]
     ledger: str
     label: str  # of the progress
 

@@ -73,7 +73,7 @@ def measure(program: Program, mesh: Mesh, chip: Chip, resident: float) -> Cost:
         "memory": moved / chip.bandwidth,
         "links": sum(collectives.values()) / chip.link,
     }
-    bound = max(times, key=times.get)
+    bound = max(times, key=times.__getitem__)
     each = program.each or memory["temporaries"] / program.size
     largest = program.size + math.floor((limit - memory["peak"]) / max(each, 1))
     return Cost(program, memory, flops, moved, collectives, times[bound], bound, max(0, largest))

@@ -128,8 +128,7 @@ def collective_bytes(hlo_text: str, unknown_trip_count: int = 1) -> collections.
     total: collections.Counter = collections.Counter()
     for line, count in executed(hlo_text, unknown_trip_count):
         found = _INSTRUCTION.match(line)
-        kind = found and found[3].removesuffix("-start")
-        if kind in _COLLECTIVES:
+        if found and (kind := found[3].removesuffix("-start")) in _COLLECTIVES:
             sizes = _sizes(found[2], everywhere=True)
             # A started gather or permutation returns its operand too.
             both = found[3] in ("all-gather-start", "collective-permute-start")

@@ -79,7 +79,8 @@ def model_shapes(settings: Settings, model: ModelConfig, mesh: Mesh) -> Model:
     model = dataclasses.replace(model, attention=settings.model.attention, rules=rules)
     dtype = settings.model.dtype
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), dtype))
-    return Model(model, shaped(params, param_shardings(mesh, params, rules)), None)
+    params = shaped(params, param_shardings(mesh, params, rules))
+    return Model(model, params, None)  # ty: ignore[invalid-argument-type]  # shapes have no text
 
 
 def programs(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> Iterator[Program]:
@@ -194,7 +195,7 @@ def _policy_update(settings: Settings, model: Model, mesh: Mesh, lengths: Length
     arguments = (
         *_trained(outer, model, state, mesh),
         _train_rows(settings, model, mesh, lengths),
-        Penalties(_everywhere(mesh), _everywhere(mesh)),
+        Penalties._make([_everywhere(mesh)] * 2),
         count,
         count,
     )
@@ -211,6 +212,7 @@ def _trained(
     if outer.update == "full":
         where = param_shardings(mesh, state.opt_state, model.config.rules)
         return {**head, "policy": model.params}, {}, shaped(state.opt_state, where), ()
+    assert state.adapters is not None
     adapter = jax.eval_shape(partial(lora.take, index=0), state.adapters)
     trained = {**head, "policy": shaped(adapter.weights, everywhere)}
     scale = shaped(state.adapters.scale, everywhere)
@@ -221,10 +223,10 @@ def _train_rows(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) 
     m = settings.outer.microbatch_size
     n = -(-settings.outer.batch_size // m)
     T = bucket_of(min(lengths.longest_passage + settings.sample.max_tokens, LONGEST))
-    rows = TrainRows(
+    rows = (
         _everywhere(mesh, n, m, T, dtype=jnp.int32),
         _everywhere(mesh, n, m, T, dtype=jnp.bool_),
         *(_everywhere(mesh, n, m, T) for _ in range(5)),
         _everywhere(mesh, n, m),
     )
-    return shaped(rows, leading(mesh, "batch", m, model.config.rules, before=1))
+    return shaped(TrainRows._make(rows), leading(mesh, "batch", m, model.config.rules, before=1))

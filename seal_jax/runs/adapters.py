@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -98,7 +98,7 @@ def load_adapter(
 
 
 def _template(config: ModelConfig, position: checkpoint.Position) -> dict[str, Adapters]:
-    kind = {"rank": position["rank"], "alpha": 1.0, "targets": position["targets"]}
+    kind: dict[str, Any] = {"rank": position["rank"], "alpha": 1.0, "targets": position["targets"]}
     shapes = jax.eval_shape(lambda: lora.init_adapter(config, jax.random.key(0), **kind))
     return {"adapters": jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)}
 

@@ -232,8 +232,7 @@ def tree_hash(pytree: PyTree) -> str:
 
 def _open(folder: str | os.PathLike, **options: Any) -> ocp.CheckpointManager:
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax logs some twenty lines a save
-    options = ocp.CheckpointManagerOptions(**options)
-    return ocp.CheckpointManager(_absolute(folder), options=options)
+    return ocp.CheckpointManager(_absolute(folder), options=ocp.CheckpointManagerOptions(**options))
 
 
 def _open_alone() -> ocp.Checkpointer:
@@ -317,7 +316,7 @@ def _restore_items(
 
 def _read(read: Callable[[], Value]) -> Value:
     """Return `read()`; raise _Damaged on every process if it failed on any."""
-    value, complaint = None, ""
+    complaint = ""
     try:
         value = read()
     except Exception as error:  # a damaged file fails in any way; Orbax raises bare Exception too

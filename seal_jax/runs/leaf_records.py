@@ -35,7 +35,7 @@ def describe(path: str, leaf: Leaf) -> Record:
         raise ValueError(f"leaf {path} of type {type(leaf).__name__} ({dtype}) cannot be saved")
     else:
         data = np.ascontiguousarray(_to_host(leaf)).view(np.uint8)
-    record = {"dtype": dtype, "shape": shape, "hash": _hash(data)}
+    record = {"dtype": dtype, "shape": shape, "hash": _hash(data.data)}
     if 0 in shape or not isinstance(leaf, jax.Array | np.ndarray):
         record["value"] = data.tobytes().hex()
     return record
@@ -50,7 +50,7 @@ def decode(record: Record, template: Leaf) -> Leaf:
     if isinstance(template, np.ndarray):
         return array
     if isinstance(template, jax.Array | jax.ShapeDtypeStruct):
-        return jax.device_put(array, target_of(template).sharding)
+        return jax.device_put(array, _sharding_of(template))
     return array[()] if isinstance(template, np.generic) else array.item()
 
 
@@ -70,10 +70,15 @@ def target_of(template: Leaf) -> np.ndarray | jax.ShapeDtypeStruct:
     """Return what Orbax is to restore for a template: a numpy array, or a placed jax one."""
     if isinstance(template, np.ndarray):
         return template
+    sharding = _sharding_of(template)
+    return jax.ShapeDtypeStruct(template.shape, template.dtype, sharding=sharding)
+
+
+def _sharding_of(template: Leaf) -> jax.sharding.Sharding:
     sharding = getattr(template, "sharding", None)
     if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(template.shape, template.dtype, sharding=sharding)
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return sharding
 
 
 def difference(records: Mapping[str, Record], templates: Mapping[str, Leaf]) -> str:
@@ -94,7 +99,7 @@ def hash_json(value: Any) -> str:
     return _hash(json.dumps(value, sort_keys=True, allow_nan=False).encode())
 
 
-def _hash(data: bytes | np.ndarray) -> str:
+def _hash(data: bytes | memoryview) -> str:
     return xxhash.xxh64_hexdigest(data)
 
 

@@ -25,7 +25,7 @@ def extend(past: Past, rewards: Rewards, metrics: Mapping[str, float]) -> Past:
     return Past(
         (*past.mean_rewards, float(known.mean())) if len(known) else past.mean_rewards,
         (*past.kls, metrics["policy/kl"]) if "policy/kl" in metrics else past.kls,
-        past.num_skipped + metrics["policy/skipped"],
+        past.num_skipped + int(metrics["policy/skipped"]),
     )
 
 
@@ -94,7 +94,9 @@ def restore_state(
     if restored is None:
         return state, Past()
     _, trees, position = restored
-    past = {k: tuple(v) if isinstance(v, list) else v for k, v in position["past"].items()}
+    past: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in position["past"].items()
+    }
     state = TrainState(
         jax.device_put(np.int32(next_step)),
         trees["policy"],

@@ -168,7 +168,9 @@ def planned_bytes(config: ModelConfig, mesh: Mesh, rows: RowsShape, num_read: in
     a_slot = 2 * config.num_layers * config.head_dim * cache_dtype(rows.dtype, mesh).itemsize
 
     def part(count: int) -> tuple[int, int]:  # of the rows, and of the heads, on a device
-        return cache_sharding(config, mesh, count).shard_shape((count, config.num_kv_heads))
+        whole = count, config.num_kv_heads
+        rows, heads = cache_sharding(config, mesh, count).shard_shape(whole)
+        return rows, heads
 
     def cache_bytes(count: int, slots: int) -> int:
         return a_slot * math.prod(part(count)) * slots

@@ -7,11 +7,12 @@ too.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import ArrayLike
 
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.kv_cache import KVCache, RowCaches, init_cache
@@ -71,6 +72,10 @@ class RowsShape(NamedTuple):
     keep_seen: bool = False  # whether it is kept which tokens a row has
 
 
+State = TypeVar("State", Prefilled, Rows)
+_NO_CACHE = KVCache((), ())
+
+
 def cache_dtype(dtype: jnp.dtype, mesh: Mesh) -> jnp.dtype:
     """Return the type of a cache of parameters of type `dtype`: float32 on CPUs.
 
@@ -84,16 +89,16 @@ def cache_sharding(config: ModelConfig, mesh: Mesh, num_rows: int) -> NamedShard
     return along(mesh, config.rules, rows=num_rows, heads=config.num_kv_heads)
 
 
-def _where(config: ModelConfig, mesh: Mesh, state: Prefilled | Rows) -> Prefilled | Rows:
+def _where(config: ModelConfig, mesh: Mesh, state: Prefilled | Rows) -> Any:
     """Return the shardings of the state, a prefix of it."""
     shardings = [leading(mesh, "rows", len(state.length), config.rules)] * len(state)
     for i, x in enumerate(state):
-        if isinstance(x, KVCache):
+        if isinstance(x, KVCache) and x.keys:
             shardings[i] = cache_sharding(config, mesh, len(x.keys[0]))
-    return type(state)(*shardings)
+    return state._make(shardings)
 
 
-def _placed(config: ModelConfig, mesh: Mesh, state: Prefilled | Rows) -> Prefilled | Rows:
+def _placed(config: ModelConfig, mesh: Mesh, state: State) -> State:
     """Say where the state lies: the same for every program, or the next one is compiled anew."""
     return jax.lax.with_sharding_constraint(state, _where(config, mesh, state))
 
@@ -200,7 +205,7 @@ def admit(
     fresh = source >= 0
     prompt = source.reshape(rows.num_prompts, -1).max(axis=1)
 
-    def put(old: jax.Array, x: jax.Array) -> jax.Array:
+    def put(old: jax.Array, x: ArrayLike) -> jax.Array:
         return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), x, old)
 
     def put_prompt(old: jax.Array, x: jax.Array) -> jax.Array:
@@ -210,9 +215,13 @@ def admit(
     numbers = jnp.arange(rows.tokens.shape[1])
     token_keys = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(numbers))
     keys = token_keys(jax.random.wrap_key_data(key_data))
+    seen = rows.seen
+    if seen is not None:
+        assert new.seen is not None
+        seen = put(seen, new.seen[source])
     rows = rows._replace(
         logits=put(rows.logits, new.logits[source]),
-        seen=None if rows.seen is None else put(rows.seen, new.seen[source]),
+        seen=seen,
         length=put(rows.length, new.length[source]),
         prompts=jax.tree.map(put_prompt, rows.prompts, new.cache),
         keys=put(rows.keys, keys),
@@ -249,7 +258,7 @@ def move(
 
     cache = KVCache(longer(rows.cache.keys, 3), longer(rows.cache.values, 2))
     prompts = jax.tree.map(lambda x: x[prompt], rows.prompts)
-    rest = jax.tree.map(lambda x: x[index], rows._replace(cache=(), prompts=()))
+    rest = jax.tree.map(lambda x: x[index], rows._replace(cache=_NO_CACHE, prompts=_NO_CACHE))
     return _placed(config, mesh, rest._replace(cache=cache, prompts=prompts))
 
 
@@ -305,6 +314,6 @@ def decode(
             ),
         )
 
-    rows = rows._replace(prompts=())  # they stay as they are
+    rows = rows._replace(prompts=_NO_CACHE)  # they stay as they are
     rows = jax.lax.while_loop(running, step, (jnp.int32(0), rows))[1]
     return rows._replace(prompts=prompts)

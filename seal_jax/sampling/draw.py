@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seal_jax.types import Array
+
 # Tokens in a block of the vocabulary; fewer where that divides the vocabulary without padding.
 _BLOCK, _SMALLEST_BLOCK = 256, 64
 
@@ -28,11 +30,11 @@ _BLOCK, _SMALLEST_BLOCK = 256, 64
 class Settings(NamedTuple):
     """How each row draws; data, so that one program serves all."""
 
-    temperature: jax.Array  # f32[B] 0 is greedy
-    top_k: jax.Array  # i32[B] the k likeliest; 0 is all
-    top_p: jax.Array  # f32[B] the likeliest with this mass; 1 is all
-    min_p: jax.Array  # f32[B] those with this share of the likeliest's probability; 0 is all
-    repetition_penalty: jax.Array  # f32[B] of tokens that were seen; 1 is none
+    temperature: Array  # f32[B] 0 is greedy
+    top_k: Array  # i32[B] the k likeliest; 0 is all
+    top_p: Array  # f32[B] the likeliest with this mass; 1 is all
+    min_p: Array  # f32[B] those with this share of the likeliest's probability; 0 is all
+    repetition_penalty: Array  # f32[B] of tokens that were seen; 1 is none
 
 
 def make_settings(
@@ -144,7 +146,7 @@ def _log_total(summary: _Summary) -> jax.Array:
     return summary.highest[:, 0, 0] + jnp.log(summary.masses.sum(axis=-1))
 
 
-def _for_some(some: jax.Array, make: Callable[[], jax.Array], others: jax.Array) -> jax.Array:
+def _for_some(some: Array, make: Callable[[], jax.Array], others: jax.Array) -> jax.Array:
     """Return what `make` gives for some rows [B], the others' [B ...]; made if there are any."""
     some = some.reshape(-1, *[1] * (others.ndim - 1))
     return jax.lax.cond(some.any(), lambda: jnp.where(some, make(), others), lambda: others)
@@ -224,10 +226,10 @@ def _pick(
 def _try_again(
     chances: _Chances,
     least: jax.Array,
-    room: jax.Array,
+    room: Array,
     keys: jax.Array,
     token: jax.Array,
-    done: jax.Array,
+    done: Array,
 ) -> jax.Array:
     """Draw the tokens that are not done anew, until what is likelier has less mass than `room`."""
 
@@ -254,7 +256,7 @@ def _least_of_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
     """
     bits = _ordered(jax.lax.bitcast_convert_type(logits, jnp.int32))
 
-    def halve(_, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds  # count(bits >= low) >= k > count(bits >= high)
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
         enough = (bits >= middle[:, None]).sum(axis=-1) >= top_k

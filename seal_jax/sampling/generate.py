@@ -32,6 +32,8 @@ from seal_jax.types import Adapters, Params
 # The steps of one device call; fewer where the host looks for stop strings.
 _CHUNK, STOP_CHUNK = 32, 8
 
+Constrain = Callable[[int, list[int]], np.ndarray]  # see `Limits`
+
 
 class Samples(NamedTuple):
     """What was written (numpy). Entries behind a row's end are pad_id, 0 and False."""
@@ -63,7 +65,7 @@ class Limits(NamedTuple):
     max_rows: int
     pad_id: int
     stop: Callable[[list[int]], bool] | None = None
-    constrain: Callable[[int, list[int]], np.ndarray] | None = None
+    constrain: Constrain | None = None
     show: Callable[[int], None] = lambda rows: None
 
 
@@ -257,19 +259,20 @@ def _grow(call: _Call, state: _State) -> _State:
 
 def _decode(call: _Call, state: _State) -> _State:
     """Let the rows at work write some tokens."""
-    allowed = _by_row(call, _allowed(call, state)) if call.limits.constrain else None
+    constrain = call.limits.constrain
+    allowed = _by_row(call, _allowed(call, state, constrain)) if constrain else None
     arguments = state.turned, state.adapters, state.rows, state.stop_ids, state.num_steps
     rows = decode.decode(call.config, *arguments, allowed, mesh=call.mesh)
     return state._replace(rows=rows)
 
 
-def _allowed(call: _Call, state: _State) -> np.ndarray:
+def _allowed(call: _Call, state: _State, constrain: Constrain) -> np.ndarray:
     """Return the tokens that each row may be continued with, bool[B V]; all, where it is empty."""
     at, vocab_size = state.at.reshape(-1), call.config.vocab_size
     allowed = np.ones((len(at), vocab_size), bool)
     for row in np.flatnonzero(at >= 0):
         i = int(at[row])
-        mask = np.asarray(call.limits.constrain(i, list(state.so_far[i])))
+        mask = np.asarray(constrain(i, list(state.so_far[i])))
         if mask.dtype != bool or mask.ndim != 1 or len(mask) > vocab_size:
             raise ValueError(
                 f"constrain gave {mask.dtype}{list(mask.shape)} for prompt {i}: expected bool of up"

@@ -47,12 +47,13 @@ def check(config: ConfigDict, workdir: str) -> list[str]:
     everybody = list(map(json.loads, exchange("doctor", mine, timeout_seconds())))
     if complaints := complain(everybody):
         raise ValueError("\n".join(complaints))
+    kept_in = jax.config.jax_compilation_cache_dir  # ty: ignore[missing-attribute]  # JAX sets it
     return [
         f"{len(everybody)} process(es), {jax.device_count()} x {facts['device']}",
         ", ".join(f"{name} {facts[name]}" for name in ("python", *PACKAGES) if facts[name]),
         f"commit {facts['commit']}",
         f"{workdir}: {_say_folder(workdir)}",
-        f"compiled programs are kept in {jax.config.jax_compilation_cache_dir}",
+        f"compiled programs are kept in {kept_in}",
     ]
 
 

@@ -65,7 +65,7 @@ def pretrain(
             hidden, _ = hidden_states(config, params, tokens, positions, jnp.ones_like(tokens))
             logp = next_token_logp(config, params, hidden, tokens, loss_mask)
             total, count = total - logp.sum(), count + loss_mask[:, 1:].sum()
-        return total / count
+        return jnp.asarray(total / count)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def train_step(params: Params, opt_state: optax.OptState, batches: Sequence[Batch]):

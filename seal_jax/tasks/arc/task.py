@@ -105,18 +105,19 @@ class Arc:
     def parse(self, problem: Problem, text: str) -> SelfEdit | Rejected:
         """Turn the policy's JSON into training texts and settings, or a reason. Never raises."""
         prompt = self.edit_prompt(problem)
-        reason = edit = self_edit.parse_self_edit(text)
-        if not isinstance(edit, str):
-            made = _training_data(self, problem, edit.groups)
-            epochs = edit.training.num_train_epochs
-            steps = self_edit.num_steps(len(made.turns), epochs, self.batch_size)
-            settings = edit.training.learning_rate, epochs, edit.outputs_only
-            if not made.turns:
-                reason = f"no training text: {made.too_large} too large, {made.too_long} too long"
-            elif steps > self.max_steps:
-                reason = f"too many steps: {steps:,} ({epochs} epochs), at most {self.max_steps:,}"
-            else:
-                return SelfEdit(problem.id, prompt, text, made.turns, *settings)
+        edit = self_edit.parse_self_edit(text)
+        if isinstance(edit, str):
+            return Rejected(problem.id, prompt, text, edit)
+        made = _training_data(self, problem, edit.groups)
+        epochs = edit.training.num_train_epochs
+        steps = self_edit.num_steps(len(made.turns), epochs, self.batch_size)
+        settings = edit.training.learning_rate, epochs, edit.outputs_only
+        if not made.turns:
+            reason = f"no training text: {made.too_large} too large, {made.too_long} too long"
+        elif steps > self.max_steps:
+            reason = f"too many steps: {steps:,} ({epochs} epochs), at most {self.max_steps:,}"
+        else:
+            return SelfEdit(problem.id, prompt, text, made.turns, *settings)
         return Rejected(problem.id, prompt, text, reason)
 
     def passage_only(self, problem: Problem) -> SelfEdit:
@@ -204,6 +205,7 @@ def _problem(task: ArcTask) -> Problem:
 
 
 def _exam(task: ArcTask) -> Exam:
+    assert task.solutions is not None  # see `load`
     solved = enumerate(task.solutions)
     return Exam(task.id, tuple(Question(str(i), encode_grid(grid)) for i, grid in solved))
 

@@ -55,8 +55,8 @@ def load_problems(
     elif kind == "tfds" and rest:
         items = tfds_items(rest, split, share)
     elif source == "builtin":
-        text = importlib.resources.files(__package__).joinpath("passages.json").read_text("utf-8")
-        items = _json_items(_parse_json(text, source), source, split, share)
+        file = importlib.resources.files("seal_jax.tasks.knowledge").joinpath("passages.json")
+        items = _json_items(_parse_json(file.read_text("utf-8"), source), source, split, share)
     elif source.startswith("json:") or source.endswith(".json"):
         path = source.removeprefix("json:")
         items = _json_items(_parse_json(_read_text(path), path), path, split, share)

@@ -23,9 +23,8 @@ from seal_jax.tasks.knowledge.grading.features import Key, features, read_key
 from seal_jax.tasks.knowledge.grading.rules import MAX_CHARS, answer_part, rejection
 from seal_jax.tasks.knowledge.grading.words import NEGATIONS, Text, read
 
-_TABLE = json.loads(
-    importlib.resources.files(__package__).joinpath("points.json").read_text("utf-8")
-)
+_FILE = importlib.resources.files("seal_jax.tasks.knowledge.grading").joinpath("points.json")
+_TABLE = json.loads(_FILE.read_text("utf-8"))
 INTERCEPT: float = _TABLE["intercept"]
 POINTS: dict[str, tuple[list[float], list[float]]] = _TABLE["points"]  # edges, points
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

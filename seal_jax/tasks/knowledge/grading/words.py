@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Set
 from typing import NamedTuple
 
-_FILE = importlib.resources.files(__package__).joinpath("lexicon.json")
+_FILE = importlib.resources.files("seal_jax.tasks.knowledge.grading").joinpath("lexicon.json")
 _LEXICON = json.loads(_FILE.read_text("utf-8"))
 
 

@@ -192,7 +192,8 @@ def _kept_policy(folder: str, base: Model, step: int | None = None) -> Params:
     from seal_jax.runs import checkpoint
 
     found = checkpoint.restore(folder, {"policy": base.params}, step)
-    assert found is not None  # see `_is_checkpoints`
+    if found is None:
+        raise FileNotFoundError(f"{folder}: no checkpoint")
     return found[1]["policy"]
 
 

@@ -205,6 +205,14 @@ class CheckpointSettings(NamedTuple):
     adapters_gb: float
 
 
+class MeshSettings(NamedTuple):
+    """Devices along each axis; -1 takes what the others leave."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+
 class Settings(NamedTuple):
     """A whole config as plain values; config/setup.py makes it, and no stage sees a ConfigDict."""
 
@@ -218,5 +226,5 @@ class Settings(NamedTuple):
     outer: OuterSettings
     eval: EvalSettings
     checkpoint: CheckpointSettings
-    mesh: Mapping[str, int]
+    mesh: MeshSettings
     rules: ParamRules  # the section `sharding`

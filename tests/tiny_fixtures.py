@@ -33,7 +33,7 @@ def one_device(compiled, monkeypatch):
     """Let runs in this process use one of its eight devices, and the compiled programs."""
     axes = ("data", "fsdp", "tensor")
     mesh = jax.make_mesh((1, 1, 1), axes, (jax.sharding.AxisType.Auto,) * 3)
-    monkeypatch.setattr(setup, "make_mesh", lambda **sizes: mesh)
+    monkeypatch.setattr(setup, "make_mesh", lambda *sizes: mesh)
     start_jax()
     yield mesh
     jax.config.update("jax_compilation_cache_dir", None)

@@ -29,7 +29,7 @@ from seal_jax.outer.policy_step import init_train_state, state_shapes, update_se
 from seal_jax.outer.policy_update import PolicyUpdate, make_policy_update
 from seal_jax.outer.problems import Batch
 from seal_jax.outer.stages import Constrain, Stages
-from seal_jax.sharding import AXES, make_mesh, param_shardings, shaped, tree_bytes
+from seal_jax.sharding import make_mesh, param_shardings, shaped, tree_bytes
 from seal_jax.sources import load_model, load_policy
 from seal_jax.tasks import TASKS, field_names, make_task
 from seal_jax.tasks.task import Task, constrain_of, max_tokens_of
@@ -47,7 +47,6 @@ def settings_of(config: ConfigDict) -> Settings:
     return Settings(
         seed=config.seed,
         task=task_arguments(config),
-        mesh=plain["mesh"],
         rules=tuple(plain["sharding"].items()),
         **{name: kind(**plain[name]) for name, kind in SECTIONS.items()},
     )
@@ -56,7 +55,7 @@ def settings_of(config: ConfigDict) -> Settings:
 def make_stages(settings: Settings) -> Stages:
     """Make the mesh, load the model onto it and build the stages that loops and table share."""
     inner, chat = settings.inner, settings.model.chat
-    mesh = make_mesh(*(settings.mesh[axis] for axis in AXES), devices=None)
+    mesh = make_mesh(*settings.mesh)
     model = place_model(settings, settings.model.source, mesh)
     check_divides(mesh, model.config)
     # A task's texts are shared by many self-edits and seeds.

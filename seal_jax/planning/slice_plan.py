@@ -78,7 +78,7 @@ def plan_slice(settings: Settings, topology: str, lengths: Lengths) -> tuple[lis
 def make_plan(settings: Settings, topology: str, lengths: Lengths) -> Plan:
     """Compile the programs of a run for a slice, and count what they take; see `plan_slice`."""
     chip, devices = (None, None) if topology == "here" else find_slice(topology)
-    mesh = make_mesh(**settings.mesh, devices=devices)
+    mesh = make_mesh(*settings.mesh, devices=devices)
     if chip is None:
         memory = device_bytes(mesh) / SHARE
         chip = Chip(jax.devices()[0].device_kind, matmul_rate(), memory, math.inf, math.inf)

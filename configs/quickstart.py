@@ -4,7 +4,7 @@ command   bash launch/quickstart.sh
           (seal-jax train --config configs/quickstart.py --workdir runs/quickstart)
 size      4 passages x 3 self-edits, then 6 held-out passages in 5 ways: 36 inner runs
 hardware  2 CPU cores, 6 GB of memory, 1.3 GB of disk
-time      12 to 22 minutes with a quiet or a busy machine, after the install (2026-11-23)
+time      7 to 22 minutes with a quiet or a busy machine, with the install
 expect    0 % without adaptation, 13 to 27 % with it (one run). It shows the loop, not the method:
           with 6 passages no difference between two ways of adapting is beyond chance
 """

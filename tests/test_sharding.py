@@ -23,7 +23,7 @@ from seal_jax.inner.texts import make_job, text_of
 from seal_jax.inner.update import make_inner_update
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.mesh_fit import check_divides
+from seal_jax.models.mesh_fit import check_divides, undivided
 from seal_jax.models.model import Model
 from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.models.transformer import forward, init_params
@@ -347,8 +347,8 @@ def test_a_size_that_its_axis_does_not_divide_stays_whole():
 
 def test_a_vocabulary_that_stays_whole_is_said():
     mesh, odd = make_mesh(tensor=4), dataclasses.replace(CONFIG, vocab_size=258)
-    assert sharding.undivided(mesh, CONFIG) == ""
-    assert "4 parts do not divide its 258 tokens" in sharding.undivided(mesh, odd)
+    assert undivided(mesh, CONFIG) == ""
+    assert "4 parts do not divide its 258 tokens" in undivided(mesh, odd)
 
 
 def test_a_models_rules_go_before_the_table(model):

@@ -30,7 +30,7 @@ class Rewards(NamedTuple):
     """The rewards of an outer step."""
 
     values: np.ndarray  # f32[P R]; nan where no grader could tell: dropped, never zero
-    keepable: np.ndarray  # bool[P R] False for what was rejected or did not train: never imitated
+    keepable: np.ndarray  # bool[P R] False for what was rejected or did not train: the two that imitate leave it out
 
 
 class Tokens(NamedTuple):

@@ -44,7 +44,7 @@ def inner_id(step: int, name: tuple[str, int, int]) -> str:
     """Return the id of an inner run's adapter.
 
     Args:
-      name: problem id, self-edit, seed; as `evaluate.Run.name`.
+      name: problem id, self-edit, seed; as `waves.InnerRun.name`.
     """
     problem, edit, seed = name
     safe = re.sub(r"[^A-Za-z0-9_.-]", "_", problem)[:80]

@@ -30,7 +30,8 @@ class Rewards(NamedTuple):
     """The rewards of an outer step."""
 
     values: np.ndarray  # f32[P R]; nan where no grader could tell: dropped, never zero
-    keepable: np.ndarray  # bool[P R] False for what was rejected or did not train: the two that imitate leave it out
+    # bool[P R] False for what was rejected or did not train: rest_em and random_em leave it out.
+    keepable: np.ndarray
 
 
 class Tokens(NamedTuple):

@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = (
     + os.environ.get("XLA_FLAGS", "")  # the last one of a kind counts
 )
 
+import gc
 import socket
 from pathlib import Path
 
@@ -34,6 +35,19 @@ TINY = ModelConfig(
     mlp_dim=48,
     max_length=256,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_maps():
+    """Drop compiled programs before they are too many.
+
+    Each is some memory maps, of which Linux gives a process 65,530; XLA crashes where it gets none.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

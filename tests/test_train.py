@@ -60,6 +60,7 @@ def restore_final(folder, *overrides):
         base,
         optimizer_of(stages.settings.outer),
         mesh=stages.mesh,
+        learning_rate=outer.learning_rate,
         update=outer["update"],
         rank=outer.rank,
         alpha=outer.alpha,

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from seal_jax.config.check_optimizers import check_optimizers
 from seal_jax.config.load import task_arguments
 from seal_jax.inner.packing import LONGEST
 from seal_jax.inner.population import Needs, Population, fit_population
@@ -54,6 +55,7 @@ def settings_of(config: ConfigDict) -> Settings:
 
 def make_stages(settings: Settings) -> Stages:
     """Make the mesh, load the model onto it and build the stages that loops and table share."""
+    check_optimizers(settings)
     inner, chat = settings.inner, settings.model.chat
     mesh = make_mesh(*settings.mesh)
     model = place_model(settings, settings.model.source, mesh)
@@ -128,6 +130,7 @@ def make_update(stages: Stages, objective: Objective) -> tuple[PolicyUpdate, Tra
         model.params,
         optimizer,
         mesh=stages.mesh,
+        learning_rate=outer.learning_rate,
         value_head=objective.gae is not None,
         **_lora_sizes(outer),
     )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from seal_jax.config.check_optimizers import check_optimizers
 from seal_jax.config.setup import resident_bytes
 from seal_jax.hosts.console import progress
 from seal_jax.hosts.memory import SHARE, device_bytes
@@ -78,6 +79,7 @@ def plan_slice(settings: Settings, topology: str, lengths: Lengths) -> tuple[lis
 def make_plan(settings: Settings, topology: str, lengths: Lengths) -> Plan:
     """Compile the programs of a run for a slice, and count what they take; see `plan_slice`."""
     chip, devices = (None, None) if topology == "here" else find_slice(topology)
+    check_optimizers(settings)
     mesh = make_mesh(*settings.mesh, devices=devices)
     if chip is None:
         memory = device_bytes(mesh) / SHARE

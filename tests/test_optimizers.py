@@ -301,7 +301,7 @@ def population(optimizer):
     def run(adapters):
         state = inner.start_state(setup, adapters, jnp.asarray(RATES))
         state, losses = jax.lax.scan(step, state, lanes)
-        return inner.trained_adapters(setup, state), losses
+        return inner.evaluated(setup, state.adapters, state.opt_state), losses
 
     adapters, losses = run(Adapters(FIRST, np.ones(3, np.float32)))
     assert np.isfinite(losses).all()

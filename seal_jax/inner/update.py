@@ -261,11 +261,10 @@ def start_state(setup: InnerSetup, adapters: Adapters, learning_rate: jax.Array)
     return place_state(state, setup.mesh, setup.config.rules)
 
 
-def trained_adapters(setup: InnerSetup, state: InnerState) -> Adapters:
-    """Return the adapters after the last step, as the optimizer evaluates them."""
-    weights = jax.vmap(evaluation_point)(state.opt_state, state.adapters.weights)
-    adapters = state.adapters._replace(weights=weights)
-    return place_state(state._replace(adapters=adapters), setup.mesh, setup.config.rules).adapters
+def evaluated(setup: InnerSetup, adapters: Adapters, opt_state: Any) -> Adapters:
+    """Return the adapters after the last step as their optimizer evaluates them."""
+    weights = jax.vmap(evaluation_point)(opt_state, adapters.weights)
+    return place_state(adapters._replace(weights=weights), setup.mesh, setup.config.rules)
 
 
 # (params, adapters, batches, show=None) -> adapters, losses; see make_inner_update
@@ -299,7 +298,7 @@ def make_inner_loop(setup: InnerSetup) -> InnerLoop:
         jax.jit(partial(start_state, setup)),
         jax.jit(run, donate_argnums=1, compiler_options=_compiler_options(setup.mesh)),
         jax.jit(run),
-        jax.jit(partial(trained_adapters, setup), donate_argnums=0),
+        jax.jit(partial(evaluated, setup), donate_argnums=0),
     )
     return InnerLoop(setup, partial(_update, programs), partial(_trace, programs))
 
@@ -347,7 +346,7 @@ def _update(
             jax.block_until_ready(loss)
             show(int(num_steps))
     if has_evaluation_point(state.opt_state):
-        return programs.end(state), losses
+        return programs.end(state.adapters, state.opt_state), losses
     return state.adapters, losses
 
 

@@ -247,9 +247,12 @@ def signed_step(learning_rate):
 
 
 def not_a_number(learning_rate):
-    """Make every update NaN, as an overflow would."""
-    del learning_rate
-    return optax.stateless(lambda updates, _: jax.tree.map(lambda g: g * np.nan, updates))
+    """Make every update of the model NaN, as an overflow would; small arrays are well."""
+
+    def one(g):
+        return -learning_rate * g * (np.nan if g.size > 100 else 1)
+
+    return optax.stateless(lambda updates, _: jax.tree.map(one, updates))
 
 
 def test_a_full_update_and_another_inner_optimizer_by_name(one_device, tmp_path):

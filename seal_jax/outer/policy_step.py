@@ -164,8 +164,7 @@ def init_train_state(
     if value_head:
         head = to_device(_zero_head(config), replicated(mesh))
     given = params, head, to_device(keys.fold_one(0), replicated(mesh))
-    tx = optimizer(jnp.float32(learning_rate))
-    fresh = partial(_fresh, config, tx, update, lora_kwargs)
+    fresh = partial(_fresh, config, (optimizer, learning_rate), update, lora_kwargs)
     # The optimizer's zeros depend on no argument: without a word jit puts them on one device.
     where = param_shardings(mesh, jax.eval_shape(fresh, *given), config.rules)
     adapters, opt_state = jax.jit(fresh, out_shardings=where)(*given)
@@ -184,8 +183,8 @@ def state_shapes(
     """Return what `init_train_state` would, as ShapeDtypeStructs without a sharding."""
 
     def state(params: Params, head: Params | None) -> TrainState:
-        tx = optimizer(jnp.float32(0))
-        fresh = _fresh(config, tx, update, lora_kwargs, params, head, jax.random.key(0))
+        key = jax.random.key(0)
+        fresh = _fresh(config, (optimizer, 0.0), update, lora_kwargs, params, head, key)
         return TrainState(jnp.int32(0), params, *fresh, head)
 
     return jax.eval_shape(state, params, _zero_head(config) if value_head else None)
@@ -197,7 +196,7 @@ def _zero_head(config: ModelConfig) -> Params:
 
 def _fresh(
     config: ModelConfig,
-    tx: optax.GradientTransformation,
+    optimizer_and_rate: tuple[Optimizer, float],
     update: str,
     lora_kwargs: Mapping[str, Any],
     params: Params,
@@ -209,7 +208,8 @@ def _fresh(
     if update == "lora":
         adapters = lora.init_adapter(config, key, **lora_kwargs)
         trained = lora.take(adapters, 0).weights
-    return adapters, tx.init(with_head(trained, head))
+    optimizer, rate = optimizer_and_rate
+    return adapters, optimizer(jnp.float32(rate)).init(with_head(trained, head))
 
 
 @partial(jax.jit, static_argnames="setup")
@@ -219,8 +219,8 @@ def fresh_adapter(
     """Return the adapter that an outer step trains, and its optimizer's state."""
     settings = setup.settings
     sizes = {"rank": settings.rank, "alpha": settings.alpha, "targets": settings.targets}
-    tx = setup.optimizer(jnp.float32(settings.learning_rate))
-    new = _fresh(setup.config, tx, "lora", sizes, params, head, key)
+    optimizer = setup.optimizer, settings.learning_rate
+    new = _fresh(setup.config, optimizer, "lora", sizes, params, head, key)
     return jax.lax.with_sharding_constraint(new, replicated(setup.mesh))
 
 

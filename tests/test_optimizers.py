@@ -1,6 +1,7 @@
 """Every optimizer of optax trains in both loops as in a plain one, or is refused by name."""
 
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from seal_jax.config.load import load_config
 from seal_jax.config.setup import settings_of
 from seal_jax.inner import update as inner
 from seal_jax.models.lora import take
-from seal_jax.optim import make_optimizer, scheduled_rate
+from seal_jax.optim import accumulate, make_optimizer, scheduled_rate, update
 from seal_jax.runs import checkpoint
 from seal_jax.runs.train_state import with_keys, without_keys
 from seal_jax.train import train
@@ -290,10 +291,8 @@ def population(optimizer):
         weights = jax.tree.map(lambda x: x[jnp.maximum(lanes, 0)], state.adapters.weights)
         losses, grads = jax.vmap(jax.value_and_grad(loss_of))(weights)
         carry = inner.Carry(state.adapters.weights, state.opt_state, state.step, losses)
-        update = lambda u, carry: inner.update_lane(  # noqa: E731
-            setup, batch._replace(lanes=lanes), grads, u, carry
-        )
-        carry = jax.lax.fori_loop(0, (lanes >= 0).sum(), update, carry)
+        one = partial(inner.update_lane, setup, batch._replace(lanes=lanes), grads)
+        carry = jax.lax.fori_loop(0, (lanes >= 0).sum(), one, carry)
         adapters = state.adapters._replace(weights=carry.weights)
         return inner.InnerState(adapters, carry.opt_state, carry.steps), carry.losses
 
@@ -341,6 +340,22 @@ def test_states_survive_a_checkpoint(tmp_path, names):
     assert jax.tree.structure(found) == jax.tree.structure(states)
     for one, other in zip(*map(jax.tree.leaves, (found, states)), strict=True):
         assert one.dtype == other.dtype and (one == other).all()
+
+
+def test_accumulation_takes_the_mean_of_losses_too():
+    def spy():
+        def update(updates, state, params=None, *, value, grad, **_):
+            return updates, {"value": jnp.asarray(value), "grad": grad}
+
+        zeros = {"value": jnp.float32(0), "grad": jnp.float32(0)}
+        return optax.GradientTransformationExtraArgs(lambda _: zeros, update)
+
+    tx, weights = accumulate(spy(), 2, 3), jnp.float32(0)
+    state, seen = tx.init(weights), []
+    for loss in (1.0, 3.0, 5.0):  # the third is a group of its own
+        move, state = update(tx, jnp.float32(10 * loss), state, weights, jnp.float32(loss))
+        seen.append((float(move), *map(float, state.inner_opt_state.values())))
+    assert seen == [(0.0, 0.0, 0.0), (20.0, 20.0, 2.0), (50.0, 50.0, 5.0)]
 
 
 # --- what is refused ---

@@ -38,7 +38,7 @@ THRESHOLD = "outer.objective_kwargs={'select': 'threshold'}"
 EDIT_FIELDS = {
     *("step", "problem", "title", "edit", "prompt", "text", "training_texts", "answers"),
     *("accuracy", "log_likelihood", "loss_before", "loss_after", "reward", "kept", "why"),
-    *("advantage", "num_training_texts"),
+    *("advantage", "num_training_texts", "thoughts"),
 }
 
 

@@ -112,7 +112,7 @@ def step_counts(settings: Settings, lengths: Lengths, shards: int) -> dict[str, 
     trained = arms * problems * outer.num_epochs
     return {
         "prefill": problems * arms + tests * (arms + 1) + asked,
-        "decode": written * settings.sample.max_tokens + asked * settings.answer.max_tokens,
+        "decode": written * settings.sample.most_tokens + asked * settings.answer.most_tokens,
         "inner step": tokens / (inner.tokens_per_step * shards),
         "scoring": runs,
         "policy update": trained / outer.batch_size * outer.microbatch_size,

@@ -184,6 +184,8 @@ def test_template_that_strips():
         ("{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}", "steps"),
         ("{% macro f(n) %}{{ f(n) ~ f(n) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
         ("{% for i in range(9**5) %}0123456789012345678901{% endfor %}", "characters"),
+        ("{{ 'a' * 10**9 }}", "more of a value"),
+        ("{{ 10**10**9 }}", "more of a value"),
         ("{{ messages[0]['role'] }}", "exactly once"),
         ("{{ messages[0]['content'] * 2 }}", "exactly once"),
         ("{{ messages[0]['content'] | upper }}", "exactly once"),

@@ -3,11 +3,12 @@
 A template is a program in Jinja that comes with a model. It is rendered here as transformers does
 it, with the same filters and functions in the same sandbox, but for two things: the date is fixed,
 for a resumed run must see the prompts that it saw before; and loops, calls and what is written are
-counted. Not counted is what one filter or operator does to one large value.
+counted. Not counted is what one filter does to one large value.
 """
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -186,6 +187,7 @@ class _Counting(ImmutableSandboxedEnvironment):
     """A sandbox that counts calls, and what loops go through."""
 
     steps = 0
+    intercepted_binops = frozenset(("*", "**"))
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -202,6 +204,13 @@ class _Counting(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         __self._count()
         return super().call(__context, __obj, *args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sized = [x for x in (left, right) if not isinstance(x, float)]
+        sizes = [abs(x) if isinstance(x, int) else len(x) for x in sized]
+        if math.prod(sizes) > _MAX_CHARS or (operator == "**" and max(sizes, default=0) > 100):
+            raise TemplateError(f"{operator} makes more of a value than a template needs")
+        return super().call_binop(context, operator, left, right)
 
     def _counted(self, items: Any) -> Iterator[Any]:
         for item in items:

@@ -226,8 +226,8 @@ def evaluate(
                     continue
                 if keep is not None:
                     keep(place.run, lora.take(kept, slice(i, i + 1)))
+                outcomes[place.run.name] = found[place.run.name]  # what was noted before stays
                 append_outcome(examination.ledger, place.run, found[place.run.name])
-            outcomes |= found
             stop_if_told()
     return outcomes
 

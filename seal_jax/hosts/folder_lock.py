@@ -83,22 +83,22 @@ def _take(folder: Path) -> int:
     holder = _myself()
     _warn(folder, _read(path), holder, why)
     _HELD[descriptor] = _Lock(path, holder, made)
-    _write(descriptor, json.dumps(holder))
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+    os.fsync(descriptor)  # a mounted bucket shows it to others then
     return descriptor
 
 
 def _free(descriptor: int) -> None:
-    """Let others in; a folder in which there is nothing goes, if it was made for this lock."""
+    """Let others in; a folder that was made for this lock goes if it is empty."""
     if descriptor not in _HELD:
         return  # in a forked process
     path, holder, made = _HELD.pop(descriptor)
-    with contextlib.suppress(OSError):  # the folder is gone, or another run has come into it
+    with contextlib.suppress(OSError):  # a folder is not empty, or gone
         if _read(path) == holder:
-            _write(descriptor, "")
-        if made and os.listdir(path.parent) == [NAME]:
             path.unlink()
-            for folder in made:
-                folder.rmdir()
+        for folder in made:
+            folder.rmdir()
     os.close(descriptor)
 
 
@@ -139,12 +139,6 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):  # deleted by hand, or half written
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _write(descriptor: int, text: str) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text.encode(), 0)
-    os.fsync(descriptor)  # a mounted bucket shows it to others then
 
 
 def _leave_to_parent() -> None:

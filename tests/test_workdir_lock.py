@@ -214,6 +214,32 @@ def test_one_that_is_told_before_the_run_begins_ends_all(port, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+FORK = """
+import multiprocessing, signal
+from seal_jax.hosts.preemption import listening
+with listening():
+    def wait():
+        print("forked", flush=True)
+        signal.pause()
+    child = multiprocessing.get_context("fork").Process(target=wait)
+    child.start()
+    input()
+    child.terminate()  # as a pool does with its own
+    child.join()
+    print(child.exitcode)
+"""
+
+
+def test_a_child_that_is_ended_does_not_end_the_run():
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORK], stdin=pipe, stdout=pipe, text=True, cwd=TESTS.parent
+    )
+    assert process.stdout.readline() == "forked\n"
+    assert process.communicate("go on\n") == (f"{-signal.SIGTERM}\n", None)
+    assert process.returncode == 0
+
+
 TWICE = """
 import threading
 from seal_jax.hosts.preemption import Stopped, listening, stop_if_told

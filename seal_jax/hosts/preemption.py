@@ -34,7 +34,7 @@ def listening() -> Generator[None]:
     reader = threading.Thread(target=_read, args=(heard,), daemon=True)
     reader.start()
     last_pipe = signal.set_wakeup_fd(tell)  # before the handler: no signal falls between
-    last_handler = signal.signal(signal.SIGTERM, lambda *_: _TOLD.set())
+    last_handler = signal.signal(signal.SIGTERM, _note)
     try:
         yield
     finally:
@@ -63,6 +63,11 @@ def stop_if_told() -> None:
         raise Stopped(f"process {', '.join(told)} got SIGTERM")
 
 
+def _note(number: int, frame: object) -> None:
+    del number, frame
+    _TOLD.set()
+
+
 def _read(heard: int) -> None:
     """Read the numbers of signals until the pipe is closed; end if there is nothing to finish."""
     count = 0
@@ -84,3 +89,13 @@ def _end() -> None:
 
         end_others(message, 0)
     os._exit(0)
+
+
+def _die_of_it() -> None:
+    """Let a forked process die of SIGTERM; what it hears, its parent would read."""
+    if signal.getsignal(signal.SIGTERM) is _note:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_die_of_it)

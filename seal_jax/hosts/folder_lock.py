@@ -77,15 +77,19 @@ def _take(folder: Path) -> int:
             continue
         except OSError as error:
             why = str(error)
-        if os.fstat(descriptor).st_nlink:
+        if os.fstat(descriptor).st_nlink or time.monotonic() > deadline:
             break
         os.close(descriptor)  # its holder has deleted it meanwhile
     holder = _myself()
     _warn(folder, _read(path), holder, why)
     _HELD[descriptor] = _Lock(path, holder, made)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-    os.fsync(descriptor)  # a mounted bucket shows it to others then
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        os.fsync(descriptor)  # a mounted bucket shows it to others then
+    except OSError:  # the disk is full
+        _free(descriptor)
+        raise
     return descriptor
 
 

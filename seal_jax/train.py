@@ -31,6 +31,7 @@ from seal_jax.config.workdir import check_workdir, claim_workdir
 from seal_jax.hosts.console import say
 from seal_jax.hosts.exchange import ask_first
 from seal_jax.hosts.files import read_jsonl
+from seal_jax.hosts.folder_lock import hold
 from seal_jax.hosts.preemption import stop_if_told
 from seal_jax.models import lora
 from seal_jax.objectives.objective import Objective
@@ -74,9 +75,16 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
       What summary.json holds.
 
     Raises:
-      ValueError: the folder belongs to another config, or the data do not fit the config.
+      ValueError: the folder belongs to another config, another run writes there, or the data do not
+        fit the config.
     """
     ask_first("workdir", lambda: check_workdir(config, workdir))
+    with hold(workdir):
+        return train_alone(config, workdir)
+
+
+def train_alone(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Do as `train` does, in a folder into which no other run writes."""
     settings = settings_of(config)
     objective = configured_objective(settings)
     stages = make_stages(settings)
@@ -218,8 +226,8 @@ def evaluate(
                     continue
                 if keep is not None:
                     keep(place.run, lora.take(kept, slice(i, i + 1)))
+                outcomes[place.run.name] = found[place.run.name]  # what was noted before stays
                 append_outcome(examination.ledger, place.run, found[place.run.name])
-            outcomes |= found
             stop_if_told()
     return outcomes
 

@@ -1,5 +1,6 @@
 """A run's folder belongs to one config: config.json says to which."""
 
+import fnmatch
 import os
 import time
 
@@ -8,7 +9,11 @@ from ml_collections import ConfigDict
 from seal_jax.config.load import diff, to_json
 from seal_jax.hosts.exchange import ask_first, exchange
 from seal_jax.hosts.files import write_text
+from seal_jax.hosts.folder_lock import NAME
 from seal_jax.hosts.group import timeout_seconds
+
+# What a run that was killed before it had claimed the folder may leave there.
+_LEFT = (NAME, ".config.json.*.tmp")
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> None:
@@ -26,16 +31,21 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
                 f"{workdir} belongs to another config; this one differs in\n{difference}\n"
                 "Choose another --workdir, or go back to that config."
             )
-    elif os.path.exists(workdir) and os.listdir(workdir):
+    elif os.path.exists(workdir) and not all(map(_is_left, os.listdir(workdir))):
         raise ValueError(f"{workdir} is not empty and has no config.json: choose another --workdir")
+
+
+def _is_left(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _LEFT)
 
 
 def claim_workdir(config: ConfigDict, workdir: str) -> None:
     """Write config.json into the folder, once model and data are known to be good.
 
     Raises:
-      ValueError: not every process sees it there.
+      ValueError: not every process sees it there, or another run claimed it before it was held.
     """
+    ask_first("workdir", lambda: check_workdir(config, workdir))
     os.makedirs(workdir, exist_ok=True)
     path = os.path.join(workdir, "config.json")
     patience = time.monotonic() + timeout_seconds() / 10

@@ -91,9 +91,9 @@ def train_alone(config: ConfigDict, workdir: str) -> dict[str, Any]:
     check_rewards(stages)
     training, held_out = split_problems(settings, stages.task)
     check_prompts(stages, [*training, *held_out])
+    say(describe(stages, training, held_out))  # what does not fit is refused
     claim_workdir(config, workdir)
     claim_model(workdir, stages.model, settings.model.dtype)
-    say(describe(stages, training, held_out))
     with jax.transfer_guard("disallow"):
         policies = {"base": stages.model.params}
         loop = partial(outer_loop, stages, training=training, held_out=held_out)

@@ -2,6 +2,7 @@
 
 model.py           a model: config, parameters and tokenizer
 config.py          sizes and switches of a decoder; the families
+rope_settings.py   what a Hugging Face config says about rope, in either spelling
 known_models.py    the sizes of well-known models
 transformer.py     the decoder
 attention.py       attention: XLA, cuDNN, splash

@@ -19,6 +19,7 @@ names.py           what every parameter is called: here, by Hugging Face, in GGU
 weights.py         safetensors in and out
 tensor_file.py     one safetensors file
 gguf.py            models from a GGUF file
+gguf_file.py       GGUF files on disk: headers and parts
 packages.py        models inside installed packages
 place_params.py    from the host to the devices, one parameter at a time
 mesh_fit.py        whether a mesh divides a model

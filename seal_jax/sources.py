@@ -214,7 +214,7 @@ def _load_run(run: RunFolder, dtype: Any, mesh: Mesh | None, rules: ParamRules) 
     config = dataclasses.replace(config_from_hf(kept / "config.json"), rules=rules)
     _, params = restore_policy(run, config, mesh)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    return Model(config, params, load_tokenizer(kept))
+    return Model(config, params, load_tokenizer(kept, config.vocab_size))
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

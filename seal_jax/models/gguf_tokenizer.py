@@ -31,8 +31,10 @@ _BOS_BY_DEFAULT = (("gpt2", "llama-bpe"), ("llama", "default"))
 _TURN_MARKS = ("<|", "<start_of_turn>", "<end_of_turn>")
 
 
-def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> HFTokenizer:
-    """Build the tokenizer that GGUF metadata describe.
+def gguf_tokenizer(
+    metadata: Mapping[str, Any], where: str, num_rows: int | None = None
+) -> HFTokenizer:
+    """Build the tokenizer that GGUF metadata describe, of a model with V = `num_rows`.
 
     Raises:
       ValueError: another tokenizer model or pre-tokenizer, or metadata that do not fit together.
@@ -70,7 +72,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> HFTokenizer:
         clean_up_tokenization_spaces=False,
         **special_tokens,
     )
-    return HFTokenizer(fast)
+    return HFTokenizer(fast, num_rows=num_rows)
 
 
 def _refuse_unsupported(fields: Mapping[str, Any], kind: tuple, where: str) -> None:

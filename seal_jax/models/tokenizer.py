@@ -6,6 +6,7 @@ encoded as the plain characters it is. Special tokens come only from the chat te
 
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -26,8 +27,15 @@ _MARK = "\ue000message\ue000"
 _DATE = "26 Jul 2024"
 
 
+class TokenBeyondModel(ValueError):
+    """A text has a token that the model has no row for."""
+
+
 class Tokenizer(Protocol):
-    """What the other stages ask of a tokenizer."""
+    """What the other stages ask of a tokenizer.
+
+    What encodes raises TokenBeyondModel where a text has a token that the model has no row for.
+    """
 
     vocab_size: int  # every id is below it; the model's V may be larger
     pad_id: int  # may equal a stop id: mask by length, not by value
@@ -66,7 +74,7 @@ class Tokenizer(Protocol):
         ...
 
     def to_json(self) -> str:
-        """Return the content of a tokenizer.json with the same ids, for libraries that want one."""
+        """Return a tokenizer.json for other libraries, with the ids that the model knows."""
         ...
 
 
@@ -135,12 +143,13 @@ class HFTokenizer:
     Args:
       fast: a `transformers.PreTrainedTokenizerFast`.
       stop_ids: ids that end an answer, beside the tokenizer's own eos and `END_TOKENS`.
+      num_rows: the model's V. A tokenizer may have more tokens, which no text may then contain.
 
     Raises:
       ValueError: no fast backend, no eos token, or plain text can produce special tokens.
     """
 
-    def __init__(self, fast: Any, stop_ids: Iterable[int] = ()):
+    def __init__(self, fast: Any, stop_ids: Iterable[int] = (), num_rows: int | None = None):
         from tokenizers import Tokenizer as Backend
 
         if not getattr(fast, "is_fast", False):
@@ -154,9 +163,14 @@ class HFTokenizer:
             backend.no_truncation()
             backend.no_padding()
         self._text.encode_special_tokens = True
-        self.vocab_size = len(fast)
-        self.stop_ids = self._stop_ids(stop_ids)
-        self.pad_id = self.stop_ids[0] if fast.pad_token_id is None else fast.pad_token_id
+        limit = math.inf if num_rows is None else num_rows
+        # Not how many there are: ids may have gaps.
+        self.vocab_size = int(min(1 + max(fast.get_vocab().values(), default=-1), limit))
+        self.stop_ids = tuple(i for i in self._stop_ids(stop_ids) if i < limit)
+        if not self.stop_ids:
+            raise ValueError("the tokenizer has no eos token: no answer would ever end.")
+        pads = [i for i in (fast.pad_token_id,) if i is not None and i < limit]
+        self.pad_id = (pads or self.stop_ids)[0]
         # Whether text starts with bos is known only to the tokenizer's post-processor.
         first = self._template.encode("").ids[:1]
         self.bos = fast.bos_token_id if first == [fast.bos_token_id] else None
@@ -164,13 +178,14 @@ class HFTokenizer:
 
     def encode(self, text: str, start: bool = True) -> list[int]:
         ids = self._plain(text)
-        return [self.bos, *ids] if start and self.bos is not None else ids
+        return self._known([self.bos, *ids] if start and self.bos is not None else ids)
 
     def encode_prompt(self, text: str, chat: bool) -> list[int]:
         if not chat:
             return self.encode(text)
         head, before, after, tail, strips = self._chat_parts
-        return head + self._plain(before + (text.strip() if strips else text) + after) + tail
+        message = text.strip() if strips else text
+        return self._known(head + self._plain(before + message + after) + tail)
 
     def encode_turn(
         self, parts: Sequence[tuple[str, bool]], answer: str, chat: bool
@@ -190,7 +205,7 @@ class HFTokenizer:
         encoding = self._text.encode(text, add_special_tokens=False)
         inside = [any(marks[first:last]) for first, last in encoding.offsets]
         end = [*self._plain(answer), self.stop_ids[0]]
-        ids = [*head, *encoding.ids, *tail, *end]
+        ids = self._known([*head, *encoding.ids, *tail, *end])
         return ids, [*[False] * len(head), *inside, *[False] * len(tail), *[True] * len(end)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -201,20 +216,32 @@ class HFTokenizer:
         self._fast.save_pretrained(folder)
 
     def to_json(self) -> str:
-        return self._text.to_str()
+        content = json.loads(self._text.to_str())
+        # A grammar that may choose a token takes the longest: those the model lacks must go.
+        added = content["added_tokens"]
+        content["added_tokens"] = [token for token in added if token["id"] < self.vocab_size]
+        return json.dumps(content)
 
     def _plain(self, text: str) -> list[int]:
         text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become '?'
         return self._text.encode(text, add_special_tokens=False).ids
 
+    def _known(self, ids: list[int]) -> list[int]:
+        """Return ids that the model has rows for. Raises TokenBeyondModel: a gather would clamp."""
+        if max(ids, default=0) < self.vocab_size:
+            return ids
+        beyond = next(i for i in ids if i >= self.vocab_size)
+        raise TokenBeyondModel(
+            f"a text has token {beyond}, {self._text.id_to_token(beyond)!r}, and the model has"
+            f" rows for the first {self.vocab_size} tokens of its tokenizer only: resize its"
+            " embedding to the tokenizer, or leave that token out."
+        )
+
     def _stop_ids(self, more: Iterable[int]) -> tuple[int, ...]:
         ids = [] if self._fast.eos_token_id is None else [self._fast.eos_token_id]
         special = {*self._fast.all_special_ids, *self._special}
         ids += [i for i in map(self._text.token_to_id, END_TOKENS) if i in special]
-        ids = tuple(dict.fromkeys([*ids, *more]))
-        if not ids:
-            raise ValueError("the tokenizer has no eos token: no answer would ever end.")
-        return ids
+        return tuple(dict.fromkeys([*ids, *more]))
 
     def _check_plain(self) -> None:
         """Raise ValueError if the text of a special token can become that token."""
@@ -267,8 +294,11 @@ class HFTokenizer:
         )
 
 
-def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
+def load_tokenizer(folder: str | os.PathLike, num_rows: int | None = None) -> Tokenizer:
     """Load the tokenizer of a local folder; code that comes with a model is never run.
+
+    Args:
+      num_rows: the V of its model; see `HFTokenizer`.
 
     Raises:
       FileNotFoundError: the folder holds no tokenizer.
@@ -276,6 +306,11 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """
     folder = Path(folder)
     if (folder / BYTE_FILE).is_file():
+        size = ByteTokenizer.vocab_size  # a text may have any of them
+        if num_rows is not None and num_rows < size:
+            raise ValueError(
+                f"{folder}: the tokenizer has {size} tokens, the model only {num_rows}."
+            )
         return ByteTokenizer()
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder}: no tokenizer.json, so no tokenizer to load.")
@@ -286,7 +321,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
         fast = fast_class.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the Rust parser raises bare Exception
         raise ValueError(f"{folder}: cannot load the tokenizer: {error}") from error
-    return HFTokenizer(fast, _generation_stop_ids(folder / "generation_config.json"))
+    return HFTokenizer(fast, _generation_stop_ids(folder / "generation_config.json"), num_rows)
 
 
 def import_transformers() -> Any:

@@ -37,13 +37,15 @@ _GEMMA_KEYS = {
     *("attn_logit_softcapping", "final_logit_softcapping"),
 }
 # Values of other keys that change nothing. Of those that are not here, it is what is 0 or empty.
+_FACTORS = (
+    *("rope.scale_linear", "rope.scaling.yarn_attn_factor", "rope.scaling.alpha"),
+    *("logit_scale", "residual_scale", "embedding_scale", "attention.output_scale"),
+    *("expert_weights_scale", "expert_group_scale"),
+)
 _NEUTRAL = {
     "attention.causal": (True,),
     "rope.scaling.attn_factor": (1.0,),
-    **dict.fromkeys(
-        ("rope.scale_linear", "logit_scale", "residual_scale", "embedding_scale"), (0.0, 1.0)
-    ),
-    "expert_weights_scale": (0.0, 1.0),
+    **dict.fromkeys(_FACTORS, (0.0, 1.0)),
 }
 # Divisors of the rope frequencies, which llama.cpp makes from Llama 3's scaling.
 _ROPE_DIVISORS = "rope_freqs.weight"

@@ -273,7 +273,7 @@ def test_frequencies_are_those_of_their_models(case):
         ("llama", {"rope_theta": None}, "rope_theta must be a number, found None"),
         ("llama", {"rope_theta": "500"}, "rope_theta must be a number, found '500'"),
         ("gemma3_text", {"rope_parameters": {GLOBAL: 3}}, "full_attention must be an object"),
-        ("gemma3_text", {"sliding_window_pattern": 0}, "modulo"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "must be positive, found 0"),
         ("llama", {"is_causal": False}, "unsupported is_causal False"),
         ("llama", {"per_layer_config": {"1": {"head_dim": 4}}}, "unsupported per_layer_config"),
         ("llama", {"configuration_files": ["config.4.json"]}, "unsupported configuration_files"),

@@ -374,7 +374,9 @@ def _local_layers(hf: dict[str, Any], has_window: bool) -> list[bool]:
         return [known[layer] for layer in hf[types]]
     if kind.startswith("gemma"):
         period = 2 if kind == "gemma2" else integer(hf, "sliding_window_pattern")
-        return [(i + 1) % period != 0 for i in range(num_layers)]
+        if period < 1:
+            raise ValueError(f"sliding_window_pattern must be positive, found {period}")
+        return [(i + 1) % period > 0 for i in range(num_layers)]
     if not has_window:
         return []
     if kind == "mistral":

@@ -36,12 +36,13 @@ _GEMMA_KEYS = {
     *("attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"),
     *("attn_logit_softcapping", "final_logit_softcapping"),
 }
-# Values of other keys that change nothing. Of those that are not here, it is what is 0 or empty.
+# Other keys whose value changes nothing where it is 1, or 0.
 _FACTORS = (
     *("rope.scale_linear", "rope.scaling.yarn_attn_factor", "rope.scaling.alpha"),
     *("logit_scale", "residual_scale", "embedding_scale", "attention.output_scale"),
     *("expert_weights_scale", "expert_group_scale"),
 )
+# Values that change nothing. Of keys that are not here, it is what is 0 or empty.
 _NEUTRAL = {
     "attention.causal": (True,),
     "rope.scaling.attn_factor": (1.0,),

@@ -203,7 +203,7 @@ def _load_run(run: RunFolder, dtype: Any, mesh: Mesh | None, rules: ParamRules) 
 
     from seal_jax.models.config import config_from_hf
     from seal_jax.models.model import Model
-    from seal_jax.models.tokenizer import load_tokenizer
+    from seal_jax.models.tokenizer_folder import load_tokenizer
 
     kept = run.root / "model"
     if not kept.is_dir():
@@ -214,7 +214,7 @@ def _load_run(run: RunFolder, dtype: Any, mesh: Mesh | None, rules: ParamRules) 
     config = dataclasses.replace(config_from_hf(kept / "config.json"), rules=rules)
     _, params = restore_policy(run, config, mesh)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    return Model(config, params, load_tokenizer(kept))
+    return Model(config, params, load_tokenizer(kept, config.vocab_size))
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seal_jax.inner.texts import encode_text
-from seal_jax.models.tokenizer import ByteTokenizer
+from seal_jax.models.byte_tokenizer import ByteTokenizer
 from seal_jax.tasks.arc import voting
 from seal_jax.tasks.arc.augmentations import AUGMENTATIONS
 from seal_jax.tasks.arc.format import (

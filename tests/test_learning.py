@@ -8,7 +8,7 @@ from tiny_run import run_process
 
 from seal_jax.bench import facts_model, learning
 from seal_jax.commands import main as cli
-from seal_jax.models.tokenizer import ByteTokenizer
+from seal_jax.models.byte_tokenizer import ByteTokenizer
 from seal_jax.sources import load_model
 from seal_jax.tasks.facts import Facts
 from seal_jax.tasks.task import SelfEdit

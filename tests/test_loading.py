@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_jax.models import weights
+from seal_jax.models.byte_tokenizer import ByteTokenizer
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.known_models import KNOWN, TINY
 from seal_jax.models.names import param_table
@@ -31,7 +32,6 @@ from seal_jax.models.tensor_file import (
     read_slice,
     write_file,
 )
-from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.models.weights import load_safetensors, save_safetensors
 from seal_jax.sharding import make_mesh, param_shardings
 from seal_jax.sources import config_of, load_model

@@ -1,6 +1,7 @@
 """Our decoder against PyTorch's, family by family, with parameters carried over both ways."""
 
 import copy
+import json
 from functools import partial
 
 import jax
@@ -247,3 +248,36 @@ def test_configs_survive_both_ways(case):
     theirs = transformers.AutoConfig.for_model(kind, **{**SIZES, **options}).to_dict()
     config = config_from_hf(theirs)
     assert config_from_hf(config_to_hf(config)) == config
+
+
+# What a user adds to the config.json that transformers saved, beside its own spelling.
+ADDED = {
+    "rope_scaling": ("qwen2", {"rope_parameters": LLAMA3_ROPE}, {"rope_scaling": LINEAR_ROPE}),
+    "over_gemma3": (
+        "gemma3_text",
+        {**GEMMA, "rope_parameters": GEMMA_ROPE},
+        {"rope_scaling": {"factor": 8.0}},
+    ),
+    "top_level_length": (
+        "llama",
+        {"rope_parameters": LLAMA3_ROPE},
+        {"original_max_position_embeddings": 64},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_logits_of_a_config_with_two_spellings(case, tmp_path):
+    kind, options, added = ADDED[case]
+    saved = random_torch_model(kind, options)
+    saved.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **added}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    config = load_folder_config(tmp_path)
+    tokens, mask = ragged_batch("right")
+    found = our_logits(config, load_safetensors(tmp_path, config), tokens, mask)[mask == 1]
+    assert relative_error(found, torch_logits(model, tokens, mask)[mask == 1]) < 2e-4
+    assert relative_error(found, torch_logits(saved, tokens, mask)[mask == 1]) > 1e-2

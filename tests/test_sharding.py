@@ -22,10 +22,10 @@ from seal_jax.inner.packing import Layout, job_losses, pack
 from seal_jax.inner.texts import make_job, text_of
 from seal_jax.inner.update import make_inner_update
 from seal_jax.models import lora
+from seal_jax.models.byte_tokenizer import ByteTokenizer
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.mesh_fit import check_divides, undivided
 from seal_jax.models.model import Model
-from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.models.transformer import forward, init_params
 from seal_jax.objectives import make_objective
 from seal_jax.optim import make_optimizer

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seal_jax.models.byte_tokenizer import ByteTokenizer
 from seal_jax.models.gguf import gguf_metadata, open_gguf
 from seal_jax.models.gguf_tokenizer import gguf_tokenizer
 from seal_jax.models.packages import packaged_gguf
-from seal_jax.models.tokenizer import ByteTokenizer, HFTokenizer, load_tokenizer
+from seal_jax.models.tokenizer import HFTokenizer, TokenBeyondModel
+from seal_jax.models.tokenizer_folder import load_tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
@@ -373,7 +375,7 @@ def test_smollm2_tokenizer(smollm2, tmp_path):
 
 
 def test_importing_transformers_prints_nothing():
-    code = "from seal_jax.models.tokenizer import import_transformers; import_transformers()"
+    code = "from seal_jax.models.tokenizer_folder import import_transformers; import_transformers()"
     env = {key: value for key, value in os.environ.items() if "ADVISORY" not in key}
     hide_torch = "import sys; sys.modules['torch'] = None\n"
     result = subprocess.run(
@@ -421,3 +423,77 @@ def test_marks_on_a_real_vocabulary(smollm2):
         assert ids[: len(prompt)] == prompt
         chosen = [i for i, mark in zip(ids, marked, strict=True) if mark]
         assert smollm2.decode(chosen).replace("\n", "").strip() == "[[3]]#[[5]]#"
+
+
+def larger(words=("<image>", "<pad>"), plain=("<think>",), template=TEMPLATE):
+    """Return tiny_fast with tokens behind those that its model has rows for, and their number."""
+    fast = tiny_fast(template)
+    num_rows = len(fast)
+    fast.add_special_tokens({"additional_special_tokens": list(words)})
+    fast.add_tokens(list(plain))
+    fast.pad_token = words[-1]
+    return fast, num_rows
+
+
+def test_tokens_without_a_row_do_no_harm(tiny):
+    """As Gemma 3's image token, and a padding token for which no model was resized."""
+    fast, num_rows = larger()
+    tokenizer = HFTokenizer(fast, [num_rows + 1, 5], num_rows)
+    assert tokenizer.vocab_size == num_rows and tokenizer.pad_id == tiny.pad_id
+    assert tokenizer.stop_ids == (*tiny.stop_ids, 5)
+    assert HFTokenizer(fast).pad_id == num_rows + 1  # of a model that has the rows
+    for text in ("Hello", EVIL, "an <image> and <pad>"):
+        assert tokenizer.encode(text) == tiny.encode(text)
+        assert tokenizer.encode_prompt(text, chat=True) == tiny.encode_prompt(text, chat=True)
+        assert tokenizer.encode_turn([(text, True)], text, chat=True) == tiny.encode_turn(
+            [(text, True)], text, chat=True
+        )
+    assert tokenizer.decode([num_rows, *tiny.encode("Hello"), num_rows + 2]) == "Hello"
+
+
+def test_a_text_with_a_token_without_a_row_is_refused():
+    fast, num_rows = larger()
+    tokenizer = HFTokenizer(fast, num_rows=num_rows)
+    message = f"token {num_rows + 2}, '<think>', and the model has rows for the first {num_rows}"
+    for encode in (
+        lambda: tokenizer.encode("a <think>"),
+        lambda: tokenizer.encode_prompt("a <think>", chat=True),
+        lambda: tokenizer.encode_turn([("a", False)], "<think>", chat=False),
+        lambda: tokenizer.encode_turn([("<think>", False)], "a", chat=True),
+    ):
+        with pytest.raises(TokenBeyondModel, match=message):
+            encode()
+    fast, num_rows = larger(template="<image>" + TEMPLATE)
+    with pytest.raises(TokenBeyondModel, match="'<image>'"):
+        HFTokenizer(fast, num_rows=num_rows).encode_prompt("a", chat=True)
+
+
+def test_ids_with_gaps():
+    """The last id counts, not how many there are."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE({"</s>": 0, "a": 9}, []))
+    backend.add_special_tokens(["</s>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert HFTokenizer(fast, num_rows=10).encode("a") == [9]
+    assert HFTokenizer(fast).decode([9]) == "a"
+    with pytest.raises(TokenBeyondModel, match="token 9, 'a'"):
+        HFTokenizer(fast, num_rows=5).encode("a")
+
+
+def test_no_end_token_with_a_row_is_refused():
+    fast, num_rows = larger()
+    with pytest.raises(ValueError, match="no eos token"):
+        HFTokenizer(fast, num_rows=num_rows - len(SPECIAL))
+
+
+def test_a_grammar_knows_only_tokens_with_a_row():
+    pytest.importorskip("llguidance")
+    from seal_jax.tasks.arc.grammar import allowed_tokens, load_vocabulary
+
+    fast, num_rows = larger(plain=['{"'])
+    tokenizer = HFTokenizer(fast, num_rows=num_rows)
+    vocabulary = load_vocabulary(tokenizer.to_json(), num_rows, tokenizer.stop_ids)
+    allowed = allowed_tokens(vocabulary, r'\{"a"\}', [])
+    assert [tokenizer.decode([i]) for i in allowed.nonzero()[0].tolist()] == ["{"]

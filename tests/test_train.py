@@ -8,16 +8,21 @@ import jax
 import numpy as np
 import optax
 import pytest
+from test_tokenizer import larger
 from tiny_run import CONFIG, run_loop, run_process, train_arguments
 
 from seal_jax.commands import main as cli
 from seal_jax.config.load import load_config, to_json
 from seal_jax.config.setup import make_stages, settings_of
 from seal_jax.hosts.files import read_jsonl
+from seal_jax.inner.texts import encode_text
+from seal_jax.models.tokenizer import HFTokenizer
 from seal_jax.optim import optimizer_of
 from seal_jax.outer.examination import Evaluated, reward
 from seal_jax.outer.policy_step import init_train_state
+from seal_jax.outer.problems import split_problems
 from seal_jax.outer.rewards import Evidence, Outcome
+from seal_jax.outer.stages import parse
 from seal_jax.outer.step_log import why
 from seal_jax.runs import adapters, checkpoint
 from seal_jax.sources import load_model
@@ -336,3 +341,14 @@ def test_one_seed_that_overflows_rejects_its_self_edit_and_no_other():
     assert why(edit, seeds[2:], False) == "not selected by reward"
     assert why(rejected, [], False) == "rejected: empty"
     assert (why(edit, [], True), why(edit, [], False)) == ("drawn at random", "not drawn")
+
+
+def test_a_self_edit_with_a_token_that_the_model_lacks_is_rejected(one_device):
+    stages = make_stages(settings_of(load_config(CONFIG)))
+    fast, num_rows = larger()
+    tokenizer = HFTokenizer(fast, num_rows=num_rows)
+    stages = stages._replace(encode=lambda text, _: encode_text(tokenizer, text, chat=False))
+    batch = split_problems(stages.settings, stages.task)[0][:1]
+    ((refused, used),) = parse(stages, batch, ["hmm <think>", "hmm <image>"])
+    assert isinstance(refused, Rejected) and isinstance(used, SelfEdit)
+    assert refused.reason.startswith(f"no token of the model: a text has token {num_rows + 2}")

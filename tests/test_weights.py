@@ -11,12 +11,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from test_tokenizer import larger
 
+from seal_jax.models.byte_tokenizer import ByteTokenizer
 from seal_jax.models.config import ModelConfig, RopeScaling, config_from_hf, config_to_hf
 from seal_jax.models.known_models import TINY
+from seal_jax.models.model import save_config
 from seal_jax.models.names import param_table
 from seal_jax.models.place_params import build_params
-from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.models.weights import (
     load_folder_config,
     load_safetensors,
@@ -416,6 +418,19 @@ def test_tokenizer_larger_than_model(tmp_path):
     ByteTokenizer().save(tmp_path)
     with pytest.raises(ValueError, match="261 tokens, the model only 32"):
         load_model(str(tmp_path))
+
+
+def test_a_folder_whose_tokenizer_has_more_tokens_than_rows(tmp_path):
+    fast, num_rows = larger()
+    config = dataclasses.replace(CONFIG, vocab_size=num_rows)
+    save_safetensors(tmp_path, random_params(config), config)
+    fast.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert max(model.tokenizer.pad_id, *model.tokenizer.stop_ids) < num_rows
+    save_config(tmp_path, model, "float32")
+    assert load_model(str(tmp_path)).tokenizer.encode("an <image>")[-1] < num_rows
+    with pytest.raises(ValueError, match="'<think>', and the model has rows for the first"):
+        load_model(str(tmp_path)).tokenizer.encode("<think>")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from seal_jax.models.byte_tokenizer import ByteTokenizer
 from seal_jax.models.known_models import TINY
 from seal_jax.models.model import Model
-from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.models.toys import pretrain
 from seal_jax.tasks.facts import ATTRIBUTES, Facts, facts_of
 from seal_jax.tasks.task import Problem

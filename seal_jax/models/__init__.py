@@ -2,6 +2,7 @@
 
 model.py           a model: config, parameters and tokenizer
 config.py          sizes and switches of a decoder; the families
+rope_settings.py   what a Hugging Face config says about rope, in either spelling
 known_models.py    the sizes of well-known models
 transformer.py     the decoder
 attention.py       attention: XLA, cuDNN, splash
@@ -13,6 +14,7 @@ lora_product.py    the two thin products of many adapters
 quantize.py        a frozen base as int8 or nf4
 turned_kernels.py  kernels as a CPU wants them for few tokens
 tokenizer.py       text to token ids and back
+tokenizer_folder.py reads a tokenizer's files
 byte_tokenizer.py  bytes as tokens
 chat_template.py   chat templates: how a model is asked, and how its answer is written
 thoughts.py        what a reasoning model writes before its text
@@ -21,6 +23,7 @@ names.py           what every parameter is called: here, by Hugging Face, in GGU
 weights.py         safetensors in and out
 tensor_file.py     one safetensors file
 gguf.py            models from a GGUF file
+gguf_file.py       GGUF files on disk: headers and parts
 packages.py        models inside installed packages
 place_params.py    from the host to the devices, one parameter at a time
 mesh_fit.py        whether a mesh divides a model

@@ -6,19 +6,14 @@ cannot compute is refused here, before any array is read.
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from seal_jax.extensions import load_plugin, plugin_names
 from seal_jax.hosts.files import read_object
+from seal_jax.models.rope_settings import RopeScaling, integer, number, read_rope, rope_to_hf
 from seal_jax.types import ParamRules
 
-# Hugging Face's names of the fields of RopeScaling.
-_LLAMA3_KEYS = (
-    *("factor", "low_freq_factor", "high_freq_factor"),
-    "original_max_position_embeddings",
-)
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Hugging Face's names of activations, and ours.
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -38,26 +33,43 @@ class Family(NamedTuple):
     tensor_names: dict[str, str] = {}  # where not Llama's: {"mlp.up_proj": "mlp.w1"}, say
 
 
+# What a config.json must spell as true or false.
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+# Keys of a language model that the top level of a multimodal config may hold, too.
+_TEXT_KEYS = (
+    *("rope_scaling", "rope_parameters", "rope_theta", "rope_local_base_freq", "sliding_window"),
+    *("partial_rotary_factor", "layer_types", "sliding_window_pattern", "head_dim", "vocab_size"),
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "rms_norm_eps", "query_pre_attn_scalar", "final_logit_softcapping"),
+    *("hidden_activation", "attention_bias", "use_bidirectional_attention", "tie_word_embeddings"),
+)
 _GEMMA_DEFAULTS = {
     "tie_word_embeddings": True,
     "hidden_activation": "gelu_pytorch_tanh",
+    "num_key_value_heads": 4,
     "head_dim": 256,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
 }
 _GEMMA_SWITCHES = {"sandwich_norms": True, "unit_offset": True, "scale_embeddings": True}
+_QWEN_DEFAULTS = {
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "max_position_embeddings": 32768,
+}
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM", {"sliding_window": 4096}),
-    "qwen2": Family("Qwen2ForCausalLM", {"max_window_layers": 28}),
-    "qwen3": Family(
-        "Qwen3ForCausalLM", {"head_dim": 128, "max_window_layers": 28}, {"qk_norm": True}
+    "mistral": Family(
+        "MistralForCausalLM",
+        {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131_072},
     ),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN_DEFAULTS),
+    "qwen3": Family("Qwen3ForCausalLM", {**_QWEN_DEFAULTS, "head_dim": 128}, {"qk_norm": True}),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         {
             **_GEMMA_DEFAULTS,
-            "sliding_window_pattern": 2,
             "max_position_embeddings": 8192,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
@@ -71,7 +83,6 @@ FAMILIES = {
             # The text part of a multimodal config leaves out what is as in the 4B model.
             "vocab_size": 262_208,
             "num_attention_heads": 8,
-            "num_key_value_heads": 4,
             "sliding_window_pattern": 6,
             "rope_theta": 1_000_000.0,
             "rope_local_base_freq": 10_000.0,
@@ -82,25 +93,6 @@ FAMILIES = {
         {**_GEMMA_SWITCHES, "qk_norm": True, "attn_softcap": None},
     ),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's stretch of the low rope frequencies, https://arxiv.org/abs/2407.21783.
-
-    Wavelengths are in tokens: those above `original_max_position / low_freq_factor` are stretched
-    by `factor`, those below `original_max_position / high_freq_factor` are kept, and those between
-    are interpolated.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
-
-    def __post_init__(self):
-        if not self.factor > 0 or not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(f"rope scaling needs factor > 0 and 0 < low < high, found {self}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +176,7 @@ def find_family(name: str) -> Family:
 def config_from_hf(source: dict[str, Any] | str | os.PathLike) -> ModelConfig:
     """Translate a Hugging Face config, given as a dict or as the path of a `config.json`.
 
-    Both spellings of rope are read: `rope_theta` with `rope_scaling` (transformers 4) and
-    `rope_parameters` (transformers 5).
+    Where one thing is said twice, as both spellings of rope do, transformers' precedence holds.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -196,42 +187,17 @@ def config_from_hf(source: dict[str, Any] | str | os.PathLike) -> ModelConfig:
         hf, where = source, "config dict"
     else:
         hf, where = read_object(source), os.fspath(source)
-    if hf.get("model_type") == "gemma3" and isinstance(hf.get("text_config"), dict):
-        # Images are not for us; a request to run code or to dequantize is at the top.
-        top = {key: hf[key] for key in ("auto_map", "quantization_config") if key in hf}
-        hf = {**hf["text_config"], **top, "model_type": "gemma3_text"}
-    _refuse_unsupported(hf, where)
-    family = find_family(hf["model_type"])
-    hf = {**family.defaults, **hf}
     try:
-        num_heads = int(hf["num_attention_heads"])
-        embed_dim = int(hf["hidden_size"])
-        num_kv_heads, head_dim = hf.get("num_key_value_heads"), hf.get("head_dim")
-        if head_dim is None and embed_dim % num_heads:
-            raise ValueError(f"hidden_size {embed_dim} is not a multiple of {num_heads} heads")
-        query_scalar = hf.get("query_pre_attn_scalar")
-        fields: dict[str, Any] = {
-            "vocab_size": int(hf["vocab_size"]),
-            "num_layers": int(hf["num_hidden_layers"]),
-            "embed_dim": embed_dim,
-            "num_heads": num_heads,
-            "num_kv_heads": num_heads if num_kv_heads is None else int(num_kv_heads),
-            "head_dim": embed_dim // num_heads if head_dim is None else int(head_dim),
-            "mlp_dim": int(hf["intermediate_size"]),
-            "family": hf["model_type"],
-            "norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
-            "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
-            "max_length": int(hf.get("max_position_embeddings", 2048)),
-            "activation": ACTIVATIONS[_activation(hf)],
-            "biases": _biases(hf),
-            "query_scale": None if query_scalar is None else float(query_scalar) ** -0.5,
-            "attn_softcap": _optional_float(hf.get("attn_logit_softcapping")),
-            "logit_softcap": _optional_float(hf.get("final_logit_softcapping")),
-        }
-        return ModelConfig(**{**fields, **_windows(hf), **_rope(hf), **family.switches})
+        if hf.get("model_type") == "gemma3" and isinstance(hf.get("text_config"), dict):
+            hf = _text_part(hf)
+        _refuse_unsupported(hf)
+        family = find_family(hf["model_type"])
+        hf = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, **family.defaults, **hf}
+        fields = {**_sizes(hf), **_gemma_fields(hf), **_windows(hf), **read_rope(hf)}
+        return ModelConfig(**{**fields, **family.switches})
     except KeyError as error:
         raise ValueError(f"{where}: missing key {error}.") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
@@ -252,8 +218,9 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_length,
         "attention_bias": "o_proj" in config.biases,
         "mlp_bias": "up_proj" in config.biases,
-        "rope_theta": config.rope_theta,
-        **_rope_to_hf(config),
+        **rope_to_hf(
+            config.rope_theta, config.rope_factor, config.rope_scaling, config.local_rope_theta
+        ),
     }
     activation = next(hf for hf, ours in ACTIVATIONS.items() if ours == config.activation)
     if config.family.startswith("gemma"):
@@ -280,15 +247,68 @@ def _check_word(name: str, found: str, words: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(words)}; found {found!r}.")
 
 
-def _optional_float(value: Any) -> float | None:
-    return None if value is None else float(value)
+def _text_part(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of the language model in a multimodal one. Raises ValueError.
+
+    Its own keys count, but for the head, which is the whole model's; images are not for us. What
+    the top level says otherwise would be ignored: it is refused.
+    """
+    text = {**FAMILIES["gemma3_text"].defaults, **hf["text_config"]}
+    top = {"tie_word_embeddings": True, **hf}
+    strays = [key for key in _TEXT_KEYS if key in top and top[key] != text.get(key)]
+    if strays:
+        raise ValueError(f"text_config and the top level disagree about {', '.join(strays)}.")
+    # A request to run code or to dequantize is at the top.
+    asked = {key: hf[key] for key in ("auto_map", "quantization_config") if key in hf}
+    return {**hf["text_config"], **asked, "model_type": "gemma3_text"}
 
 
-def _refuse_unsupported(hf: dict[str, Any], where: str) -> None:
+def _sizes(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that all families write alike. Raises KeyError or ValueError."""
+    num_heads, embed_dim = integer(hf, "num_attention_heads"), integer(hf, "hidden_size")
+    if (head_dim := _optional(integer, hf, "head_dim")) is None:
+        head_dim, rest = divmod(embed_dim, num_heads)
+        if rest:
+            raise ValueError(f"hidden_size {embed_dim} is not a multiple of {num_heads} heads")
+    num_kv_heads = _optional(integer, hf, "num_key_value_heads")
+    return {
+        "vocab_size": integer(hf, "vocab_size"),
+        "num_layers": integer(hf, "num_hidden_layers"),
+        "embed_dim": embed_dim,
+        "num_heads": num_heads,
+        "num_kv_heads": num_heads if num_kv_heads is None else num_kv_heads,
+        "head_dim": head_dim,
+        "mlp_dim": integer(hf, "intermediate_size"),
+        "family": hf["model_type"],
+        "norm_eps": number(hf, "rms_norm_eps"),
+        "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        "max_length": integer(hf, "max_position_embeddings"),
+        "activation": ACTIVATIONS[_activation(hf)],
+        "biases": _biases(hf),
+    }
+
+
+def _gemma_fields(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the scale and the soft caps of the scores, which transformers' others ignore."""
+    if hf["model_type"] in ("llama", "mistral", "qwen2", "qwen3"):
+        return {}
+    scalar = _optional(number, hf, "query_pre_attn_scalar")
+    return {
+        "query_scale": None if scalar is None else scalar**-0.5,
+        "attn_softcap": _optional(number, hf, "attn_logit_softcapping"),
+        "logit_softcap": _optional(number, hf, "final_logit_softcapping"),
+    }
+
+
+def _optional(read: Callable[..., Any], hf: dict[str, Any], key: str) -> Any:
+    return None if hf.get(key) is None else read(hf, key)
+
+
+def _refuse_unsupported(hf: dict[str, Any]) -> None:
     """Raise ValueError where `hf` asks for what the decoder does not compute."""
     if "auto_map" in hf:
         raise ValueError(
-            f"{where}: auto_map asks to run code that comes with the model (trust_remote_code). "
+            f"auto_map asks to run code that comes with the model (trust_remote_code). "
             f"seal_jax never does; supported are models of type {', '.join(family_names())} "
             "without auto_map."
         )
@@ -297,12 +317,17 @@ def _refuse_unsupported(hf: dict[str, Any], where: str) -> None:
         "hidden_act": (_activation(hf), tuple(ACTIVATIONS)),
         "quantization_config": (hf.get("quantization_config"), (None,)),
         "use_bidirectional_attention": (hf.get("use_bidirectional_attention") or False, (False,)),
-        "partial_rotary_factor": (hf.get("partial_rotary_factor", 1.0), (1.0,)),
+        "is_causal": (hf.get("is_causal", True), (True,)),
+        "partial_rotary_factor": (hf.get("partial_rotary_factor"), (None, 1.0)),
+        "per_layer_config": (hf.get("per_layer_config") or None, (None,)),
+        # The names of other files that stand for this one.
+        "configuration_files": (hf.get("configuration_files"), (None,)),
+        **{key: (hf.get(key), (None, True, False)) for key in _FLAGS},
     }
     for name, (found, supported) in demands.items():
         if found not in supported:
             choices = " or ".join(repr(choice) for choice in supported)
-            raise ValueError(f"{where}: unsupported {name} {found!r}; supported: {choices}.")
+            raise ValueError(f"unsupported {name} {found!r}; supported: {choices}.")
 
 
 def _activation(hf: dict[str, Any]) -> str:
@@ -324,68 +349,36 @@ def _biases(hf: dict[str, Any]) -> tuple[str, ...]:
 
 def _windows(hf: dict[str, Any]) -> dict[str, Any]:
     """Return `sliding_window` and `local_layers`, each family's way. Raises ValueError."""
-    num_layers, window = int(hf["num_hidden_layers"]), hf.get("sliding_window")
     kind = hf["model_type"]
     unused = kind.startswith("qwen") and not hf.get("use_sliding_window", False)
-    if kind == "llama" or window is None or unused:
-        return {}
-    if kind == "mistral":
-        local = [True] * num_layers
-    elif hf.get("layer_types") is not None:
+    window = None if unused else _optional(integer, hf, "sliding_window")
+    local = [] if kind == "llama" else _local_layers(hf, window is not None)
+    if any(local) and window is None:
+        raise ValueError(
+            "its layers with sliding_attention have no window: sliding_window or use_sliding_window"
+            " is off."
+        )
+    return {"sliding_window": window, "local_layers": tuple(local)} if any(local) else {}
+
+
+def _local_layers(hf: dict[str, Any], has_window: bool) -> list[bool]:
+    """Return of each layer whether it sees only a window, for all families but Llama."""
+    num_layers, kind, types = integer(hf, "num_hidden_layers"), hf["model_type"], "layer_types"
+    if kind != "mistral" and hf.get(types) is not None:
         known = {"sliding_attention": True, "full_attention": False}
-        unknown = set(hf["layer_types"]) - set(known)
+        unknown = set(hf[types]) - set(known)
         if unknown:
             raise ValueError(f"unsupported layer types {sorted(unknown)}; supported: {list(known)}")
-        local = [known[layer] for layer in hf["layer_types"]]
-    elif kind.startswith("gemma"):
-        local = [(i + 1) % int(hf["sliding_window_pattern"]) > 0 for i in range(num_layers)]
-    else:
-        local = [i >= int(hf["max_window_layers"]) for i in range(num_layers)]
-    return {"sliding_window": int(window), "local_layers": tuple(local)} if any(local) else {}
-
-
-def _rope(hf: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields about rope, from either spelling. Raises KeyError or ValueError."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    fields: dict[str, Any] = {}
-    if hf["model_type"] == "gemma3_text":
-        local = rope.get("sliding_attention") or {}
-        _check_rope_type(local, ("default",))
-        fields["local_rope_theta"] = float(local.get("rope_theta", hf["rope_local_base_freq"]))
-        rope = rope.get("full_attention", rope) or {}
-    fields["rope_theta"] = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
-    rope_type = _check_rope_type(rope, SUPPORTED_ROPE_TYPES)
-    if rope_type == "linear":
-        fields["rope_factor"] = float(rope["factor"])
-    elif rope_type == "llama3":
-        factors = (float(rope[key]) for key in _LLAMA3_KEYS[:3])
-        fields["rope_scaling"] = RopeScaling(*factors, int(rope[_LLAMA3_KEYS[3]]))
-    return fields
-
-
-def _check_rope_type(rope: dict[str, Any], supported: tuple[str, ...]) -> str:
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in supported:
-        choices = " or ".join(repr(choice) for choice in supported)
-        raise ValueError(f"unsupported rope type {rope_type!r}; supported: {choices}.")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"unsupported partial_rotary_factor {rope['partial_rotary_factor']}")
-    return rope_type
-
-
-def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Return rope in both spellings."""
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if config.rope_factor != 1.0:
-        rope = {"rope_type": "linear", "factor": config.rope_factor}
-    if config.rope_scaling is not None:
-        values = dataclasses.astuple(config.rope_scaling)
-        rope = {"rope_type": "llama3", **dict(zip(_LLAMA3_KEYS, values, strict=True))}
-    parameters = {"rope_theta": config.rope_theta, **rope}
-    if config.local_rope_theta is not None:
-        local = {"rope_theta": config.local_rope_theta, "rope_type": "default"}
-        parameters = {"full_attention": parameters, "sliding_attention": local}
-    return {
-        "rope_scaling": None if rope["rope_type"] == "default" else rope,
-        "rope_parameters": parameters,
-    }
+        if len(hf[types]) != num_layers:
+            raise ValueError(f"{types} has {len(hf[types])} entries for {num_layers} layers.")
+        return [known[layer] for layer in hf[types]]
+    if kind.startswith("gemma"):
+        period = 2 if kind == "gemma2" else integer(hf, "sliding_window_pattern")
+        if period < 1:
+            raise ValueError(f"sliding_window_pattern must be positive, found {period}")
+        return [(i + 1) % period > 0 for i in range(num_layers)]
+    if not has_window:
+        return []
+    if kind == "mistral":
+        return [True] * num_layers
+    return [i >= integer(hf, "max_window_layers") for i in range(num_layers)]

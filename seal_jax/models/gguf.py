@@ -15,6 +15,8 @@ import gguf
 import numpy as np
 
 from seal_jax.models.config import FAMILIES, LINEARS, ModelConfig, RopeScaling
+from seal_jax.models.gguf_file import DAMAGE, GGUFFile
+from seal_jax.models.gguf_file import open_gguf as open_gguf  # it is offered here, too
 from seal_jax.models.names import Param, check_depth, check_names, param_table
 from seal_jax.models.place_params import Shardings, build_params
 from seal_jax.types import Params
@@ -34,32 +36,31 @@ _GEMMA_KEYS = {
     *("attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"),
     *("attn_logit_softcapping", "final_logit_softcapping"),
 }
+# Other keys whose value changes nothing where it is 1, or 0.
+_FACTORS = (
+    *("rope.scale_linear", "rope.scaling.yarn_attn_factor", "rope.scaling.alpha"),
+    *("logit_scale", "residual_scale", "embedding_scale", "attention.output_scale"),
+    *("expert_weights_scale", "expert_group_scale"),
+)
+# Values that change nothing. Of keys that are not here, it is what is 0 or empty.
+_NEUTRAL = {
+    "attention.causal": (True,),
+    "rope.scaling.attn_factor": (1.0,),
+    **dict.fromkeys(_FACTORS, (0.0, 1.0)),
+}
 # Divisors of the rope frequencies, which llama.cpp makes from Llama 3's scaling.
 _ROPE_DIVISORS = "rope_freqs.weight"
 
-# What the reader raises on a damaged file: it parses with numpy views, so anything can be off.
-_DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, EOFError, MemoryError)
 
-
-def open_gguf(path: str | os.PathLike) -> gguf.GGUFReader:
-    """Open a GGUF file, memory-mapped. Raises FileNotFoundError, or ValueError if damaged."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{os.fspath(path)}: no such file.")
-    try:
-        return gguf.GGUFReader(path)
-    except _DAMAGE as error:
-        raise ValueError(f"{os.fspath(path)}: damaged, or not a GGUF file: {error!r}") from error
-
-
-def gguf_metadata(reader: gguf.GGUFReader, path: str | os.PathLike) -> dict[str, Any]:
+def gguf_metadata(reader: GGUFFile, path: str | os.PathLike) -> dict[str, Any]:
     """Return the file's metadata as Python values, by key."""
     try:
         return {key: field.contents() for key, field in reader.fields.items()}
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise ValueError(f"{os.fspath(path)}: damaged metadata: {error!r}") from error
 
 
-def gguf_config(reader: gguf.GGUFReader, path: str | os.PathLike) -> ModelConfig:
+def gguf_config(reader: GGUFFile, path: str | os.PathLike) -> ModelConfig:
     """Return the model config that the metadata describe, or raise ValueError."""
     metadata = gguf_metadata(reader, path)
     where = os.fspath(path)
@@ -84,7 +85,7 @@ def gguf_config(reader: gguf.GGUFReader, path: str | os.PathLike) -> ModelConfig
 
 
 def gguf_params(
-    reader: gguf.GGUFReader,
+    reader: GGUFFile,
     config: ModelConfig,
     path: str | os.PathLike,
     dtype: Any = "float32",
@@ -122,10 +123,18 @@ def _refuse_unsupported(metadata: Mapping[str, Any], arch: Any) -> None:
     unknown = [
         f"{key} = {value!r}"
         for key, value in metadata.items()
-        if key.startswith(f"{arch}.") and key not in known and value  # 0 and False switch off
+        if key.startswith(f"{arch}.") and key not in known
+        if not _is_neutral(key.removeprefix(f"{arch}."), value)
     ]
     if unknown:
         raise ValueError(f"unsupported metadata: {', '.join(unknown)}.")
+
+
+def _is_neutral(key: str, value: Any) -> bool:
+    """Return whether a value says nothing: what it would ask for is off, or a factor of one."""
+    if key in _NEUTRAL:
+        return value in _NEUTRAL[key]
+    return not (any(value) if isinstance(value, list) else value)
 
 
 def _sizes(metadata: Mapping[str, Any], arch: str, tied: bool) -> ModelConfig:

@@ -11,7 +11,8 @@ splits into two pieces.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from seal_jax.models.tokenizer import HFTokenizer, import_transformers
+from seal_jax.models.tokenizer import HFTokenizer
+from seal_jax.models.tokenizer_folder import import_transformers
 
 # GGUF's types of tokens.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -33,8 +34,10 @@ _ENDS = ("eot_token_id", "eom_token_id")
 _TURN_MARKS = ("<|", "<start_of_turn>", "<end_of_turn>")
 
 
-def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> HFTokenizer:
-    """Build the tokenizer that GGUF metadata describe.
+def gguf_tokenizer(
+    metadata: Mapping[str, Any], where: str, num_rows: int | None = None
+) -> HFTokenizer:
+    """Build the tokenizer that GGUF metadata describe, of a model with V = `num_rows`.
 
     Raises:
       ValueError: another tokenizer model or pre-tokenizer, or metadata that do not fit together.
@@ -73,7 +76,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> HFTokenizer:
         **special_tokens,
     )
     ends = [fields[key] for key in _ENDS if fields.get(key) is not None]
-    return HFTokenizer(fast, ends).with_template(where, {})
+    return HFTokenizer(fast, ends, num_rows).with_template(where, {})
 
 
 def _refuse_unsupported(fields: Mapping[str, Any], kind: tuple, where: str) -> None:

@@ -11,10 +11,12 @@ from jax.sharding import Mesh
 
 from seal_jax.hosts.files import write_json
 from seal_jax.models import gguf, weights
+from seal_jax.models.byte_tokenizer import ByteTokenizer
 from seal_jax.models.config import ModelConfig, config_to_hf
 from seal_jax.models.gguf_tokenizer import gguf_tokenizer
 from seal_jax.models.known_models import RANDOM
-from seal_jax.models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from seal_jax.models.tokenizer import Tokenizer
+from seal_jax.models.tokenizer_folder import load_tokenizer
 from seal_jax.models.transformer import init_params
 from seal_jax.sharding import param_shardings, to_device, to_host
 from seal_jax.types import ParamRules, Params
@@ -31,8 +33,7 @@ class Model(NamedTuple):
 def load_folder(folder: Path, dtype: Any, mesh: Mesh | None, rules: ParamRules) -> Model:
     """Load a folder with config.json, *.safetensors and a tokenizer; see `sources.load_model`."""
     config = dataclasses.replace(weights.load_folder_config(folder), rules=rules)
-    tokenizer = load_tokenizer(folder)
-    _check_vocab(config, tokenizer, str(folder))
+    tokenizer = load_tokenizer(folder, config.vocab_size)
     params = weights.load_safetensors(folder, config, dtype, _shardings(mesh, rules))
     return Model(config, params, tokenizer)
 
@@ -41,8 +42,8 @@ def load_gguf(path: Path, dtype: Any, mesh: Mesh | None, rules: ParamRules) -> M
     """Load a GGUF file, dequantized."""
     reader = gguf.open_gguf(path)
     config = dataclasses.replace(gguf.gguf_config(reader, path), rules=rules)
-    tokenizer = gguf_tokenizer(gguf.gguf_metadata(reader, path), str(path))
-    _check_vocab(config, tokenizer, str(path))
+    metadata = gguf.gguf_metadata(reader, path)
+    tokenizer = gguf_tokenizer(metadata, str(path), config.vocab_size)
     params = gguf.gguf_params(reader, config, path, dtype, _shardings(mesh, rules))
     return Model(config, params, tokenizer)
 
@@ -78,11 +79,3 @@ def save_config(folder: str | os.PathLike, model: Model, dtype: str) -> None:
 def _shardings(mesh: Mesh | None, rules: ParamRules) -> Any:
     """Return what gives every parameter its sharding, None without a mesh."""
     return None if mesh is None else functools.partial(param_shardings, mesh, rules=rules)
-
-
-def _check_vocab(config: ModelConfig, tokenizer: Tokenizer, where: str) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
-            f"{config.vocab_size}."
-        )

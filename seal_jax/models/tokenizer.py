@@ -7,14 +7,12 @@ encoded as the plain characters it is. Special tokens come only from the chat te
 import copy
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from seal_jax.hosts.files import read_object
-from seal_jax.models.byte_tokenizer import BYTE_FILE, ByteTokenizer
 from seal_jax.models.chat_template import (
     Asked,
     ChatTemplate,
@@ -33,8 +31,15 @@ END_TOKENS = (
 )
 
 
+class TokenBeyondModel(ValueError):
+    """A text has a token that the model has no row for."""
+
+
 class Tokenizer(Protocol):
-    """What the other stages ask of a tokenizer."""
+    """What the other stages ask of a tokenizer.
+
+    What encodes raises TokenBeyondModel where a text has a token that the model has no row for.
+    """
 
     vocab_size: int  # every id is below it; the model's V may be larger
     pad_id: int  # may equal a stop id: mask by length, not by value
@@ -89,7 +94,7 @@ class Tokenizer(Protocol):
         ...
 
     def to_json(self) -> str:
-        """Return the content of a tokenizer.json with the same ids, for libraries that want one."""
+        """Return a tokenizer.json for other libraries, with the ids that the model knows."""
         ...
 
 
@@ -127,12 +132,13 @@ class HFTokenizer:
       fast: a `transformers.PreTrainedTokenizerFast`.
       stop_ids: ids that end an answer, beside the tokenizer's own eos, `END_TOKENS` and what ends
         an answer in the chat template.
+      num_rows: the model's V. A tokenizer may have more tokens, which no text may then contain.
 
     Raises:
       ValueError: no fast backend, no eos token, or plain text can produce special tokens.
     """
 
-    def __init__(self, fast: Any, stop_ids: Iterable[int] = ()):
+    def __init__(self, fast: Any, stop_ids: Iterable[int] = (), num_rows: int | None = None):
         from tokenizers import Tokenizer as Backend
 
         if not getattr(fast, "is_fast", False):
@@ -148,9 +154,14 @@ class HFTokenizer:
         self._text.encode_special_tokens = True
         self._model: str = fast.name_or_path or "this model"
         self._arguments: dict[str, Any] = {}  # of the chat template
-        self.vocab_size = len(fast)
-        self.stop_ids = self._stop_ids(stop_ids)
-        self.pad_id = self.stop_ids[0] if fast.pad_token_id is None else fast.pad_token_id
+        limit = math.inf if num_rows is None else num_rows
+        # Not how many there are: ids may have gaps.
+        self.vocab_size = int(min(1 + max(fast.get_vocab().values(), default=-1), limit))
+        self.stop_ids = tuple(i for i in self._stop_ids(stop_ids) if i < limit)
+        if not self.stop_ids:
+            raise ValueError("the tokenizer has no eos token: no answer would ever end.")
+        pads = [i for i in (fast.pad_token_id,) if i is not None and i < limit]
+        self.pad_id = (pads or self.stop_ids)[0]
         # Whether text starts with bos is known only to the tokenizer's post-processor.
         first = self._template.encode("").ids[:1]
         self.bos = fast.bos_token_id if first == [fast.bos_token_id] else None
@@ -158,14 +169,15 @@ class HFTokenizer:
 
     def encode(self, text: str, start: bool = True) -> list[int]:
         ids = self._plain(text)
-        return [self.bos, *ids] if start and self.bos is not None else ids
+        return self._known([self.bos, *ids] if start and self.bos is not None else ids)
 
     def encode_prompt(self, text: str, chat: bool) -> list[int]:
         if not chat:
             return self.encode(text)
         around = self._around_asked
-        text = text.strip() if around.strips else text
-        return around.head + self._plain(around.before + text + around.after) + around.tail
+        message = text.strip() if around.strips else text
+        plain = self._plain(around.before + message + around.after)
+        return self._known(around.head + plain + around.tail)
 
     def encode_turn(
         self, parts: Sequence[tuple[str, bool]], answer: str, chat: bool
@@ -189,7 +201,7 @@ class HFTokenizer:
             end = self._answer(answer, around.context if around.tail else text)
         else:
             end = [*self._plain(answer), self.stop_ids[0]]
-        ids = [*around.head, *encoding.ids, *around.tail, *end]
+        ids = self._known([*around.head, *encoding.ids, *around.tail, *end])
         outside = [False] * len(around.head), [False] * len(around.tail)
         return ids, [*outside[0], *inside, *outside[1], *[True] * len(end)]
 
@@ -215,11 +227,26 @@ class HFTokenizer:
         self._fast.save_pretrained(folder)
 
     def to_json(self) -> str:
-        return self._text.to_str()
+        content = json.loads(self._text.to_str())
+        # A grammar that may choose a token takes the longest: those the model lacks must go.
+        added = content["added_tokens"]
+        content["added_tokens"] = [token for token in added if token["id"] < self.vocab_size]
+        return json.dumps(content)
 
     def _plain(self, text: str) -> list[int]:
         text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become '?'
         return self._text.encode(text, add_special_tokens=False).ids
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """Return ids that the model has rows for. Raises TokenBeyondModel: a gather would clamp."""
+        if max(ids, default=0) < self.vocab_size:
+            return ids
+        beyond = next(i for i in ids if i >= self.vocab_size)
+        raise TokenBeyondModel(
+            f"a text has token {beyond}, {self._text.id_to_token(beyond)!r}, and the model has"
+            f" rows for the first {self.vocab_size} tokens of its tokenizer only: resize its"
+            " embedding to the tokenizer, or leave that token out."
+        )
 
     def _answer(self, answer: str, context: str) -> list[int]:
         """Return the tokens of an answer and its end, behind plain text that ends the prompt.
@@ -247,10 +274,7 @@ class HFTokenizer:
             ids += [] if (end := self._turn.end) is None else [end]
         except ValueError:
             pass  # a template that nobody can use ends nothing; whoever asks through it is told
-        ids = tuple(dict.fromkeys([*ids, *more]))
-        if not ids:
-            raise ValueError("the tokenizer has no eos token: no answer would ever end.")
-        return ids
+        return tuple(dict.fromkeys([*ids, *more]))
 
     def _check_plain(self) -> None:
         """Raise ValueError if the text of a special token can become that token."""
@@ -338,46 +362,3 @@ class HFTokenizer:
 def _any_of(tokens: Iterable[str]) -> re.Pattern:
     """Return what finds any of some tokens, of two the longer."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
-
-
-def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """Load the tokenizer of a local folder; code that comes with a model is never run.
-
-    Raises:
-      FileNotFoundError: the folder holds no tokenizer.
-      ValueError: the tokenizer is damaged or has no fast backend.
-    """
-    folder = Path(folder)
-    if (folder / BYTE_FILE).is_file():
-        return ByteTokenizer()
-    if not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{folder}: no tokenizer.json, so no tokenizer to load.")
-    # Not AutoTokenizer, which rebuilds some from their class and vocabulary, and drops the rest of
-    # tokenizer.json: SmolLM2 would no longer split numbers into digits.
-    fast_class = import_transformers().PreTrainedTokenizerFast
-    try:
-        fast = fast_class.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the Rust parser raises bare Exception
-        raise ValueError(f"{folder}: cannot load the tokenizer: {error}") from error
-    files = [folder / name for name in ("generation_config.json", "config.json")]
-    ends = next(filter(None, map(_listed_stop_ids, files)), ())
-    return HFTokenizer(fast, ends).with_template(str(folder), {})
-
-
-def import_transformers() -> Any:
-    """Import transformers without its advice to install PyTorch, which nothing here uses."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers
-
-    return transformers
-
-
-def _listed_stop_ids(path: Path) -> tuple[int, ...]:
-    """Return the eos ids of a config, of which chat models list several."""
-    if not path.is_file():
-        return ()
-    eos = read_object(path).get("eos_token_id")
-    found = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(i, int) for i in found):
-        raise ValueError(f"{path}: eos_token_id must be an id or a list of ids, found {eos!r}.")
-    return tuple(found)

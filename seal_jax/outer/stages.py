@@ -20,6 +20,7 @@ from seal_jax.inner.update import InnerUpdate
 from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
 from seal_jax.models.thoughts import Thoughts, read
+from seal_jax.models.tokenizer import TokenBeyondModel
 from seal_jax.outer.problems import Batch, OuterStep
 from seal_jax.sampling.call_shapes import check_lengths
 from seal_jax.sampling.self_edits import write_self_edits
@@ -149,7 +150,7 @@ def parse(stages: Stages, batch: Batch, texts: Sequence[str]) -> list[list[Edit]
     num_edits, limit = len(texts) // len(batch), longest_text(stages)
     return [
         [
-            _reject_long(stages, _parse_one(stages, problem, text), limit)
+            _reject_unusable(stages, _parse_one(stages, problem, text), limit)
             for text in texts[p * num_edits : (p + 1) * num_edits]
         ]
         for p, (problem, _) in enumerate(batch)
@@ -173,11 +174,14 @@ def _parse_one(stages: Stages, problem: Problem, text: str) -> Edit:
     return edit._replace(thoughts=written.thoughts) if written.thoughts else edit
 
 
-def _reject_long(stages: Stages, edit: Edit, limit: int) -> Edit:
+def _reject_unusable(stages: Stages, edit: Edit, limit: int) -> Edit:
     if isinstance(edit, Rejected):
         return edit
-    longest = max(len(stages.encode(text, False).tokens) for text in edit.training_texts)
-    if longest <= limit:
-        return edit
-    reason = f"too long: a training text of {longest:,} tokens, at most {limit:,}"
+    try:
+        longest = max(len(stages.encode(text, False).tokens) for text in edit.training_texts)
+        if longest <= limit:
+            return edit
+        reason = f"too long: a training text of {longest:,} tokens, at most {limit:,}"
+    except TokenBeyondModel as error:
+        reason = f"no token of the model: {error}"
     return Rejected(edit.problem_id, edit.prompt, edit.text, reason, edit.thoughts)

@@ -11,10 +11,11 @@ import optax
 
 from seal_jax.hosts.console import progress
 from seal_jax.hosts.files import whole_folder
+from seal_jax.models.byte_tokenizer import ByteTokenizer
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.logits import next_token_logp
 from seal_jax.models.model import Model, save_config
-from seal_jax.models.tokenizer import ByteTokenizer, Tokenizer
+from seal_jax.models.tokenizer import Tokenizer
 from seal_jax.models.transformer import hidden_states, init_params
 from seal_jax.models.weights import save_safetensors
 from seal_jax.types import Params

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from seal_jax.models.byte_tokenizer import ByteTokenizer
 from seal_jax.models.known_models import TINY
 from seal_jax.models.model import Model
-from seal_jax.models.tokenizer import ByteTokenizer
 from seal_jax.models.toys.pretrain import (
     Batch,
     Document,

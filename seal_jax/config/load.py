@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from seal_jax.config.table import FIELDS, PLAIN, Allowed, Field, choice, rule_like, weights
 from seal_jax.objectives import OBJECTIVES
+from seal_jax.outer.judge import check_url
 from seal_jax.outer.rewards import find_reward, reward_names
 from seal_jax.tasks import GIVEN, TASKS
 
@@ -234,6 +235,10 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
         TASKS[name](**{leaf: value for leaf, value in given.items() if leaf in taken})
     except ValueError as error:
         yield f"task: {error}"
+    try:
+        check_url(values["reward.judge_url"])
+    except ValueError as error:
+        yield str(error)
     try:
         list(map(find_reward, values["reward.weights"]))
     except ValueError as error:

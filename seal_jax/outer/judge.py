@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
+from seal_jax.hosts.json_text import unique_keys
+
 if TYPE_CHECKING:
     import httpx2  # imported where a judge is asked: it takes 0.1 s
 
@@ -211,9 +213,9 @@ def judge_all(
 def parse_verdict(body: bytes) -> float | None:
     """Return the score in a response's body, or None if it is not exactly what was asked for."""
     try:
-        found = json.loads(body, object_pairs_hook=_without_repeats)
+        found = json.loads(body, object_pairs_hook=unique_keys)
         content = found["choices"][0]["message"]["content"]
-        marks = json.loads(content, object_pairs_hook=_without_repeats)
+        marks = json.loads(content, object_pairs_hook=unique_keys)
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
     if not isinstance(marks, dict) or marks.keys() != _QUESTIONS.keys():
@@ -221,12 +223,6 @@ def parse_verdict(body: bytes) -> float | None:
     if any(type(mark) is not int or not 0 <= mark <= _HIGHEST for mark in marks.values()):
         return None
     return sum(marks.values()) / (_HIGHEST * len(marks))
-
-
-def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key twice")
-    return dict(pairs)
 
 
 def _content(settings: Judge, passage: str, self_edit: str) -> bytes:

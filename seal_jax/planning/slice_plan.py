@@ -19,6 +19,7 @@ from seal_jax.planning.chips import Chip, find_slice
 from seal_jax.planning.compiled_cost import KINDS, Cost, measure
 from seal_jax.planning.run_estimate import EFFICIENCY, matmul_rate
 from seal_jax.planning.stage_programs import Lengths, Program, model_shapes, programs
+from seal_jax.sampling.call_shapes import check_lengths
 from seal_jax.sharding import make_mesh, num_shards
 from seal_jax.sources import config_of
 from seal_jax.types import Settings
@@ -66,7 +67,7 @@ def plan_slice(settings: Settings, topology: str, lengths: Lengths) -> tuple[lis
       topology: 'v5e:4x4' or the like, see chips.py; 'here' is for the devices of this process.
 
     Raises:
-      ValueError: there is no such slice, mesh or model.
+      ValueError: there is no such slice, mesh or model, or a passage exceeds the model's context.
     """
     plan = make_plan(settings, topology, lengths)
     lines = _describe(settings, plan)
@@ -84,6 +85,11 @@ def make_plan(settings: Settings, topology: str, lengths: Lengths) -> Plan:
         chip = Chip(jax.devices()[0].device_kind, matmul_rate(), memory, math.inf, math.inf)
     model = model_shapes(settings, config_of(settings.model.source), mesh)
     check_divides(mesh, model.config)
+    try:
+        longest = [range(lengths.longest_passage)]
+        check_lengths(model.config, longest, settings.sample.max_tokens)
+    except ValueError as error:
+        raise ValueError(f"--longest-passage {lengths.longest_passage}: {error}") from error
     resident = resident_bytes(settings, model, mesh)
     found = list(programs(settings, model, mesh, lengths))
     bar = progress(found, f"plan for {topology}", "program")  # minutes, for a large model

@@ -78,18 +78,18 @@ def plan_slice(settings: Settings, topology: str, lengths: Lengths) -> tuple[lis
 
 def make_plan(settings: Settings, topology: str, lengths: Lengths) -> Plan:
     """Compile the programs of a run for a slice, and count what they take; see `plan_slice`."""
+    sizes = config_of(settings.model.source)
+    try:
+        check_lengths(sizes, [range(lengths.longest_passage)], settings.sample.max_tokens)
+    except ValueError as error:
+        raise ValueError(f"--longest-passage {lengths.longest_passage}: {error}") from error
     chip, devices = (None, None) if topology == "here" else find_slice(topology)
     mesh = make_mesh(*settings.mesh, devices=devices)
     if chip is None:
         memory = device_bytes(mesh) / SHARE
         chip = Chip(jax.devices()[0].device_kind, matmul_rate(), memory, math.inf, math.inf)
-    model = model_shapes(settings, config_of(settings.model.source), mesh)
+    model = model_shapes(settings, sizes, mesh)
     check_divides(mesh, model.config)
-    try:
-        longest = [range(lengths.longest_passage)]
-        check_lengths(model.config, longest, settings.sample.max_tokens)
-    except ValueError as error:
-        raise ValueError(f"--longest-passage {lengths.longest_passage}: {error}") from error
     resident = resident_bytes(settings, model, mesh)
     found = list(programs(settings, model, mesh, lengths))
     bar = progress(found, f"plan for {topology}", "program")  # minutes, for a large model

@@ -66,10 +66,12 @@ def serving():
     found.gone = threading.Event()
     thread = threading.Thread(target=found.serve_forever, args=(0.01,))
     thread.start()
-    yield found
-    found.shutdown()
-    thread.join()
-    found.server_close()
+    try:
+        yield found
+    finally:
+        found.shutdown()
+        thread.join()
+        found.server_close()
 
 
 @pytest.fixture

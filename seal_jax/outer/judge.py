@@ -44,7 +44,11 @@ _MOST_BYTES = 2**20  # of an answer's body, decompressed; a verdict is some hund
 
 @dataclass(frozen=True)
 class Judge:
-    """How to reach the judge. One self-edit takes num_tries * (timeout + 60 s) at most."""
+    """How to reach the judge.
+
+    One self-edit takes num_tries * (timeout + 60 s) at most, and what the system's own search for a
+    host's address takes beyond it.
+    """
 
     url: str  # up to /v1; /chat/completions is added
     model: str
@@ -84,7 +88,7 @@ def judge(
             return score
         if attempt + 1 < settings.num_tries:
             after = answer.retry_after
-            wait(min(float(after) if after.isdecimal() else 2.0**attempt, 60.0))
+            wait(min(float(after) if after.isdecimal() else 2.0 ** min(attempt, 6), 60.0))
     return None
 
 
@@ -148,6 +152,8 @@ async def _post(settings: Judge, key: str, content: bytes) -> _Answer:
                 if len(body) > _MOST_BYTES:
                     return answer
         return answer._replace(body=bytes(body), whole=True)
+    except (httpx2.InvalidURL, UnicodeError) as error:  # a host that no name can be
+        raise ValueError(f"reward.judge_url = {settings.url!r}: not a URL: {error}") from error
     except (httpx2.HTTPError, httpx2.StreamError, OSError):  # nobody there, too slow, or cut off
         return answer
 

@@ -39,6 +39,7 @@ setup(
         "datasets>=3",
         "flax>=0.12",
         "gguf>=0.19",
+        "httpx2>=2",
         "huggingface_hub>=1",
         "importlib_resources",  # tensorflow-datasets imports it for SQuAD and does not ask for it
         "jax>=0.10",

@@ -69,7 +69,7 @@ def test_a_folder_of_tasks(tmp_path):
         ({"a": []}, "expected {train, test}, found list"),
         ({}, "at least one task"),
         ([], "at least one task"),
-        ("{", "not the JSON"),
+        ("{", "not JSON"),
         ('{"a": 1, "a": 2}', "key 'a' twice"),
         ("[" * 100_000, "nested too deeply"),
     ],

@@ -319,6 +319,19 @@ def test_here_says_what_fits_and_a_smaller_device_what_to_change(monkeypatch, ca
     assert "Lower sample.max_rows" in error and "mesh.fsdp" in error
 
 
+def test_a_passage_beyond_the_context_is_refused(capsys, monkeypatch, one_device):
+    plan = ["plan", "--config", CONFIG, "--topology", "here"]  # 1,024 tokens, 24 of them written
+    assert cli.main([*plan, "--longest-passage", "1001"]) == 2
+    error = capsys.readouterr().err
+    assert "--longest-passage 1001: a prompt of 1001 tokens and up to 24 written ones" in error
+    assert "context of 1024 tokens" in error
+    assert cli.main([*plan, "--set", "sample.max_tokens=800"]) == 2  # the average is too long
+    assert "--longest-passage 256: " in capsys.readouterr().err
+    monkeypatch.setattr(slice_plan, "plan_slice", lambda *arguments: ([str(arguments[2])], []))
+    assert cli.main([*plan, "--set", "sample.max_tokens=700"]) == 0  # the default is what fits
+    assert "longest_passage=324," in capsys.readouterr().out
+
+
 def test_a_mesh_that_the_slice_has_not_is_refused(capsys):
     pytest.importorskip("libtpu")
     plan = ["plan", "--config", CONFIG, "--topology", "v5e:2x2", "--set", "mesh.fsdp=3"]

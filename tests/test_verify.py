@@ -78,5 +78,5 @@ def test_a_disk_that_is_read_only_ends_the_run(finished, one_device, small_disk,
     (run / "summary.json").unlink()  # as if it were not done
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert cli.main(train_arguments(run)) == 2
-    assert "seal-jax train: [Errno 30] Read-only file system" in capsys.readouterr().err
+    assert "Read-only file system" in capsys.readouterr().err
     assert verify_run(str(run))[1] == []

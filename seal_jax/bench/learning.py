@@ -23,8 +23,9 @@ from seal_jax.bench.timing import machine
 from seal_jax.config.load import default_config, validate
 from seal_jax.config.setup import configured_objective, make_stages, settings_of
 from seal_jax.config.workdir import check_workdir, claim_workdir
-from seal_jax.hosts.files import read_jsonl, write_json
+from seal_jax.hosts.files import read_jsonl, read_object, write_json
 from seal_jax.hosts.folder_lock import hold
+from seal_jax.hosts.outputs import check_output
 from seal_jax.keys import EVAL_STEP
 from seal_jax.models.config import LINEARS
 from seal_jax.outer.problems import split_problems
@@ -89,6 +90,7 @@ def run(
     """
     if profile:
         raise ValueError("bench learning has no --profile: it is `train`; profile bench inner")
+    check_output(workdir, "--workdir", folder=True)
     if quick:
         algorithms, seeds, num_steps = QUICK["algorithms"], QUICK["seeds"], QUICK["num_steps"]
     folder = Path(workdir)
@@ -143,7 +145,7 @@ def _start(stages: Stages, held_out: Batch, path: Path) -> dict[str, float]:
         outcomes = evaluate(stages, inner_base(stages, params), examination)
         found["best_possible"] = float(np.mean([o.accuracy for o in outcomes.values()]))
         write_json(path, found)
-    return json.loads(path.read_text())
+    return read_object(path)
 
 
 def _train(

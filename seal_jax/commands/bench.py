@@ -4,6 +4,7 @@ import argparse
 import os
 
 from seal_jax.commands import start
+from seal_jax.hosts.outputs import check_output
 
 HELP = "Measure a part against its peers, in one run."
 EXAMPLES = """\
@@ -28,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for option, path in (("--json", arguments.json), ("--profile", arguments.profile)):
+        if path is not None:
+            check_output(path, option, folder=option == "--profile")
     # JAX would take three quarters of a GPU's memory at once, and the peers want some.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     start()

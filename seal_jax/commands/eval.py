@@ -68,7 +68,7 @@ def claim_policy(workdir: str, policy: str, policy_hash: str) -> None:
 
     path, claim = f"{workdir}/policy.json", {"policy": policy, "hash": policy_hash}
     found = ask_first("policy", lambda: read_json(path))
-    if found is not None and found["hash"] != policy_hash:
+    if found is not None and found.get("hash") != policy_hash:
         raise ValueError(
             f"{workdir} holds the evaluation of another policy: found {found}, asked for"
             f" {claim}. Choose another --workdir."

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from seal_jax.commands import add_config, read_config, start
+from seal_jax.hosts.outputs import check_output
 from seal_jax.tasks.task import Exam, Problem
 
 HELP = "Write self-edits for the passages of a file."
@@ -38,6 +39,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_new(out: str) -> None:
+    """Raise ValueError now where there is such a file, or it could not be written later."""
+    if os.path.lexists(out):
+        raise ValueError(f"{out} exists: choose another --out")
+    check_output(out, "--out")
+
+
 def write_edits(
     config: ConfigDict, problems: Sequence[Problem], adapter: str | None, out: str | None
 ) -> None:
@@ -50,8 +58,8 @@ def write_edits(
     from seal_jax.outer.stages import parse, sample
     from seal_jax.outer.step_log import logged_texts
 
-    if out is not None and ask_first("out", lambda: os.path.exists(out)):
-        raise ValueError(f"{out} exists: choose another --out")
+    if out is not None:
+        ask_first("out", lambda: check_new(out))
     stages = make_stages(settings_of(config))
     # Of checkpoints it is not the adapter in them, which is what the last outer step added.
     params = stages.model.params if adapter is None else policy_params(stages, adapter)

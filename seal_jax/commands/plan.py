@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--topology", required=True, help="KIND:SHAPE, as v5e:4x4, or 'here'")
     parser.add_argument("--passage-tokens", type=int, default=256, help="of a passage, on average")
-    parser.add_argument("--longest-passage", type=int, default=768, help="in tokens")
+    parser.add_argument(
+        "--longest-passage", type=int, help="in tokens; default: 768, or as many as the model takes"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,11 +32,19 @@ def run(arguments: argparse.Namespace) -> int:
     from seal_jax.config.setup import settings_of
     from seal_jax.planning.slice_plan import plan_slice
     from seal_jax.planning.stage_programs import Lengths
+    from seal_jax.sources import config_of
 
-    if not 0 < arguments.passage_tokens <= arguments.longest_passage:
+    settings, average, longest = (
+        settings_of(config),
+        arguments.passage_tokens,
+        arguments.longest_passage,
+    )
+    if longest is None:
+        room = config_of(settings.model.source).max_length - settings.sample.max_tokens
+        longest = max(average, min(Lengths().longest_passage, room))
+    if not 0 < average <= longest:
         raise ValueError("needs 0 < --passage-tokens <= --longest-passage")
-    lengths = Lengths(arguments.passage_tokens, arguments.longest_passage)
-    lines, complaints = plan_slice(settings_of(config), arguments.topology, lengths)
+    lines, complaints = plan_slice(settings, arguments.topology, Lengths(average, longest))
     print("\n".join(lines))
     if complaints:
         raise ValueError("\n".join(complaints))

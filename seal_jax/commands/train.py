@@ -45,5 +45,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 def print_summary(workdir: str) -> None:
     """Print the table that a run has written."""
-    with open(os.path.join(workdir, "summary.md")) as file:
+    with open(os.path.join(workdir, "summary.md"), encoding="utf-8") as file:
         print("\n" + file.read())

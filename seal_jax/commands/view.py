@@ -1,11 +1,12 @@
 """`seal-jax view`."""
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from seal_jax.hosts.outputs import check_output
 
 HELP = "Show a task's grids in the terminal, or as a picture."
 EXAMPLES = """\
@@ -35,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from seal_jax.tasks.arc import view
 
+    if arguments.out is not None:
+        check_output(arguments.out, "--out")
     source, predictions = arguments.source, None
     if arguments.predictions and arguments.run:
         raise ValueError("--predictions or --run, not both")
@@ -44,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         predictions = view.read_predictions(arguments.predictions)
     task = view.find_task(arguments.name, source)
     panels = view.make_panels(task, arguments.augmentations, predictions)
-    if arguments.out:
+    if arguments.out is not None:
         view.save_picture(panels, arguments.out, title=task.id)
         print(f"{arguments.out}: task {task.id} of {source}")
     else:
@@ -61,17 +64,20 @@ def run_predictions(run: str, arm: str, name: str) -> tuple[str, list[list[dict[
       FileNotFoundError: no such run.
     """
     from seal_jax.config.load import from_json, task_arguments
+    from seal_jax.hosts.files import read_jsonl
+    from seal_jax.hosts.json_text import read_text
     from seal_jax.tasks import make_task
     from seal_jax.tasks.arc.task import Arc
 
-    config = from_json(Path(run, "config.json").read_text("utf-8"))
+    path = Path(run, "config.json")
+    config = from_json(read_text(path), str(path))
     if config.task.name != "arc":
         raise ValueError(f"{run}: a run on task {config.task.name!r}, expected 'arc'")
     ledger = Path(run, f"eval_{arm}.jsonl")
     if not ledger.exists():
         arms = [path.stem.removeprefix("eval_") for path in sorted(Path(run).glob("eval_*.jsonl"))]
         raise ValueError(f"{run}: no arm {arm!r}, found {', '.join(arms) or 'none'}")
-    outcomes = [json.loads(line) for line in ledger.read_text("utf-8").splitlines()]
+    outcomes = read_jsonl(ledger, keys=["name", "answers"])
     answers = {outcome["name"][0]: outcome["answers"] for outcome in reversed(outcomes)}
     if name not in answers:
         raise ValueError(

@@ -29,7 +29,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from seal_jax.config.table import FIELDS, PLAIN, Allowed, Field, choice, rule_like, weights
+from seal_jax.hosts.json_text import parse_json
 from seal_jax.objectives import OBJECTIVES
+from seal_jax.outer.judge import check_url
 from seal_jax.outer.rewards import find_reward, reward_names
 from seal_jax.tasks import GIVEN, TASKS
 
@@ -114,14 +116,14 @@ def to_json(config: ConfigDict) -> str:
     return text + "\n"
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str, where: str = "config") -> ConfigDict:
     """Return the locked, validated config that `to_json` wrote.
 
     Raises:
       ConfigError: not JSON, invalid, or a function cannot be imported (one defined in a config
         file can be only after `load_config` ran that file).
     """
-    values = _ADDED | _parse_json(text)
+    values = _ADDED | _parse_json(text, where)
     for key, field in FIELDS.items():
         if field.default is None and isinstance(values.get(key), str):
             values[key] = _parse(key, field.allowed, values[key])
@@ -137,12 +139,13 @@ def fingerprint(config: ConfigDict | str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def diff(old: ConfigDict | str, new: ConfigDict | str) -> str:
+def diff(old: ConfigDict | str, new: ConfigDict | str, where: str = "config") -> str:
     """Return one line 'key: old -> new' for each key that makes another experiment, or ''.
 
-    Either is a config, or the text that `to_json` wrote (possibly by another version).
+    Either is a config, or the text that `to_json` wrote (possibly by another version) and `where`
+    names in complaints.
     """
-    before, after = _experiment(old), _experiment(new)
+    before, after = _experiment(old, where), _experiment(new, where)
     return "\n".join(
         f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
         for key in sorted(before.keys() | after.keys())
@@ -239,6 +242,10 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     except ValueError as error:
         yield f"task: {error}"
     try:
+        check_url(values["reward.judge_url"])
+    except ValueError as error:
+        yield str(error)
+    try:
         list(map(find_reward, values["reward.weights"]))
     except ValueError as error:
         yield f"reward.weights: {error}"
@@ -333,18 +340,19 @@ def _to_tuples(value: Any) -> Any:
     return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
 
 
-def _parse_json(text: str) -> dict[str, Any]:
+def _parse_json(text: str, where: str) -> dict[str, Any]:
     try:
-        parsed = json.loads(text)
-    except ValueError as error:
+        parsed = parse_json(text, where)
+        if not isinstance(parsed, dict):
+            raise ValueError(f"{where}: {type(parsed).__name__}, not an object")
+        return {key: _to_tuples(value) for key, value in flatten(parsed)}
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"not a config's JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise ConfigError(f"not a config's JSON: {type(parsed).__name__}, not an object")
-    return {key: _to_tuples(value) for key, value in flatten(parsed)}
 
 
-def _experiment(config: ConfigDict | str) -> dict[str, str]:
-    values = _ADDED | _parse_json(config if isinstance(config, str) else to_json(config))
+def _experiment(config: ConfigDict | str, where: str = "config") -> dict[str, str]:
+    text = config if isinstance(config, str) else to_json(config)
+    values = _ADDED | _parse_json(text, where)
     return {
         key: json.dumps(value, sort_keys=True)
         for key, value in values.items()

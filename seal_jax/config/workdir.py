@@ -11,22 +11,23 @@ from seal_jax.hosts.exchange import ask_first, exchange
 from seal_jax.hosts.files import write_text
 from seal_jax.hosts.folder_lock import NAME
 from seal_jax.hosts.group import timeout_seconds
+from seal_jax.hosts.json_text import read_text
+from seal_jax.hosts.outputs import check_output
 
 # What a run that was killed before it had claimed the folder may leave there.
 _LEFT = (NAME, ".config.json.*.tmp")
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> None:
-    """Refuse a folder that belongs to another config, or to something else.
+    """Refuse a folder that belongs to another config, to something else, or cannot be written.
 
     Raises:
       ValueError: it does.
     """
+    check_output(workdir, "--workdir", folder=True)
     path = os.path.join(workdir, "config.json")
     if os.path.exists(path):
-        with open(path) as file:
-            difference = diff(file.read(), config)
-        if difference:
+        if difference := diff(read_text(path), config, path):
             raise ValueError(
                 f"{workdir} belongs to another config; this one differs in\n{difference}\n"
                 "Choose another --workdir, or go back to that config."

@@ -13,13 +13,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from seal_jax.hosts.exchange import is_first
+from seal_jax.hosts.json_text import parse_json, read_value
 
 _RESERVED = ("step", "time", "nonfinite")
 # What a result is the result of: in a ledger of inner runs, in edits.jsonl, in metrics.jsonl.
@@ -73,24 +74,26 @@ def _drop_torn_line(file: BinaryIO) -> None:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+def read_jsonl(path: str | os.PathLike, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return the objects of a JSON-lines file, without a last line that a kill tore.
+
+    Args:
+      keys: that every object has.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a whole line is not a JSON object, or two lines have another result for the same
-        thing; the message names file and line.
+      ValueError: a whole line is not a JSON object with these keys, or two lines have different
+        results for one thing; the message names file and line.
     """
     with open(path, "rb") as file:
         whole, _, _ = file.read().rpartition(b"\n")
     rows = []
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+        row = parse_json(line, f"{path}:{number}")
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: not a JSON object: {line[:80]!r}")
+        if missing := [key for key in keys if key not in row]:
+            raise ValueError(f"{path}:{number}: has no {', '.join(missing)}: {line[:80]!r}")
         rows.append(row)
     return _once(path, rows)
 
@@ -118,7 +121,7 @@ def _without_clock(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
-    """Return the object that a JSON file holds; None where there is no file."""
+    """Return the object that a JSON file of ours holds; None where there is no file."""
     return read_object(path) if os.path.exists(path) else None
 
 
@@ -129,11 +132,7 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
       FileNotFoundError: there is no such file.
       ValueError: it holds anything else; the message names it.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{os.fspath(path)}: not a JSON file: {error}") from error
+    found = read_value(path)
     if not isinstance(found, dict):
         kind = type(found).__name__
         raise ValueError(f"{os.fspath(path)}: expected a JSON object, found {kind}.")
@@ -147,7 +146,7 @@ def truncate_after(path: str | os.PathLike, step: int) -> None:
     """
     if not is_first() or not os.path.exists(path):
         return
-    kept = [row for row in read_jsonl(path) if row["step"] <= step]
+    kept = [row for row in read_jsonl(path, keys=["step"]) if row["step"] <= step]
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
 
 

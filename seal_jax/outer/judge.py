@@ -5,16 +5,24 @@ contain, so that it cannot end the data and speak as we do. A verdict is strict 
 none: a failure of the judge is None, never a score.
 """
 
-import http.client
+import asyncio
+import functools
+import http
 import json
 import os
 import secrets
+import ssl
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
+
+from seal_jax.hosts.json_text import unique_keys
+
+if TYPE_CHECKING:
+    import httpx2  # imported where a judge is asked: it takes 0.1 s
 
 _QUESTIONS = {
     "supported": "is every statement in it supported by the passage?",
@@ -30,17 +38,22 @@ _RULES = (
     + "\n".join(f"  {name}: {question}" for name, question in _QUESTIONS.items())
     + "\nAnswer with one JSON object with these keys and integer values, and nothing else."
 )
-_REFUSED = (400, 401, 403, 404, 405)  # asking again would not help
+_REFUSED = (*range(300, 400), 400, 401, 403, 404, 405, 407)  # asking again would not help
+_MOST_BYTES = 2**20  # of an answer's body, decompressed; a verdict is some hundred
 
 
 @dataclass(frozen=True)
 class Judge:
-    """How to reach the judge."""
+    """How to reach the judge.
+
+    One self-edit takes num_tries * (timeout + 60 s) at most, and what the system's own search for a
+    host's address takes beyond it.
+    """
 
     url: str  # up to /v1; /chat/completions is added
     model: str
     key_variable: str = "OPENAI_API_KEY"  # of the environment; a local server needs none
-    timeout: float = 60.0  # seconds for an answer
+    timeout: float = 60.0  # seconds for one try, from the connection to the last byte
     num_tries: int = 4
     num_parallel: int = 8
     max_chars: int = 20_000  # of passage and notes each; beyond it they are cut, and it is said
@@ -58,36 +71,130 @@ def judge(
         each time, but 60 at most.
 
     Raises:
-      ValueError: the server refuses the request itself (a wrong key, URL or model).
+      ValueError: the server refuses the request itself (a wrong key, URL or model, a redirect), or
+        URL, key, or the environment's proxy cannot be used.
     """
+    check_url(settings.url)
     if not self_edit.strip():
         return 0.0
-    request = _request(settings, passage, self_edit)
+    key = _key(settings.key_variable)
+    content = _content(settings, passage, self_edit)
     for attempt in range(settings.num_tries):
-        score, pause = _ask(settings, request)
+        answer = asyncio.run(_post(settings, key, content))
+        if answer.status in _REFUSED:
+            raise ValueError(_refusal(settings, key, answer))
+        score = parse_verdict(answer.body) if answer.status == 200 and answer.whole else None
         if score is not None:
             return score
         if attempt + 1 < settings.num_tries:
-            wait(min(2.0**attempt if pause is None else pause, 60.0))
+            after = answer.retry_after
+            wait(min(float(after) if after.isdecimal() else 2.0 ** min(attempt, 6), 60.0))
     return None
 
 
-def _ask(settings: Judge, request: urllib.request.Request) -> tuple[float | None, float | None]:
-    """Return a score, if there is one, and the seconds that the server asks to be left alone."""
+def check_url(url: str) -> None:
+    """Raise ValueError unless it can be a judge's; a password in it is not repeated."""
     try:
-        with urllib.request.urlopen(request, timeout=settings.timeout) as response:
-            return parse_verdict(response.read()), None
-    except urllib.error.HTTPError as error:
-        if error.code in _REFUSED:
-            raise ValueError(
-                f"the judge at {settings.url} refuses requests: HTTP {error.code}"
-                f" {error.reason}; check reward.judge_url, reward.judge_model and"
-                f" ${settings.key_variable}"
-            ) from None
-        after = error.headers.get("Retry-After", "")
-        return None, float(after) if after.isdecimal() else None
-    except (OSError, http.client.HTTPException):  # no connection, too slow, or cut off
-        return None, None
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets, or a port that is none
+        good = False
+    secret = any(mark in url for mark in "@?#")
+    if not good or secret or not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError(
+            f"reward.judge_url{'' if secret else f' = {url!r}'}: needs http:// or https://, a host"
+            " and perhaps a port and a path. A name, a password or a key (@ ? #) would be written"
+            " into the run's folder: keys come from the environment"
+        )
+
+
+def _key(variable: str) -> str:
+    """Return the key of the environment, or ''."""
+    key = os.environ.get(variable, "")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(
+            f"${variable} has a space, a line break or another character that no key has"
+            " (it is not shown here)"
+        )
+    return key
+
+
+class _Answer(NamedTuple):
+    """What a server said, as far as it came."""
+
+    status: int = 0  # 0: nothing
+    retry_after: str = ""
+    body: bytes = b""
+    whole: bool = False
+
+
+async def _post(settings: Judge, key: str, content: bytes) -> _Answer:
+    """Return the answer to one request: no redirect is followed, no other credential is sent."""
+    import httpx2
+
+    url = f"{settings.url.rstrip('/')}/chat/completions"
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    client, answer, body = _client(), _Answer(), bytearray()
+    try:
+        # The time limits of httpx2 are for each read: a server that drips would hold us forever.
+        async with (
+            asyncio.timeout(settings.timeout),
+            client,
+            client.stream("POST", url, content=content, headers=headers) as response,
+        ):
+            answer = _Answer(response.status_code, response.headers.get("Retry-After", ""))
+            if response.headers.get("Content-Encoding", "gzip").lower() not in ("gzip", "identity"):
+                return answer  # several layers could unpack for hours without a byte for us
+            async for piece in response.aiter_bytes():
+                body += piece
+                if len(body) > _MOST_BYTES:
+                    return answer
+        return answer._replace(body=bytes(body), whole=True)
+    except (httpx2.InvalidURL, UnicodeError) as error:  # a host that no name can be
+        raise ValueError(f"reward.judge_url = {settings.url!r}: not a URL: {error}") from error
+    except (httpx2.HTTPError, httpx2.StreamError, OSError):  # nobody there, too slow, or cut off
+        return answer
+
+
+def _client() -> "httpx2.AsyncClient":
+    """Return a client with the environment's proxy and certificates."""
+    import httpx2
+
+    try:
+        return httpx2.AsyncClient(verify=_certificates(), timeout=None, follow_redirects=False)
+    except (ValueError, OSError, ImportError, httpx2.InvalidURL) as error:
+        # Its text, and a trace with it, could show the proxy's password.
+        raise ValueError(
+            f"the environment's proxy or certificates cannot be used ({type(error).__name__}):"
+            " check $HTTP_PROXY, $HTTPS_PROXY, $ALL_PROXY, $NO_PROXY, $SSL_CERT_FILE and"
+            " $SSL_CERT_DIR"
+        ) from None
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    import httpx2
+
+    return httpx2.create_ssl_context()
+
+
+def _refusal(settings: Judge, key: str, answer: _Answer) -> str:
+    """Word a refusal, with the start of what the server said: without the key or control codes."""
+    try:
+        phrase = http.HTTPStatus(answer.status).phrase
+    except ValueError:
+        phrase = ""
+    said = answer.body.decode("utf-8", "replace")
+    said = said.replace(key, "***") if key else said
+    said = "".join(c if c.isprintable() else " " for c in said[:300])
+    hint = "; redirects are not followed" if 300 <= answer.status < 400 else ""
+    return (
+        f"the judge at {settings.url} refuses requests: HTTP {answer.status} {phrase}{hint};"
+        f" check reward.judge_url, reward.judge_model and ${settings.key_variable}"
+        + (f". It said: {said}" if said.strip() else "")
+    )
 
 
 def judge_all(
@@ -112,8 +219,9 @@ def judge_all(
 def parse_verdict(body: bytes) -> float | None:
     """Return the score in a response's body, or None if it is not exactly what was asked for."""
     try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
-        marks = json.loads(content, object_pairs_hook=_without_repeats)
+        found = json.loads(body, object_pairs_hook=unique_keys)
+        content = found["choices"][0]["message"]["content"]
+        marks = json.loads(content, object_pairs_hook=unique_keys)
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
     if not isinstance(marks, dict) or marks.keys() != _QUESTIONS.keys():
@@ -123,13 +231,8 @@ def parse_verdict(body: bytes) -> float | None:
     return sum(marks.values()) / (_HIGHEST * len(marks))
 
 
-def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key twice")
-    return dict(pairs)
-
-
-def _request(settings: Judge, passage: str, self_edit: str) -> urllib.request.Request:
+def _content(settings: Judge, passage: str, self_edit: str) -> bytes:
+    """Return the body of a request."""
     word = secrets.token_hex(8)
     while word in passage or word in self_edit:
         word = secrets.token_hex(8)
@@ -138,15 +241,7 @@ def _request(settings: Judge, passage: str, self_edit: str) -> urllib.request.Re
         data += f"\n<{name} {word}>\n{_cut(text, settings.max_chars)}\n</{name} {word}>"
     messages = [{"role": "system", "content": _RULES}, {"role": "user", "content": data}]
     content = json.dumps({"model": settings.model, "temperature": 0, "messages": messages})
-    headers = {"Content-Type": "application/json"}
-    key = os.environ.get(settings.key_variable)
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    if not settings.url.startswith(("http://", "https://")):
-        raise ValueError(f"reward.judge_url = {settings.url!r}: needs http:// or https://")
-    url = f"{settings.url.rstrip('/')}/chat/completions"
-    body = content.encode("utf-8", "replace")
-    return urllib.request.Request(url, data=body, headers=headers, method="POST")
+    return content.encode("utf-8", "replace")
 
 
 def _cut(text: str, most: int) -> str:

@@ -98,12 +98,16 @@ def read_ledger(ledger: str, runs: Sequence[InnerRun]) -> Outcomes:
         for field in _MAY_BE_NAN:
             entry[field] = math.nan if entry[field] == "nan" else entry[field]
         entry["answers"] = tuple(entry["answers"])
-        outcomes[name] = Outcome(**entry)
+        try:
+            outcomes[name] = Outcome(**entry)
+        except TypeError as error:  # a field that this version does not know
+            raise ValueError(f"{ledger}: inner run {name}: {error}") from error
     return outcomes
 
 
 def _lines(ledger: str) -> list[dict[str, Any]]:
-    return read_jsonl(ledger) if os.path.exists(ledger) else []
+    needed = [field for field in Outcome._fields if field not in Outcome._field_defaults]
+    return read_jsonl(ledger, ["name", "step", "text", *needed]) if os.path.exists(ledger) else []
 
 
 def _digest(run: InnerRun) -> str:

@@ -20,6 +20,7 @@ from seal_jax.planning.chips import Chip, find_slice
 from seal_jax.planning.compiled_cost import KINDS, Cost, measure
 from seal_jax.planning.run_estimate import EFFICIENCY, matmul_rate
 from seal_jax.planning.stage_programs import Lengths, Program, model_shapes, programs
+from seal_jax.sampling.call_shapes import check_lengths
 from seal_jax.sharding import make_mesh, num_shards
 from seal_jax.sources import config_of
 from seal_jax.types import Settings
@@ -67,7 +68,7 @@ def plan_slice(settings: Settings, topology: str, lengths: Lengths) -> tuple[lis
       topology: 'v5e:4x4' or the like, see chips.py; 'here' is for the devices of this process.
 
     Raises:
-      ValueError: there is no such slice, mesh or model.
+      ValueError: there is no such slice, mesh or model, or a passage exceeds the model's context.
     """
     plan = make_plan(settings, topology, lengths)
     lines = _describe(settings, plan)
@@ -78,13 +79,18 @@ def plan_slice(settings: Settings, topology: str, lengths: Lengths) -> tuple[lis
 
 def make_plan(settings: Settings, topology: str, lengths: Lengths) -> Plan:
     """Compile the programs of a run for a slice, and count what they take; see `plan_slice`."""
+    sizes = config_of(settings.model.source)
+    try:
+        check_lengths(sizes, [range(lengths.longest_passage)], settings.sample.max_tokens)
+    except ValueError as error:
+        raise ValueError(f"--longest-passage {lengths.longest_passage}: {error}") from error
     chip, devices = (None, None) if topology == "here" else find_slice(topology)
     check_optimizers(settings)
     mesh = make_mesh(*settings.mesh, devices=devices)
     if chip is None:
         memory = device_bytes(mesh) / SHARE
         chip = Chip(jax.devices()[0].device_kind, matmul_rate(), memory, math.inf, math.inf)
-    model = model_shapes(settings, config_of(settings.model.source), mesh)
+    model = model_shapes(settings, sizes, mesh)
     check_divides(mesh, model.config)
     resident = resident_bytes(settings, model, mesh)
     found = list(programs(settings, model, mesh, lengths))

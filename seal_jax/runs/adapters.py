@@ -27,6 +27,8 @@ from seal_jax.runs import checkpoint
 from seal_jax.sharding import to_host
 from seal_jax.types import Adapters
 
+_LOGGED = ("step", "problem", "edit", "accuracy")  # what of edits.jsonl is read here
+
 
 class Kept(NamedTuple):
     """An inner run's adapter on disk."""
@@ -119,7 +121,7 @@ def list_adapters(folder: str) -> list[str]:
 def list_kept(folder: str) -> list[Kept]:
     """Return the adapters of the inner runs in `folder`/edits.jsonl, the best ones first."""
     log, found = Path(folder, "edits.jsonl"), []
-    for entry in read_jsonl(log) if log.exists() else ():
+    for entry in read_jsonl(log, _LOGGED) if log.exists() else ():
         for seed, accuracy in enumerate(entry["accuracy"]):
             name = inner_id(entry["step"], (entry["problem"], entry["edit"], seed))
             path = Path(folder, "adapters", name)

@@ -12,7 +12,6 @@ import platform
 import shutil
 import socket
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from seal_jax.config.setup import settings_of
 from seal_jax.config.workdir import check_workdir
 from seal_jax.hosts.exchange import exchange
 from seal_jax.hosts.group import timeout_seconds
+from seal_jax.hosts.outputs import nearest_folder
 from seal_jax.hosts.start_jax import lost_devices
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.mesh_fit import check_divides
@@ -134,9 +134,7 @@ def _folder_problems(config: ConfigDict, workdir: str) -> list[str]:
         ]
     try:
         check_workdir(config, workdir)
-        folder = _nearest_folder(workdir)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        folder = nearest_folder(workdir)
     except (ValueError, OSError) as error:
         return [str(error)]
     free = shutil.disk_usage(folder).free
@@ -145,16 +143,8 @@ def _folder_problems(config: ConfigDict, workdir: str) -> list[str]:
     return []
 
 
-def _nearest_folder(path: str) -> Path:
-    """Return the folder, or the one in which it would be made."""
-    folder = Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
 def _say_folder(workdir: str) -> str:
-    free = shutil.disk_usage(_nearest_folder(workdir)).free
+    free = shutil.disk_usage(nearest_folder(workdir)).free
     state = "a run to resume" if os.path.exists(os.path.join(workdir, "config.json")) else "new"
     return f"{state}, {free / 1e9:.1f} GB free"
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from seal_jax.hosts.files import whole_folder
+from seal_jax.hosts.outputs import check_output
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.model import Model, save_config
@@ -79,7 +80,7 @@ def export_run(
     mesh = make_mesh(data=1, fsdp=-1)  # the parameters spread over all devices
     base = load_model(source, dtype, mesh)
     parts, adapters, params = _adapted(found, adapter, base, mesh, need_adapters=not merged)
-    with whole_folder(folder) as temporary:
+    with whole_folder(Path(folder).resolve()) as temporary:
         if merged:
             save_safetensors(temporary, params, base.config)
             save_config(temporary, base, dtype)
@@ -106,10 +107,12 @@ def _check(adapter: str, error: float, change: float, tolerance: float) -> None:
 
 
 def refuse_filled(folder: str | os.PathLike) -> None:
-    """Raise ValueError unless a folder is new or empty."""
+    """Raise ValueError unless a folder is new or empty, and can be written."""
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder: choose another --to")
+    check_output(path, "--to", folder=True)
+    check_output(path.resolve().parent, "--to", folder=True)  # it is written beside, and renamed
 
 
 def _adapted(

@@ -13,7 +13,7 @@ be taken on them alone, whatever the tokenizer and the chat template.
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,16 +38,6 @@ class Undecodable(NamedTuple):
 def encode_grid(grid: np.ndarray) -> str:
     """Return a grid as a list of lists, with a space after each comma."""
     return json.dumps(grid.tolist())
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the pairs of a JSON object; ValueError where a key is there twice."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice[:40]!r} twice")
-    return result
 
 
 def make_prompt(

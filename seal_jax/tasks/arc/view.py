@@ -5,13 +5,13 @@ seal-jax view arc 5582e5ca --augmentations basic size --out task.svg
 seal-jax view arc small-40 --run runs/arc_tiny
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from seal_jax.hosts.json_text import read_value
 from seal_jax.tasks.arc import voting
 from seal_jax.tasks.arc.augmentations import AUGMENTATIONS, GROUPS, check_groups
 from seal_jax.tasks.arc.grids import ArcTask, as_grid
@@ -88,10 +88,7 @@ def read_predictions(path: str) -> list[list[dict]]:
     Raises:
       ValueError: the file is not of that form.
     """
-    try:
-        content = json.loads(Path(path).read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    content = read_value(path)
     form = "expected a list of {grid, inverse} for each test grid"
     if not isinstance(content, list) or not all(isinstance(made, list) for made in content):
         raise ValueError(f"{path}: {form}")

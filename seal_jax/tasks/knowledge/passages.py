@@ -16,13 +16,13 @@ field, and says what was expected.
 
 import hashlib
 import importlib.resources
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from seal_jax.hosts.json_text import parse_json, read_text, read_value
 from seal_jax.tasks.knowledge.libraries import SPLIT_NAMES, hf_items, part, tfds_items
 from seal_jax.tasks.task import Exam, Problem, Question, join_shares
 
@@ -56,10 +56,10 @@ def load_problems(
         items = tfds_items(rest, split, share)
     elif source == "builtin":
         file = importlib.resources.files("seal_jax.tasks.knowledge").joinpath("passages.json")
-        items = _json_items(_parse_json(file.read_text("utf-8"), source), source, split, share)
+        items = _json_items(parse_json(file.read_text("utf-8"), source), source, split, share)
     elif source.startswith("json:") or source.endswith(".json"):
         path = source.removeprefix("json:")
-        items = _json_items(_parse_json(_read_text(path), path), path, split, share)
+        items = _json_items(read_value(path), path, split, share)
     else:
         raise ValueError(
             f"unknown source {source!r}: expected 'builtin', 'json:PATH', "
@@ -82,11 +82,10 @@ def load_passages(path: str) -> list[Problem]:
       ValueError: the file is not of that form.
       FileNotFoundError: there is no such file.
     """
-    text = _read_text(path)
     if path.endswith(".txt"):
-        items = [{"title": Path(path).stem.replace("_", " "), "context": text}]
+        items = [{"title": Path(path).stem.replace("_", " "), "context": read_text(path)}]
     else:
-        items = _parse_json(text, path)
+        items = read_value(path)
     if not isinstance(items, list) or not items:
         raise ValueError(f"{path}: expected a list of {{title, context}}, found {_describe(items)}")
     problems = (_problem(item, f"{path}: [{index}]") for index, item in enumerate(items))
@@ -204,28 +203,6 @@ def _describe(value: Any) -> str:
     if value is None:
         return "null"
     return f"{type(value).__name__} {str(value)[:40]}"
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text("utf-8-sig")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text, at byte {error.start}") from error
-    except IsADirectoryError:
-        raise ValueError(f"{path}: a folder, expected a JSON file") from None
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from error
-    except RecursionError:
-        raise ValueError(f"{where}: not JSON that can be read: nested too deeply") from None
 
 
 def _json_items(

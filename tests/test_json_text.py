@@ -14,7 +14,7 @@ from seal_jax.config.workdir import check_workdir
 from seal_jax.hosts.files import read_json, read_jsonl, truncate_after
 from seal_jax.models.config import config_from_hf
 from seal_jax.models.tensor_file import read_header
-from seal_jax.models.tokenizer import load_tokenizer
+from seal_jax.models.tokenizer_folder import load_tokenizer
 from seal_jax.models.weights import load_safetensors
 from seal_jax.outer.ledger import read_ledger
 from seal_jax.runs.adapters import list_kept

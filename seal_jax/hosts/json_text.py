@@ -3,6 +3,7 @@
 Imports no JAX, and nothing of ours: tasks read with it, too.
 """
 
+import collections
 import json
 import math
 import os
@@ -69,8 +70,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the pairs of a JSON object; ValueError where a key is there twice."""
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"key {twice[:40]!r} twice")
     return result
 

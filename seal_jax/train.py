@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from seal_jax import keys
 from seal_jax.config.setup import configured_objective, make_stages, make_update, settings_of
 from seal_jax.config.workdir import check_workdir, claim_workdir
+from seal_jax.hosts import manifest
 from seal_jax.hosts.console import say
 from seal_jax.hosts.exchange import ask_first
 from seal_jax.hosts.files import read_jsonl
@@ -85,6 +86,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     check_prompts(stages, [*training, *held_out])
     claim_workdir(config, workdir)
     claim_model(workdir, stages.model, settings.model.dtype)
+    manifest.update(workdir)
     say(describe(stages, training, held_out))
     with jax.transfer_guard("disallow"):
         policies = {"base": stages.model.params}
@@ -92,6 +94,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         policies["seal"] = loop(objective, folder=workdir, label="SEAL").params
         if settings.eval.random_control:
             folder = os.path.join(workdir, "random")
+            manifest.begin(folder)
+            manifest.update(workdir)
             control = loop(random_em(), folder=folder, label="random control")
             policies["random"] = control.params
         rows = ask_first("metrics", lambda: read_jsonl(os.path.join(workdir, "metrics.jsonl")))
@@ -121,7 +125,7 @@ def outer_loop(
     settings, outer, base = stages.settings, stages.settings.outer, stages.model.params
     policy_update, state = make_update(stages, objective)
     keeps, path = settings.checkpoint, os.path.join(folder, "checkpoints")
-    os.makedirs(folder, exist_ok=True)
+    manifest.begin(folder)
     with checkpoints.make_manager(path, keeps.keep, keeps.best) as manager:
         state, past = restore_state(manager, state, folder)
         for number in range(int(to_host(state.step)), outer.num_steps):
@@ -155,6 +159,7 @@ def outer_loop(
             refuse_skipped(past, outer.max_skipped, step.label)
         checkpoints.wait(manager)
         drop_pending(folder, outer.num_steps - 1)
+    manifest.update(folder)
     return state
 
 
@@ -220,6 +225,7 @@ def evaluate(
                     keep(place.run, lora.take(kept, slice(i, i + 1)))
                 append_outcome(examination.ledger, place.run, found[place.run.name])
             outcomes |= found
+            manifest.update(os.path.dirname(examination.ledger))
             stop_if_told()
     return outcomes
 

@@ -336,6 +336,7 @@ def _parse_json(text: str) -> dict[str, Any]:
         raise ConfigError(f"not a config's JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise ConfigError(f"not a config's JSON: {type(parsed).__name__}, not an object")
+    parsed.pop("manifest", None)  # see workdir.py
     return {key: _to_tuples(value) for key, value in flatten(parsed)}
 
 

@@ -1,24 +1,30 @@
-"""A run's folder belongs to one config: config.json says to which."""
+"""A run's folder belongs to one config: config.json says to which.
 
+It also says that the folder has a manifest, so that one that is lost is missed.
+"""
+
+import json
 import os
 import time
 
 from ml_collections import ConfigDict
 
 from seal_jax.config.load import diff, to_json
+from seal_jax.hosts import manifest
 from seal_jax.hosts.exchange import ask_first, exchange
-from seal_jax.hosts.files import write_text
+from seal_jax.hosts.files import write_json
 from seal_jax.hosts.group import timeout_seconds
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> None:
-    """Refuse a folder that belongs to another config, or to something else.
+    """Refuse a folder that belongs to another config, or to something else, or is damaged.
 
     Raises:
-      ValueError: it does.
+      ValueError: it does, or is.
     """
     path = os.path.join(workdir, "config.json")
     if os.path.exists(path):
+        manifest.refuse_damaged(workdir)
         with open(path) as file:
             difference = diff(file.read(), config)
         if difference:
@@ -31,7 +37,7 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
 
 
 def claim_workdir(config: ConfigDict, workdir: str) -> None:
-    """Write config.json into the folder, once model and data are known to be good.
+    """Write config.json and the manifest, once model and data are known to be good.
 
     Raises:
       ValueError: not every process sees it there.
@@ -39,7 +45,13 @@ def claim_workdir(config: ConfigDict, workdir: str) -> None:
     os.makedirs(workdir, exist_ok=True)
     path = os.path.join(workdir, "config.json")
     patience = time.monotonic() + timeout_seconds() / 10
-    write_text(path, to_json(config))
+    if os.path.exists(path):
+        for folder in (workdir, os.path.join(workdir, "random")):
+            manifest.take_up(folder)
+        manifest.begin(workdir)  # a run of an older version has none
+    write_json(path, {**json.loads(to_json(config)), manifest.KEY: manifest.MANIFEST})
+    manifest.begin(workdir)
+    manifest.update(workdir)
     ask_first("config.json", lambda: None)  # it is written
     while not os.path.exists(path) and time.monotonic() < patience:  # a bucket is seen late
         time.sleep(0.2)

@@ -6,6 +6,8 @@ exchange.py    what they say to each other
 failure.py     one fails, and the others end too
 preemption.py  SIGTERM
 memory.py      how many bytes each device has
-files.py       JSON, lines of JSON and folders that are whole or absent
+files.py       JSON and lines of JSON
+replacing.py   files and folders that are whole or absent
+manifest.py    what a run has written, with checksums
 console.py     lines and progress, from the first process
 """

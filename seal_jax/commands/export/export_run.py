@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from seal_jax.hosts.files import whole_folder
+from seal_jax.hosts.replacing import whole_folder
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.model import Model, save_config

@@ -61,9 +61,11 @@ def run_predictions(run: str, arm: str, name: str) -> tuple[str, list[list[dict[
       FileNotFoundError: no such run.
     """
     from seal_jax.config.load import from_json, task_arguments
+    from seal_jax.hosts.manifest import refuse_damaged
     from seal_jax.tasks import make_task
     from seal_jax.tasks.arc.task import Arc
 
+    refuse_damaged(run, ("config.json", f"eval_{arm}.jsonl"))
     config = from_json(Path(run, "config.json").read_text("utf-8"))
     if config.task.name != "arc":
         raise ValueError(f"{run}: a run on task {config.task.name!r}, expected 'arc'")

@@ -91,9 +91,10 @@ def update(folder: str | os.PathLike) -> None:
         name = path.relative_to(folder).as_posix()
         if name not in files or _is_ledger(name):
             files[name] = _extended(path, files.get(name, Entry(0, 0)))
-    after = Manifest(
-        files, before.folders | set(_folders(Path(folder))), frozenset(checkpoint_steps(folder))
-    )
+    steps = _checkpoint_steps(folder)
+    if not _made_room(steps, before):
+        steps |= before.checkpoints
+    after = Manifest(files, before.folders | set(_folders(Path(folder))), steps)
     if after != before:
         _write(folder, after)
 
@@ -131,17 +132,28 @@ def losses(folder: str | os.PathLike) -> dict[str, str]:
     lost |= {name: _ABSENT for name in found.folders if not Path(folder, name).is_dir()}
     if "random" in found.folders and not Path(folder, "random", MANIFEST).exists():
         lost[f"random/{MANIFEST}"] = _ABSENT
-    steps = checkpoint_steps(folder)
-    # A newer one is none that the manifest knows: older ones may have been removed for it.
-    if found.checkpoints and max(steps, default=0) <= max(found.checkpoints):
-        lost |= {f"checkpoints/{step}": _ABSENT for step in found.checkpoints - steps}
+    lost |= {f"checkpoints/{step}": _ABSENT for step in lost_checkpoints(folder)}
     return {name: why for name, why in sorted(lost.items()) if why}
+
+
+def lost_checkpoints(folder: str | os.PathLike, above: int = -1) -> list[int]:
+    """Return the steps above one of which the manifest has a checkpoint and the folder none.
+
+    Raises:
+      ValueError: the manifest is damaged.
+    """
+    found, steps = read_manifest(folder), _checkpoint_steps(folder)
+    if found is None or _made_room(steps, found):
+        return []
+    return sorted(step for step in found.checkpoints - steps if step > above)
 
 
 def not_entered(folder: str | os.PathLike) -> list[str]:
     """Return the files that are not in the folder's manifest, or only their first lines."""
     found, names = read_manifest(folder), []
-    for path in _written(Path(folder)) if found else ():
+    if found is None:
+        return []
+    for path in _written(Path(folder)):
         name = path.relative_to(folder).as_posix()
         entry = found.files.get(name)
         if entry is None or path.stat().st_size > entry.num_bytes:
@@ -149,11 +161,14 @@ def not_entered(folder: str | os.PathLike) -> list[str]:
     return names
 
 
-def refuse_damaged(root: str | os.PathLike) -> None:
-    """Refuse to go on with a run whose files are not what it wrote.
+def refuse_damaged(root: str | os.PathLike, reads: tuple[str, ...] = ("",)) -> None:
+    """Refuse a run whose files are not what it wrote.
 
     Not so for what is not there and is no record: a run that goes on makes it again, or goes on
     from an earlier checkpoint.
+
+    Args:
+      reads: how the names begin of what is going to be read; all by default.
 
     Raises:
       ValueError: with all of them.
@@ -162,13 +177,13 @@ def refuse_damaged(root: str | os.PathLike) -> None:
         f"{Path(folder, name).relative_to(root).as_posix()} {why}"
         for folder in (Path(root), Path(root, "random"))
         for name, why in losses(folder).items()
-        if not _is_remade(folder, name)
+        if name.startswith(reads) and not _is_remade(folder, name)
     ]
     if damaged:
         raise ValueError(
-            f"{root}: damaged since it was written: {'; '.join(damaged)}. Put it back from a copy"
-            f" (`seal-jax verify` names all), choose another --workdir, or delete {MANIFEST} to go"
-            " on from what is there"
+            f"{root}: damaged since it was written: {'; '.join(damaged)}. Put it back from a copy;"
+            f" or delete {MANIFEST}, then what is there is taken as it is. `seal-jax verify` names"
+            " all that is damaged"
         )
 
 
@@ -185,9 +200,18 @@ def _is_remade(folder: str | os.PathLike, name: str) -> bool:
     return name.startswith(_REMADE) and not Path(folder, name).exists()
 
 
-def checkpoint_steps(folder: str | os.PathLike) -> set[int]:
+def _checkpoint_steps(folder: str | os.PathLike) -> frozenset[int]:
     path = Path(folder, "checkpoints")
-    return {int(name) for name in (os.listdir(path) if path.is_dir() else ()) if name.isdigit()}
+    names = os.listdir(path) if path.is_dir() else ()
+    return frozenset(int(name) for name in names if name.isdigit())
+
+
+def _made_room(steps: frozenset[int], found: Manifest) -> bool:
+    """Return whether there is a checkpoint that the manifest does not know yet.
+
+    Older ones may have been removed for it.
+    """
+    return max(steps, default=-1) > max(found.checkpoints, default=-1)
 
 
 def _is_missed(folder: Path) -> bool:

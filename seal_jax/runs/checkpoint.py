@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from seal_jax.hosts.exchange import least
+from seal_jax.hosts.manifest import lost_checkpoints
 from seal_jax.runs.leaf_records import (
     Leaf,
     PyTree,
@@ -278,6 +279,10 @@ def _restore(
     steps = sorted(manager.all_steps(read=True), reverse=True)
     if step is not None and step not in steps:
         raise CheckpointError(f"{manager.directory} has no step {step}, only {steps}")
+    lost = lost_checkpoints(os.path.dirname(manager.directory), above=max(steps, default=-1))
+    if lost and step is None:
+        complaint = f"checkpoints of {manager.directory} were written and are not there: {lost}"
+        warnings.warn(complaint, stacklevel=3)
     damaged = []
     for candidate in steps if step is None else [step]:
         try:
@@ -291,8 +296,9 @@ def _restore(
         if is_writer and damaged:
             _set_aside(manager, damaged)
         return candidate, *found
-    if damaged:
-        raise CheckpointError(f"no good checkpoint in {manager.directory}: {damaged} damaged")
+    if damaged or lost:
+        gone = f"{damaged} damaged, {lost} lost"
+        raise CheckpointError(f"no good checkpoint in {manager.directory}: {gone}")
     return None
 
 

@@ -159,7 +159,7 @@ def outer_loop(
             refuse_skipped(past, outer.max_skipped, step.label)
         checkpoints.wait(manager)
         drop_pending(folder, outer.num_steps - 1)
-    manifest.update(folder)
+    manifest.update(folder, settled=True)
     return state
 
 

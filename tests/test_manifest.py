@@ -24,7 +24,7 @@ def write_some(folder):
         manifest.update(folder)
         (folder / "checkpoints" / str(step + 1)).mkdir(parents=True)
         files.remove(folder / f"pending_{step}.jsonl")
-    manifest.update(folder)
+    manifest.update(folder, settled=True)
     files.truncate_after(folder / "edits.jsonl", 1)  # as a run does that goes on
     files.write_json(folder / "config.json", {"manifest": "manifest.json", "placement": 2})
     manifest.forget(folder, ["adapters/0-a-0-0"])
@@ -52,6 +52,7 @@ def test_a_kill_at_any_moment_makes_it_tell_of_no_loss(tmp_path, monkeypatch):
     for name in ("replace", "remove", "rmdir", "mkdir"):
         monkeypatch.setattr(os, name, killing(getattr(os, name)))
     monkeypatch.setattr(files, "append_json", killing(files.append_json))
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # for speed
     for moment in range(100):
         left, folder = 10, tmp_path / str(moment)
         folder.mkdir()
@@ -100,6 +101,16 @@ def test_what_is_lost_stays_told_when_the_run_writes_on(folder):
     files.append_json(folder / "edits.jsonl", {"step": 3})
     manifest.update(folder)
     assert manifest.losses(folder).keys() == {"judged_2.json", "metrics.jsonl"}
+
+
+def test_while_checkpoints_are_saved_only_the_newest_is_entered(folder):
+    (folder / "checkpoints" / "4").mkdir()
+    manifest.update(folder)
+    assert manifest.read_manifest(folder).checkpoints == {4}
+    (folder / "checkpoints" / "1").rmdir()  # Orbax does, once 4 is whole
+    assert manifest.losses(folder) == {}
+    (folder / "checkpoints" / "4").rmdir()
+    assert manifest.losses(folder).keys() == {"checkpoints/4"}
 
 
 def test_checkpoints_that_made_room_for_a_newer_one_are_no_loss(folder):

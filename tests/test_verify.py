@@ -5,7 +5,6 @@ import shutil
 import subprocess
 
 import pytest
-from test_old_runs import old_run  # noqa: F401
 from test_train import assert_same_run
 from tiny_run import run_process, train_arguments
 
@@ -68,6 +67,9 @@ def test_one_checkpoint_of_several_is_a_policy(finished, one_device, tmp_path, c
     assert cli.main([*arguments, "--policy", str(finished / "checkpoints" / "3")]) == 2
     assert "has no step 3, only [2, 1]" in capsys.readouterr().err
     first = json.loads((tmp_path / "first" / "policy.json").read_text())
+    good, damaged = verify_run(str(tmp_path / "first"))
+    assert "policy.json" in good and "eval_seal.jsonl" in good and not damaged
+    assert "policy.json" in manifest.read_manifest(tmp_path / "first").files
     arguments[-1] = str(tmp_path / "last")
     assert cli.main([*arguments, "--policy", str(finished / "checkpoints")]) == 0
     assert json.loads((tmp_path / "last" / "policy.json").read_text())["hash"] != first["hash"]

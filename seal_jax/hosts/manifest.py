@@ -74,11 +74,14 @@ def begin(folder: str | os.PathLike) -> None:
     os.makedirs(folder, exist_ok=True)
     if is_first() and not Path(folder, MANIFEST).exists():
         _write(folder, Manifest({}, frozenset(), frozenset()))
-        update(folder)
+        update(folder, settled=True)
 
 
-def update(folder: str | os.PathLike) -> None:
+def update(folder: str | os.PathLike, settled: bool = False) -> None:
     """Enter what the run has written since the last entry; does nothing without a manifest.
+
+    Args:
+      settled: no checkpoint is being saved. Else only the newest one is sure to stay.
 
     Raises:
       ValueError: the manifest is damaged.
@@ -92,6 +95,7 @@ def update(folder: str | os.PathLike) -> None:
         if name not in files or _is_ledger(name):
             files[name] = _extended(path, files.get(name, Entry(0, 0)))
     steps = _checkpoint_steps(folder)
+    steps = steps if settled else frozenset(sorted(steps)[-1:])
     if not _made_room(steps, before):
         steps |= before.checkpoints
     after = Manifest(files, before.folders | set(_folders(Path(folder))), steps)
@@ -174,16 +178,17 @@ def refuse_damaged(root: str | os.PathLike, reads: tuple[str, ...] = ("",)) -> N
       ValueError: with all of them.
     """
     damaged = [
-        f"{Path(folder, name).relative_to(root).as_posix()} {why}"
-        for folder in (Path(root), Path(root, "random"))
-        for name, why in losses(folder).items()
-        if name.startswith(reads) and not _is_remade(folder, name)
+        (place, f"{place}{name} {why}")
+        for place in ("", "random/")
+        for name, why in losses(Path(root, place)).items()
+        if name.startswith(reads) and not _is_remade(Path(root, place), name)
     ]
     if damaged:
+        manifests = " and ".join(sorted({f"{place}{MANIFEST}" for place, _ in damaged}))
         raise ValueError(
-            f"{root}: damaged since it was written: {'; '.join(damaged)}. Put it back from a copy;"
-            f" or delete {MANIFEST}, then what is there is taken as it is. `seal-jax verify` names"
-            " all that is damaged"
+            f"{root}: damaged since it was written: {'; '.join(text for _, text in damaged)}. Put"
+            f" it back from a copy; or delete {manifests}, then what is there is taken as it is."
+            " `seal-jax verify` names all that is damaged"
         )
 
 
@@ -192,7 +197,7 @@ def take_up(folder: str | os.PathLike) -> None:
     lost = losses(folder) if is_first() else {}
     for name, why in lost.items():
         say(f"{Path(folder, name)}: {why}")
-    forget(folder, [name for name in lost if _is_remade(folder, name)])
+    forget(folder, [name for name in lost if "/" not in name and _is_remade(folder, name)])
 
 
 def _is_remade(folder: str | os.PathLike, name: str) -> bool:
@@ -222,10 +227,7 @@ def _is_missed(folder: Path) -> bool:
     found = {path.name for path in folder.glob("[!.]*")}
     if not found > {"config.json"}:
         return False
-    try:
-        return KEY in json.loads((folder / "config.json").read_bytes())
-    except ValueError:
-        return True  # it was another one
+    return f'"{KEY}": "{MANIFEST}"'.encode() in (folder / "config.json").read_bytes()
 
 
 def _written(folder: Path) -> Iterator[Path]:

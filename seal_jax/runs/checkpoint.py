@@ -11,10 +11,8 @@ that Orbax refuses. A step is restored only if all of that agrees; else the one 
     wait(manager)
 """
 
-import errno
 import json
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,12 +27,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from seal_jax.hosts.exchange import least
+from seal_jax.hosts.files import check_room
 from seal_jax.hosts.manifest import lost_checkpoints
 from seal_jax.runs.leaf_records import (
     Leaf,
     PyTree,
     Record,
+    damaged_value,
     decode,
     describe,
     difference,
@@ -42,6 +41,7 @@ from seal_jax.runs.leaf_records import (
     hash_json,
     target_of,
     template_of,
+    with_hash,
 )
 
 Position = dict[str, Any]
@@ -66,7 +66,13 @@ def make_manager(folder: str | os.PathLike, keep: int, best: int = 0) -> ocp.Che
       folder: created if absent.
       keep: how many of the latest steps stay; with 1 nothing is left to fall back on.
       best: how many of the steps of the highest value stay beside them.
+
+    Raises:
+      CheckpointError: the value of a step is damaged.
     """
+    for path in Path(folder).glob("[0-9]*") if best else ():
+        if complaint := damaged_value(path):
+            raise CheckpointError(f"damaged checkpoint {path}: {complaint}")
     stay: list[policy.PreservationPolicy] = [policy.LatestN(n=keep)]
     if best:
         stay.append(
@@ -110,23 +116,13 @@ def save(
       OSError: the disk has no room for it; the steps before stay.
     """
     items = _items(pytrees, position, f"step {step}")
-    _check_room(str(manager.directory), pytrees)
+    needed = sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(pytrees)) + 1_000_000
+    check_room(str(manager.directory), needed, "a checkpoint")
     value = None if value is None or np.isnan(value) else float(value)
-    if not manager.save(step, args=items, metrics={"value": value}):
+    if not manager.save(step, args=items, metrics=with_hash(value)):
         raise CheckpointError(
             f"step {step} was not saved: {manager.directory} has steps {manager.all_steps()}"
         )
-
-
-def _check_room(folder: str, pytrees: Mapping[str, PyTree]) -> None:
-    """Raise OSError where the disk is too small: from Orbax's threads it comes as 400 lines."""
-    if "://" in folder:
-        return
-    needed = sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(pytrees)) + 1_000_000
-    free = least("disk", shutil.disk_usage(folder).free)
-    if free < needed:
-        sizes = f"needs {needed / 1e6:,.0f} MB, has {free / 1e6:,.0f}"
-        raise OSError(errno.ENOSPC, f"No space left for a checkpoint: {sizes}", folder)
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
@@ -200,11 +196,11 @@ def verify(folder: str | os.PathLike) -> dict[int, str]:
 
     No model is needed: shapes and dtypes are those that were saved.
     """
-    with _open(folder, read_only=True) as reader:
-        return {
-            step: _with_file(_verify(partial(reader.restore, step)), reader.directory / str(step))
-            for step in reader.all_steps(read=True)
-        }
+    paths = [path for path in Path(folder).absolute().iterdir() if path.name.isdigit()]
+    return {
+        int(path.name): damaged_value(path) or _with_file(verify_alone(path), path)
+        for path in paths
+    }
 
 
 def verify_alone(path: str | os.PathLike) -> str:

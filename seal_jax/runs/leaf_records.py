@@ -105,7 +105,7 @@ def hash_json(value: Any) -> str:
 
 def with_hash(value: float | None) -> dict[str, Any]:
     """Return what Orbax is to write as the metrics of a step: the value that ranks it."""
-    return {"value": value, "hash": hash_json(value)}
+    return {"value": value, "hash": _hash(repr(value).encode())}  # it may be infinite
 
 
 def damaged_value(step: Path) -> str:
@@ -115,9 +115,10 @@ def damaged_value(step: Path) -> str:
         return ""
     try:
         found = json.loads(path.read_bytes())
-        good = found.get("hash") in (None, hash_json(found["value"]))  # older ones have no hash
-    except (OSError, ValueError, LookupError, AttributeError) as error:
+        value, hashed = found["value"], found.get("hash")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         return f"metrics/metrics: {type(error).__name__}: {error}"
+    good = hashed in (None, _hash(repr(value).encode()))  # older ones have no hash
     return "" if good else "metrics/metrics: its hash does not verify"
 
 

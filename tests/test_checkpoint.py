@@ -192,12 +192,15 @@ def test_a_damaged_value_of_the_best_is_named_and_evicts_nothing(tmp_path, damag
     with make_manager(tmp_path, keep=1, best=1) as manager:
         for step, value in ((1, 0.9), (2, 0.2)):
             save(manager, step, {"policy": _params()}, {"step": step}, value)
+    (tmp_path / "3.orbax-checkpoint-tmp-0" / "metrics").mkdir(parents=True)  # of a kill
+    restore(tmp_path, {})
     path = tmp_path / "1" / "metrics" / "metrics"
     path.write_bytes(path.read_bytes().replace(b'"value": 0.9', damage))
     found = checkpoint.verify(tmp_path)
     assert found[2] == "" and found[1].startswith("metrics/metrics: ")
-    with pytest.raises(CheckpointError, match="damaged checkpoint .*/1: metrics/metrics"):
-        make_manager(tmp_path, keep=1, best=1)
+    for use in (lambda: make_manager(tmp_path, keep=1, best=1), lambda: restore(tmp_path, {})):
+        with pytest.raises(CheckpointError, match="damaged checkpoint .*/1: metrics/metrics"):
+            use()
 
 
 @pytest.mark.parametrize("damage", [_flip, _truncate, os.unlink])

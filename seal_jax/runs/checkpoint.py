@@ -70,9 +70,6 @@ def make_manager(folder: str | os.PathLike, keep: int, best: int = 0) -> ocp.Che
     Raises:
       CheckpointError: the value of a step is damaged.
     """
-    for path in Path(folder).glob("[0-9]*") if best else ():
-        if complaint := damaged_value(path):
-            raise CheckpointError(f"damaged checkpoint {path}: {complaint}")
     stay: list[policy.PreservationPolicy] = [policy.LatestN(n=keep)]
     if best:
         stay.append(
@@ -196,10 +193,9 @@ def verify(folder: str | os.PathLike) -> dict[int, str]:
 
     No model is needed: shapes and dtypes are those that were saved.
     """
-    paths = [path for path in Path(folder).absolute().iterdir() if path.name.isdigit()]
     return {
         int(path.name): damaged_value(path) or _with_file(verify_alone(path), path)
-        for path in paths
+        for path in _steps(folder)
     }
 
 
@@ -222,12 +218,20 @@ def _verify(restore: Restore) -> str:
     return ""
 
 
+def _steps(folder: str | os.PathLike) -> list[Path]:
+    # A kill leaves unfinished ones, whose names have more than digits.
+    return [path for path in Path(folder).glob("*") if path.name.isdigit()]
+
+
 def tree_hash(pytree: PyTree) -> str:
     """Return 16 hex digits that name a pytree's values bit for bit, with paths and dtypes."""
     return hash_json({path: describe(path, leaf) for path, leaf in flatten(pytree).items()})
 
 
 def _open(folder: str | os.PathLike, **options: Any) -> ocp.CheckpointManager:
+    for path in _steps(folder):
+        if complaint := damaged_value(path):  # Orbax would rank by it, or name no file
+            raise CheckpointError(f"damaged checkpoint {path}: {complaint}")
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax logs some twenty lines a save
     return ocp.CheckpointManager(_absolute(folder), options=ocp.CheckpointManagerOptions(**options))
 

@@ -67,6 +67,9 @@ def test_a_kill_at_any_moment_makes_it_tell_of_no_loss(tmp_path, monkeypatch):
     assert 30 < moment < 99
     left = 100
     assert manifest.losses(folder) == {} and manifest.not_entered(folder) == []
+    (folder / "checkpoints" / "7").mkdir()
+    assert manifest.not_entered(folder) == ["checkpoints/7"]
+    (folder / "checkpoints" / "7").rmdir()
     write_again = manifest.read_manifest(folder)
     os.unlink(folder / manifest.MANIFEST)
     manifest.begin(folder)  # read anew from its first byte, a ledger has the same checksum

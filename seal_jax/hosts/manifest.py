@@ -153,7 +153,7 @@ def lost_checkpoints(folder: str | os.PathLike, above: int = -1) -> list[int]:
 
 
 def not_entered(folder: str | os.PathLike) -> list[str]:
-    """Return the files that are not in the folder's manifest, or only their first lines."""
+    """Return what is not in the folder's manifest, or of a ledger only its first lines."""
     found, names = read_manifest(folder), []
     if found is None:
         return []
@@ -162,7 +162,10 @@ def not_entered(folder: str | os.PathLike) -> list[str]:
         entry = found.files.get(name)
         if entry is None or path.stat().st_size > entry.num_bytes:
             names.append(name)
-    return names
+    names += sorted(set(_folders(Path(folder))) - found.folders)
+    return names + [
+        f"checkpoints/{step}" for step in sorted(_checkpoint_steps(folder) - found.checkpoints)
+    ]
 
 
 def refuse_damaged(root: str | os.PathLike, reads: tuple[str, ...] = ("",)) -> None:

@@ -196,6 +196,7 @@ def killed_at(folder, line, *overrides):
     """Run until just before a line is written: 'edits.jsonl:7'."""
     result = run_process(*train_arguments(folder, *overrides), kill=f"{folder}/{line}", check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
+    assert verify_run(str(folder))[1] == []
 
 
 def test_a_run_that_is_killed_three_times_is_the_uninterrupted_run(finished, one_device, tmp_path):

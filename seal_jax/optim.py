@@ -1,34 +1,179 @@
-"""Optimizers by optax name or by function, for both loops.
+"""Optimizers by optax name or by function, and what both loops do with them.
 
 An optimizer here is a function `learning_rate -> optax.GradientTransformation`. The learning rate
 that it gets is a traced scalar, the schedule's value at this step: a self-edit chooses its own
-rate and number of steps, and still a hundred self-edits share one compiled program.
+rate and number of steps, and still a hundred self-edits share one compiled program. Both loops do
+
+  state = optimizer(learning_rate).init(params)  # the rate before schedule and warm-up
+  for step:
+    tx = optimizer(scheduled_rate(step))
+    updates, state = update(tx, grads, state, params, loss)
+    params += updates
+  params = evaluation_point(state, params)  # and training_point where training goes on
+
+so a transformation gets what it may ask for beside the gradient, rates that it keeps in its state
+(`optax.inject_hyperparams`) follow the schedule, and schedule-free training is evaluated where its
+authors evaluate it. What does not fit is refused before a run, see config/check_optimizers.py.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from seal_jax.types import InnerSettings, OuterSettings
+from seal_jax.types import InnerSettings, OuterSettings, Params
 
 Optimizer = Callable[[jax.Array], optax.GradientTransformation]
+ValueFn = Callable[[Params], jax.Array]  # the loss at other parameters
+
+# Nodes of an optimizer's state that hold rates, and that hold another point to evaluate.
+_INJECTED = optax.InjectHyperparamsState, optax.schedules.InjectStatefulHyperparamsState
+_AVERAGED = optax.contrib.ScheduleFreeState
+
+
+def update(
+    tx: optax.GradientTransformation,
+    grads: Params,
+    state: optax.OptState,
+    params: Params,
+    loss: jax.Array,
+    value_fn: ValueFn | None = None,
+) -> tuple[Params, optax.OptState]:
+    """Return the updates, which are to be added, and the new state.
+
+    Args:
+      loss: f32[], whose gradient `grads` is. Transformations that ask for `value` get it.
+      value_fn: what a line search asks; without it one that does is a TypeError.
+
+    Raises:
+      TypeError: updates have other shapes than the parameters.
+    """
+    if nodes_of(_INJECTED, state):
+        state = _with_rates(state, tx.init(params))
+    asked = {"value": loss, "grad": grads, "value_fn": value_fn or _no_value_fn}
+    takes_all: Any = optax.with_extra_args_support(tx).update
+    updates, state = takes_all(grads, state, params, **asked)
+    _check_shapes(updates, params)
+    return updates, state
+
+
+def _check_shapes(updates: Params, params: Params) -> None:
+    """Refuse what broadcasting would make something of."""
+    found, expected = jax.tree.structure(updates), jax.tree.structure(params)
+    if found != expected:
+        raise TypeError(f"its updates are {found}, the parameters {expected}")
+    named = jax.tree_util.tree_leaves_with_path(params)
+    for (path, w), u in zip(named, jax.tree.leaves(updates), strict=True):
+        if jnp.shape(u) != jnp.shape(w):
+            where = jax.tree_util.keystr(path)
+            raise TypeError(
+                f"its update of {where} is {jnp.shape(u)}, the parameter {jnp.shape(w)}"
+            )
+
+
+def _no_value_fn(params: Params) -> jax.Array:
+    raise TypeError("it asks for value_fn, as line searches do; adapters side by side have none")
+
+
+def nodes_of(kind: type | tuple[type, ...], state: optax.OptState) -> list[Any]:
+    """Return the outermost nodes of some kind in an optimizer's state."""
+    leaves = jax.tree.leaves(state, is_leaf=partial(_is, kind))
+    return [node for node in leaves if isinstance(node, kind)]
+
+
+def _is(kind: type | tuple[type, ...], node: Any) -> bool:
+    return isinstance(node, kind)
+
+
+def _with_rates(state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
+    """Return the state with the hyperparameters of a fresh one, made with the rate of this step."""
+
+    def one(old: Any, new: Any) -> Any:
+        if not isinstance(old, _INJECTED):
+            return old
+        inner = _with_rates(old.inner_state, new.inner_state)
+        return old._replace(hyperparams=new.hyperparams, inner_state=inner)
+
+    return jax.tree.map(one, state, fresh, is_leaf=partial(_is, _INJECTED))
+
+
+def has_evaluation_point(state: optax.OptState) -> bool:
+    """Return whether the optimizer evaluates other parameters than it trains."""
+    return bool(nodes_of(_AVERAGED, state))
+
+
+def evaluation_point(state: optax.OptState, params: Params) -> Params:
+    """Return what the optimizer evaluates, given what it trains.
+
+    Schedule-free training (arXiv 2405.15682) takes gradients at y = b1 x + (1 - b1) z, and
+    evaluates the average x; all others evaluate what they train.
+    """
+    return _mix(state, params, lambda b1, y, z: (y - (1 - b1) * z) / b1)
+
+
+def training_point(state: optax.OptState, params: Params) -> Params:
+    """Return what the optimizer trains, given what it evaluates."""
+    return _mix(state, params, lambda b1, x, z: b1 * x + (1 - b1) * z)
+
+
+def _mix(state: optax.OptState, params: Params, mix: Callable[..., jax.Array]) -> Params:
+    def one(z: Any, w: jax.Array) -> jax.Array:
+        if isinstance(z, optax.MaskedNode):  # another transformation has this one
+            return w
+        return mix(node.b1, w, z).astype(w.dtype)
+
+    for node in nodes_of(_AVERAGED, state):
+        params = jax.tree.map(
+            one, node.z, params, is_leaf=lambda z: isinstance(z, optax.MaskedNode)
+        )
+    return params
 
 
 def find_factory(optax_name: str) -> Callable[..., optax.GradientTransformation]:
-    """Return optax's function of that (dotted) name, as 'adamw' or 'contrib.muon'.
+    """Return optax's optimizer of that (dotted) name, as 'adamw' or 'contrib.muon'.
 
     Raises:
-      ValueError: optax has no such name.
+      ValueError: optax has none.
     """
     factory: Any = optax
     for part in optax_name.split("."):
         factory = getattr(factory, part, None)
-    if not callable(factory):
-        raise ValueError(f"optax_name={optax_name!r}: optax has no function of that name")
+    if not callable(factory) or inspect.isclass(factory):
+        raise ValueError(f"optax_name = {optax_name!r}: optax has no function of that name")
+    first, *_ = [*inspect.signature(factory).parameters, ""]
+    if first not in ("learning_rate", "max_learning_rate"):
+        raise ValueError(
+            f"optax_name = {optax_name!r}: no optimizer, as its first argument is {first!r} and not"
+            " a learning rate; a function of your own can make one of it, see"
+            " configs/README.md#another-optimizer"
+        )
     return factory
+
+
+def _keywords(optax_name: str, optax_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an optimizer is called with beside its rate.
+
+    No weight decay (0) is left out for an optimizer that never decays weights.
+
+    Raises:
+      ValueError: it has no argument of such a name.
+    """
+    _, *known = inspect.signature(find_factory(optax_name)).parameters
+    kwargs = dict(optax_kwargs)
+    if kwargs.get("weight_decay") == 0 and "weight_decay" not in known:
+        del kwargs["weight_decay"]
+    if unknown := sorted(set(kwargs) - set(known)):
+        raise ValueError(
+            f"optax_kwargs = {dict(optax_kwargs)}: optax.{optax_name} takes no"
+            f" {', '.join(unknown)}; it takes {', '.join(known) or 'nothing beside its rate'}"
+        )
+    if optax_name == "contrib.muon":
+        kwargs.setdefault("muon_weight_dimension_numbers", muon_dimensions)
+    return kwargs
 
 
 def muon_dimensions(params: Any) -> Any:
@@ -65,11 +210,12 @@ def make_optimizer(
       optimizer: a function of the learning rate, used in place of the name.
       grad_clip: clips the gradient of one adapter (or of the policy) to this global norm; None
         does not.
+
+    Raises:
+      ValueError: optax has no such optimizer, or it has no such arguments.
     """
     if optimizer is None:
-        factory, kwargs = find_factory(optax_name), dict(optax_kwargs or {})
-        if optax_name == "contrib.muon":
-            kwargs.setdefault("muon_weight_dimension_numbers", muon_dimensions)
+        factory, kwargs = find_factory(optax_name), _keywords(optax_name, optax_kwargs or {})
 
         def optimizer(learning_rate: jax.Array) -> optax.GradientTransformation:
             return factory(learning_rate, **kwargs)
@@ -96,16 +242,38 @@ def optimizer_of(section: InnerSettings | OuterSettings) -> Optimizer:
 def accumulate(
     tx: optax.GradientTransformation, num_steps: int, all_steps: jax.Array | int
 ) -> optax.GradientTransformation:
-    """Return `tx` on the mean gradient of `num_steps` steps, and of those left of `all_steps`."""
+    """Return `tx` on the means over `num_steps` steps, and over those left of `all_steps`.
+
+    The means are of gradients and, where it asks for them, of losses.
+    """
     if num_steps == 1:
         return tx
 
     def group_size(num_updates: jax.Array) -> jax.Array:
         return jnp.minimum(num_steps, jnp.maximum(all_steps - num_updates * num_steps, 1))
 
+    # MultiSteps takes means of gradients alone, so the loss becomes one of them.
+    def init_pair(params: Any) -> Any:
+        return tx.init(params[0])
+
+    def update_pair(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        grads, loss = updates
+        moves, state = update(tx, grads, state, params[0], loss)
+        return (moves, loss), state
+
+    pair = optax.GradientTransformationExtraArgs(init_pair, update_pair)
     # It is only ever given an array.
-    steps = optax.MultiSteps(tx, group_size)  # ty: ignore[invalid-argument-type]
-    return steps.gradient_transformation()
+    steps: Any = optax.MultiSteps(pair, group_size)  # ty: ignore[invalid-argument-type]
+
+    def init(params: Any) -> Any:
+        return steps.init((params, jnp.float32(0)))
+
+    def update_one(updates: Any, state: Any, params: Any = None, **asked: Any) -> tuple[Any, Any]:
+        pair = updates, asked["value"]
+        (moves, _), state = steps.update(pair, state, (params, jnp.float32(0)))
+        return moves, state
+
+    return optax.GradientTransformationExtraArgs(init, update_one)
 
 
 def scheduled_rate(

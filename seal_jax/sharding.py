@@ -10,14 +10,14 @@ they are explicit, so the loop runs under `jax.transfer_guard('disallow')`.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from seal_jax.types import STEP_FIELDS, InnerBatch, InnerState, ParamRules, Params
+from seal_jax.types import STEP_FIELDS, Adapters, InnerBatch, InnerState, ParamRules, Params
 
 # Logical axis -> axes of the mesh, as in the config's section `sharding`, which may have others:
 # they are a ModelConfig's `rules`. Models never name the mesh.
@@ -47,6 +47,7 @@ KERNELS = {
 
 
 # (params, state, batch) -> the state after all steps of the batch, and their losses
+Population = TypeVar("Population", InnerState, Adapters)
 InnerSteps = Callable[[Params, InnerState, InnerBatch], tuple[InnerState, jax.Array]]
 
 
@@ -266,11 +267,11 @@ def batch_sharding(mesh: Mesh, rules: ParamRules = ()) -> Any:
     return InnerBatch._make(NamedSharding(mesh, spec) for spec in specs)
 
 
-def place_state(state: InnerState, mesh: Mesh | None, rules: ParamRules = ()) -> InnerState:
-    """Keep the state divided as the adapters are: else it is copied whole, or not donated."""
+def place_state(state: Population, mesh: Mesh | None, rules: ParamRules = ()) -> Population:
+    """Keep arrays [A ...] divided as the adapters are: else they are copied, or not donated."""
     if mesh is None:
         return state
-    where = leading(mesh, "adapter", state.step.shape[0], rules)
+    where = leading(mesh, "adapter", jax.tree.leaves(state)[0].shape[0], rules)
     return jax.lax.with_sharding_constraint(state, where)
 
 

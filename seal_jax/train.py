@@ -32,6 +32,7 @@ from seal_jax.hosts import manifest
 from seal_jax.hosts.console import say
 from seal_jax.hosts.exchange import ask_first
 from seal_jax.hosts.files import read_jsonl
+from seal_jax.hosts.folder_lock import hold
 from seal_jax.hosts.preemption import stop_if_told
 from seal_jax.models import lora
 from seal_jax.objectives.objective import Objective
@@ -75,19 +76,26 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
       What summary.json holds.
 
     Raises:
-      ValueError: the folder belongs to another config, or the data do not fit the config.
+      ValueError: the folder belongs to another config, another run writes there, or the data do not
+        fit the config.
     """
     ask_first("workdir", lambda: check_workdir(config, workdir))
+    with hold(workdir):
+        return train_alone(config, workdir)
+
+
+def train_alone(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Do as `train` does, in a folder into which no other run writes."""
     settings = settings_of(config)
     objective = configured_objective(settings)
     stages = make_stages(settings)
     check_rewards(stages)
     training, held_out = split_problems(settings, stages.task)
     check_prompts(stages, [*training, *held_out])
+    say(describe(stages, training, held_out))  # what does not fit is refused
     claim_workdir(config, workdir)
     claim_model(workdir, stages.model, settings.model.dtype)
     manifest.update(workdir)
-    say(describe(stages, training, held_out))
     with jax.transfer_guard("disallow"):
         policies = {"base": stages.model.params}
         loop = partial(outer_loop, stages, training=training, held_out=held_out)
@@ -223,8 +231,8 @@ def evaluate(
                     continue
                 if keep is not None:
                     keep(place.run, lora.take(kept, slice(i, i + 1)))
+                outcomes[place.run.name] = found[place.run.name]  # what was noted before stays
                 append_outcome(examination.ledger, place.run, found[place.run.name])
-            outcomes |= found
             manifest.update(os.path.dirname(examination.ledger))
             stop_if_told()
     return outcomes

@@ -96,6 +96,7 @@ class ModelSettings(NamedTuple):
     dtype: str
     attention: str
     chat: bool  # whether prompts go through the model's chat template
+    template_args: Mapping[str, Any]  # of the chat template
 
 
 class SampleSettings(NamedTuple):
@@ -108,9 +109,14 @@ class SampleSettings(NamedTuple):
     min_p: float
     repetition_penalty: float
     max_tokens: int
+    max_thought_tokens: int
     stop: tuple[str, ...]
     constrained: bool
     max_rows: int
+
+    @property
+    def most_tokens(self) -> int:
+        return self.max_tokens + self.max_thought_tokens
 
 
 class AnswerSettings(NamedTuple):
@@ -119,6 +125,11 @@ class AnswerSettings(NamedTuple):
     max_tokens: int
     stop: tuple[str, ...]
     max_rows: int
+    max_thought_tokens: int = 0
+
+    @property
+    def most_tokens(self) -> int:
+        return self.max_tokens + self.max_thought_tokens
 
 
 class InnerSettings(NamedTuple):

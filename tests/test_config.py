@@ -89,6 +89,8 @@ def test_every_key_refuses_nan_infinity_and_another_type(key):
         ("model.dtype", "float16", ["'float32', 'bfloat16'"]),
         ("model.source", "", ["a non-empty string"]),
         ("model.chat", 1, ["True or False"]),
+        ("model.template_args", {"enable_thinking": len}, ["model.template_args", "a dict"]),
+        ("sample.max_thought_tokens", -1, ["an integer >= 0"]),
         ("task.name", "knowlege", ["task.name = 'knowlege'", "knowledge"]),
         ("task.styl", "qa", ["unknown key 'task.styl'", "'task.style'"]),
         ("outer.objective", "grop", ["'rest_em'", "'grpo'"]),
@@ -179,6 +181,7 @@ def test_validate_lists_everything_wrong_at_once():
         (r"sample.stop=('\n\n', '#')", ("\n\n", "#")),
         ("inner.optax_name=contrib.muon", "contrib.muon"),
         ("inner.optax_kwargs.b1=0.5", 0.5),
+        ("model.template_args.enable_thinking=False", False),
         ("inner.optimizer=math:sqrt", math.sqrt),
         ("inner.optimizer=none", None),
         ("mesh.data=-1", -1),
@@ -309,6 +312,19 @@ def test_diff_with_the_config_of_another_version():
     stored["inner"]["gone"] = 1
     lines = config_lib.diff(json.dumps(stored), default_config()).splitlines()
     assert lines == ["inner.gone: 1 -> (absent)", "inner.rank: (absent) -> 32"]
+
+
+def test_a_key_that_older_versions_lack_is_at_its_default():
+    stored = json.loads(config_lib.to_json(default_config()))
+    del stored["model"]["template_args"], stored["answer"]["max_thought_tokens"]
+    text, now = json.dumps(stored), default_config()
+    assert config_lib.diff(text, now) == ""
+    assert config_lib.to_json(config_lib.from_json(text)) == config_lib.to_json(now)
+    now.model.template_args = {"enable_thinking": False}
+    assert config_lib.diff(text, now) == 'model.template_args: {} -> {"enable_thinking": false}'
+    now.model.chat = False
+    with pytest.raises(ConfigError, match="no template to read them"):
+        validate(now)
 
 
 def test_the_door_imports_no_jax(tmp_path):

@@ -56,6 +56,36 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path):
         files.read_jsonl(path)
 
 
+LEDGER = {"step": 0, "name": ["a", 0, 0], "text": "f3"}
+EDIT = {"step": 0, "problem": "a", "edit": 0, "text": "A note."}
+
+
+@pytest.mark.parametrize(
+    ("row", "other", "result"),
+    [
+        ({"step": 0, "reward": 0.5}, {"step": 1}, {"reward": 0.6}),
+        (EDIT, {"edit": 1}, {"text": "Another note."}),
+        (LEDGER, {"text": "f4"}, {"accuracy": 1.0}),
+    ],
+    ids=["metrics", "edits", "ledger"],
+)
+def test_a_result_that_is_there_twice_counts_once_and_two_results_are_refused(
+    tmp_path, row, other, result
+):
+    path = tmp_path / "log.jsonl"
+
+    def read(*rows):
+        path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+        return files.read_jsonl(path)
+
+    assert read(row, row | other, row) == [row, row | other]
+    # Two runs at once may find the same at another time.
+    again = row | {"time": 1.0, "seconds/inner": 2.0}
+    assert read(row, again) == [row]
+    with pytest.raises(ValueError, match="log.jsonl: lines 1 and 3 differ, and both are the"):
+        read(row, row | other, row | result)
+
+
 def test_truncate_after_drops_the_steps_that_will_be_redone(tmp_path):
     path = tmp_path / "metrics.jsonl"
     files.truncate_after(path, 3)

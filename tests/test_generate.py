@@ -15,7 +15,9 @@ from seal_jax.bench.peft_peer import torch_model
 from seal_jax.bench.timing import count_compiles
 from seal_jax.config import default_config
 from seal_jax.models import lora
+from seal_jax.models.thoughts import Thoughts, read, text_before
 from seal_jax.models.transformer import forward
+from seal_jax.outer.answers import ask
 from seal_jax.sampling import call_shapes
 from seal_jax.sampling import decode as device
 from seal_jax.sampling import generate as sample
@@ -23,10 +25,10 @@ from seal_jax.sampling.call_shapes import check_lengths, plan_call
 from seal_jax.sampling.decode import RowsShape, decode, no_rows
 from seal_jax.sampling.draw import make_settings
 from seal_jax.sampling.generate import generate
-from seal_jax.sampling.self_edits import make_stop, text_before, texts_of, write_self_edits
+from seal_jax.sampling.self_edits import make_stop, texts_of, write_self_edits
 from seal_jax.sources import load_model
 from seal_jax.tasks.knowledge.passages import load_problems
-from seal_jax.types import SampleSettings
+from seal_jax.types import AnswerSettings, SampleSettings
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -595,3 +597,26 @@ def test_a_self_edit_ends_before_its_stop_string():
         assert text_before(written, stop) == text
         assert (rollout.logp[row] != 0).tolist() == rollout.loss_mask[row].tolist()
     assert len(model.tokenizer.decode(rollout.tokens[0][rollout.loss_mask[0]])) <= 5
+
+
+def test_thoughts_are_written_and_are_no_part_of_the_answer():
+    model, mesh = load_model("random:byte-tiny"), one_device_mesh()
+    prompts = [model.tokenizer.encode(text) for text in ("one", "another")]
+    settings = SampleSettings(**default_config().sample)
+    settings = settings._replace(max_tokens=7, max_thought_tokens=5, max_rows=4, top_p=1.0)
+    paths, mesh = [(0, r) for r in range(4)], one_device_mesh()
+    rollout, free = write_self_edits(model, model.params, prompts, paths, settings, mesh=mesh)
+    assert rollout.loss_mask.sum(axis=1).max() == 12
+    # As if some letters of what it wrote were a tag: they stop nothing before it.
+    thoughts = Thoughts("<zzz>", free[0][4:6], is_open=True, is_closed=False)
+    settings = settings._replace(stop=(free[0][1], free[0][7]))
+    options = {"mesh": mesh, "thoughts": thoughts}
+    _, texts = write_self_edits(model, model.params, prompts, paths, settings, **options)
+    assert texts == [text_before(text, settings.stop, thoughts) for text in free]
+    assert 6 <= len(texts[0]) < len(free[0])
+    asked, answers = [[prompt for prompt in prompts for _ in "ab"]], AnswerSettings(12, (), 4)
+    (given,) = ask(model, model.params, None, asked, mesh, answers)
+    thoughts = Thoughts("<zzz>", given[0][1:3], is_open=False, is_closed=False)
+    (found,) = ask(model, model.params, None, asked, mesh, answers, thoughts)
+    assert found == [read(thoughts, text).text.strip() for text in given]
+    assert found[0] != given[0] and found[2] == given[2]

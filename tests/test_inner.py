@@ -384,6 +384,8 @@ OPTIMIZERS = {
     "lamb": ({"optax_name": "lamb"}, 3e-1),
     "muon": ({"optax_name": "contrib.muon"}, 2e-1),
     "own": ({"optimizer": steady}, 1e-1),
+    "keeps its rate": ({"optimizer": optax.inject_hyperparams(optax.adamw)}, 3e-2),
+    "asks for the loss": ({"optax_name": "contrib.momo_adam"}, 3e-2),
 }
 
 

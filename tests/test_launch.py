@@ -1,5 +1,6 @@
 """The launch scripts: what they would call, with a `gcloud` that only writes down its arguments."""
 
+import functools
 import os
 import re
 import shlex
@@ -324,6 +325,36 @@ def test_a_jobset_has_a_pod_for_each_machine_of_its_slice():
     (mount,) = container["volumeMounts"]
     assert workdir.startswith(mount["mountPath"] + "/")
     assert (LAUNCH.parent / container["args"][1]).exists()
+
+
+RUN = """#!/bin/sh
+trap 'touch told; exit 0' TERM
+[ "$1 $2" = "train --config" ] && [ -f summary.json ] && exit 0
+echo ready
+while :; do read line < fifo; done
+"""
+
+
+def test_a_pod_that_is_told_to_end_tells_its_run_and_has_failed_until_the_run_is_done(tmp_path):
+    """Kubernetes tells the first process alone: the shell."""
+    jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    workdir = container["args"][container["args"].index("--workdir") + 1]
+    command = [word.replace(workdir, str(tmp_path)) for word in container["command"]]
+    (tmp_path / "seal-jax").write_text(RUN)
+    (tmp_path / "seal-jax").chmod(0o755)
+    os.mkfifo(tmp_path / "fifo")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    start = functools.partial(
+        subprocess.Popen, [*command, *container["args"]], cwd=tmp_path, text=True
+    )
+    with start(env={**os.environ, "PATH": path}, stdout=subprocess.PIPE) as shell:
+        assert shell.stdout.readline() == "ready\n"
+        shell.terminate()
+        assert shell.wait() == 1 and (tmp_path / "told").exists()
+    (tmp_path / "summary.json").touch()
+    assert start(env={**os.environ, "PATH": path}).wait() == 0
 
 
 def test_skypilot_ends_in_the_same_script():

@@ -31,6 +31,10 @@ def test_it_is_resumed_where_it_was_killed(old_run):
     edits = (old_run / "edits.jsonl").read_text()
     finished = read_jsonl(old_run / "pending_1.jsonl")
     assert len(finished) == 2
+    for run in finished:  # made again with the rest of its wave, it would not have this value
+        run["log_likelihood"] -= 0.25
+    lines = "".join(json.dumps(run) + "\n" for run in finished)
+    (old_run / "pending_1.jsonl").write_text(lines)
     run_process(*train_arguments(old_run, *SETTINGS))
     assert (old_run / "edits.jsonl").read_text().startswith(edits)
     logged = {(row["problem"], row["edit"]): row for row in read_jsonl(old_run / "edits.jsonl")}

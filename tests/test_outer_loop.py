@@ -117,9 +117,12 @@ def test_a_judge_is_asked_once_and_what_it_does_not_answer_is_dropped(one_device
 
 
 def not_a_number(learning_rate):
-    """Make every update NaN, as an overflow would."""
-    del learning_rate
-    return optax.stateless(lambda updates, _: jax.tree.map(lambda g: g * np.nan, updates))
+    """Make every update of the model NaN, as an overflow would; small arrays are well."""
+
+    def one(g):
+        return -learning_rate * g * (np.nan if g.size > 100 else 1)
+
+    return optax.stateless(lambda updates, _: jax.tree.map(one, updates))
 
 
 def test_updates_that_are_not_finite_stop_the_run_after_as_many_as_allowed(

@@ -13,7 +13,7 @@ from seal_jax.models import lora
 from seal_jax.models.transformer import forward
 from seal_jax.objectives import make_objective
 from seal_jax.objectives.objective import Past
-from seal_jax.optim import make_optimizer
+from seal_jax.optim import find_factory, make_optimizer
 from seal_jax.outer.policy_step import init_train_state, rollout_logp
 from seal_jax.outer.policy_update import make_policy_update
 from seal_jax.types import Rollout
@@ -24,6 +24,16 @@ SETTINGS = {"learning_rate": 0.05, "num_epochs": 2, "batch_size": 3}
 ADVANTAGES = np.array([1, 0, 2, 1, 0, 1, 0.5], np.float32)
 # Smooth in the gradient, unlike Adam with its usual eps, which turns a gradient's noise into steps.
 OPTIMIZER = {"optax_name": "adamw", "optax_kwargs": {"eps": 1e-2, "weight_decay": 0.01}}
+# Another point to evaluate; the loss; the loss at other points.
+AVERAGED = {"optax_name": "contrib.schedule_free_sgd", "optax_kwargs": {"b1": 0.7}}
+BY_LOSS = {"optax_name": "contrib.momo", "optax_kwargs": {"lower_bound": -10.0}}
+BY_SEARCH = {"optax_name": "lbfgs", "optax_kwargs": {"memory_size": 3}}
+OPTIMIZERS = {
+    "adamw": OPTIMIZER,
+    "averaged": AVERAGED,
+    "by loss": BY_LOSS,
+    "by search": BY_SEARCH,
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +52,11 @@ def one_device():
 
 
 @functools.cache
-def make_update(config, kind, microbatch_size, name="rloo", **settings):
+def make_update(config, kind, microbatch_size, name="rloo", optimizer="adamw", **settings):
     return make_policy_update(
         config,
         make_objective(name),
-        make_optimizer(**OPTIMIZER),
+        make_optimizer(**OPTIMIZERS[optimizer]),
         mesh=one_device(),
         seed=SEED,
         update=kind,
@@ -56,24 +66,32 @@ def make_update(config, kind, microbatch_size, name="rloo", **settings):
     )
 
 
-def first_state(tiny, kind, value_head=False):
+def first_state(tiny, kind, value_head=False, optimizer="adamw"):
     config, params = tiny
-    optimizer = make_optimizer(**OPTIMIZER)
+    optimizer = make_optimizer(**OPTIMIZERS[optimizer])
     return init_train_state(
-        config, params, optimizer, mesh=one_device(), update=kind, value_head=value_head, **LORA
+        config,
+        params,
+        optimizer,
+        mesh=one_device(),
+        learning_rate=0.1,
+        update=kind,
+        value_head=value_head,
+        **LORA,
     )
 
 
-def update(tiny, rollout, advantages, kind, steps=1, microbatch_size=2):
+def update(tiny, rollout, advantages, kind, steps=1, microbatch_size=2, optimizer="adamw"):
     """Return the state after `steps` policy updates on the same rollout: -advantage * log p."""
-    state = first_state(tiny, kind)
+    state = first_state(tiny, kind, optimizer=optimizer)
+    policy_update = make_update(tiny[0], kind, microbatch_size, optimizer=optimizer)
     for step in range(steps):
         rollout = rollout._replace(step=step)
-        state, metrics = make_update(tiny[0], kind, microbatch_size)(state, rollout, advantages)
+        state, metrics = policy_update(state, rollout, advantages)
     return state, metrics
 
 
-def slow_update(tiny, rollout, advantages, kind, steps):
+def slow_update(tiny, rollout, advantages, kind, steps, optimizer="adamw"):
     """Do the same row by row: full logits, log-softmax, and an adapter as changed kernels."""
     config, params = tiny
     tx_state, params = None, jax.tree.map(jnp.asarray, params)
@@ -96,7 +114,8 @@ def slow_update(tiny, rollout, advantages, kind, steps):
         logp = jax.nn.log_softmax(logits[:-1])[jnp.arange(T - 1), row.tokens[1:]]
         return -advantage * (logp * row.loss_mask[1:]).sum()
 
-    grad = jax.jit(jax.grad(loss))
+    factory = find_factory(OPTIMIZERS[optimizer]["optax_name"])
+    loss_and_grad = jax.jit(jax.value_and_grad(loss))
     for step in range(steps):
         if kind == "full":
             trained = params
@@ -112,19 +131,44 @@ def slow_update(tiny, rollout, advantages, kind, steps):
         for i, rows in enumerate(batches):
             rate = SETTINGS["learning_rate"] * (1 - i / len(batches))
             tx = optax.chain(
-                optax.clip_by_global_norm(1.0), optax.adamw(rate, **OPTIMIZER["optax_kwargs"])
+                optax.clip_by_global_norm(1.0),
+                factory(rate, **OPTIMIZERS[optimizer]["optax_kwargs"]),
             )
             tx_state = tx.init(trained) if tx_state is None else tx_state
-            grads = [
-                grad(trained, params, Rollout(*(x[b] for x in rollout[:3])), advantages[b])
+            found = [
+                loss_and_grad(trained, params, Rollout(*(x[b] for x in rollout[:3])), advantages[b])
                 for b in rows
             ]
-            total = jax.tree.map(lambda *g: sum(g), *grads)
-            mean = optax.tree.scale(1 / rollout.loss_mask[rows].sum(), total)
-            updates, tx_state = tx.update(mean, tx_state, trained)
+            total = jax.tree.map(lambda *g: sum(g), *found)
+            value, mean = optax.tree.scale(1 / rollout.loss_mask[rows].sum(), total)
+            more = {"value": value} if optimizer == "by loss" else {}
+            updates, tx_state = tx.update(mean, tx_state, trained, **more)
             trained = optax.apply_updates(trained, updates)
-        params = trained if kind == "full" else with_adapter(params, trained)
-    return params, trained
+        evaluated = trained
+        if optimizer == "averaged":
+            evaluated = optax.contrib.schedule_free_eval_params(tx_state[1], trained)
+        params = trained if kind == "full" else with_adapter(params, evaluated)
+    return (evaluated if kind == "full" else params), evaluated
+
+
+@pytest.mark.parametrize(
+    "kind, optimizer", [("full", "averaged"), ("lora", "averaged"), ("lora", "by loss")]
+)
+def test_an_optimizer_that_asks_for_more(tiny, rollout, kind, optimizer):
+    state, _ = update(tiny, rollout, ADVANTAGES, kind, steps=2, optimizer=optimizer)
+    params, _ = slow_update(tiny, rollout, ADVANTAGES, kind, steps=2, optimizer=optimizer)
+    assert_close(state.params, params, 1e-4)
+    with pytest.raises(AssertionError):
+        assert_close(state.params, tiny[1], 1e-4)
+
+
+@pytest.mark.long
+def test_a_line_search_lowers_the_loss_of_the_batch(tiny, rollout):
+    _, metrics = update(tiny, rollout, ADVANTAGES, "lora", optimizer="by search")
+    _, first = update(tiny, rollout, ADVANTAGES, "lora")
+    assert metrics["policy/skipped"] == 0
+    assert metrics["policy/loss_first"] == pytest.approx(first["policy/loss_first"])
+    assert metrics["policy/loss_last"] < first["policy/loss_last"]
 
 
 def assert_close(found, expected, tolerance):

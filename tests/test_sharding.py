@@ -447,7 +447,9 @@ def policy_update(model, mesh, name, *, update="lora", **penalties):
     advantages = rng.normal(size=12).astype(np.float32)
     with jax.transfer_guard("disallow"):
         head = objective.gae is not None
-        state = init_train_state(CONFIG, params, optimizer, mesh=mesh, value_head=head, **kind)
+        state = init_train_state(
+            CONFIG, params, optimizer, mesh=mesh, learning_rate=0.01, value_head=head, **kind
+        )
         rollout = Rollout(tokens, logp, loss_mask)
         state, _ = train(state, rollout, advantages, reference=params)
         with count_compiles() as compiled:

@@ -172,6 +172,20 @@ def test_template_that_strips():
     "template, message",
     [
         (None, "no chat template"),
+        ({"rag": TEMPLATE, "tool_use": TEMPLATE}, r"\(rag, tool_use\) none is named 'default'"),
+        ("{{ raise_exception('No  role\nuser') }}", "fails for messages of user: No role user;"),
+        ("{{ messages | nofilter }}", "fails to compile: .*nofilter"),
+        ("{% if %}", "fails to compile: TemplateSyntaxError"),
+        ("{{ messages.__class__.a }}", "SecurityError.*__class__"),
+        ("{{ namespace(__a=1) }}", "SecurityError.*__a"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ '<|channel|>' }}{{ messages[0]['content'] }}", "channels.*unsupported"),
+        ("{% for i in range(10**9) %}{% endfor %}", "OverflowError: Range too big"),
+        ("{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}", "steps"),
+        ("{% macro f(n) %}{{ f(n) ~ f(n) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
+        ("{% for i in range(9**5) %}0123456789012345678901{% endfor %}", "characters"),
+        ("{{ 'a' * 10**9 }}", "more of a value"),
+        ("{{ 10**10**9 }}", "more of a value"),
         ("{{ messages[0]['role'] }}", "exactly once"),
         ("{{ messages[0]['content'] * 2 }}", "exactly once"),
         ("{{ messages[0]['content'] | upper }}", "exactly once"),
@@ -179,16 +193,95 @@ def test_template_that_strips():
     ],
 )
 def test_unusable_chat_templates(template, message):
-    tokenizer = HFTokenizer(tiny_fast(template))
-    with pytest.raises(ValueError, match=message):
+    tokenizer = HFTokenizer(tiny_fast(template)).with_template("org/model", {})
+    with pytest.raises(ValueError, match=f"org/model: .*{message}"):
         tokenizer.encode_prompt("x", chat=True)
     assert tokenizer.encode_prompt("x", chat=False)
 
 
 def test_chat_prompt_does_not_depend_on_the_day():
-    dated = "{{ date_string }} " + TEMPLATE
-    tokenizer = HFTokenizer(tiny_fast(dated))
-    assert "26 Jul 2024" in tokenizer.decode(tokenizer.encode_prompt("x", chat=True))
+    for date in ("date_string", "strftime_now('%d %b %Y')", "datetime"):
+        tokenizer = HFTokenizer(tiny_fast("{{ " + date + " }} " + TEMPLATE))
+        assert "26 Jul 2024" in tokenizer.decode(tokenizer.encode_prompt("x", chat=True))
+    told = tokenizer.with_template("org/model", {"datetime": "today"})
+    assert "today" in told.decode(told.encode_prompt("x", chat=True))
+
+
+# How families write a message and its answer: a header or none, a space before the answer, another
+# end than the tokenizer's own, spaces that are dropped, and a template as large ones are written.
+TURNS = {
+    "chatml": TEMPLATE,
+    "strips": TEMPLATE.replace("m['content']", "m['content'] | trim"),
+    "no header": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}"
+        " [/INST]{% else %} {{ m.content }} <|im_end|>{% endif %}{% endfor %}"
+    ),
+    "generation": (
+        "{%- macro mark(name) -%}\n    {{- '<|im_start|>' + name + '\n' -}}\n{%- endmacro -%}\n"
+        "{%- set ns = namespace(last=0, seen={}) %}\n"
+        "{%- for m in messages[::-1] %}\n    {%- set ns.last = loop.length - loop.index0 %}\n"
+        "    {%- if loop.last %}{% break %}{% endif %}\n{%- endfor %}\n"
+        "{%- for m in messages %}\n    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}\n"
+        "        {{- raise_exception('roles must alternate') }}\n    {%- endif %}\n"
+        "    {{- mark(m.role) }}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
+        "{%- endfor %}\n{{- {'a': ['<', 'é']} | tojson }}\n"
+        "{{- dict(b=ns.last) | tojson(indent=1) }}\n"
+        "{%- if tools is not none %}{{ tools }}{% endif %}\n"
+        "{%- if add_generation_prompt %}{{ mark('assistant') }}{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_a_turn_is_what_transformers_makes(name):
+    fast = tiny_fast(TURNS[name])
+    tokenizer = HFTokenizer(fast)
+    user, answer = {"role": "user", "content": "do 1"}, {"role": "assistant", "content": "[[5]]#"}
+    asked = fast.apply_chat_template([user], add_generation_prompt=True, return_dict=False)
+    prompt = tokenizer.encode_prompt("do 1", chat=True)
+    assert prompt == asked
+    whole = fast.apply_chat_template([user, answer], return_dict=False)
+    ids, marked = tokenizer.encode_turn([("do", True), (" 1", False)], "[[5]]#", chat=True)
+    end = fast.convert_tokens_to_ids("<|im_end|>")
+    assert ids[-1] == end in tokenizer.stop_ids and whole[: len(ids)] == ids
+    assert not {end} & {*whole[len(ids) :]}
+    said = [i for i, mark in zip(ids, marked, strict=True) if mark]
+    assert tokenizer.decode(said).split() == ["do[[5]]#"] or name == "no header"
+    if name != "generation":  # whose tail depends on how many messages there are
+        assert ids[: len(prompt)] == prompt
+
+
+def test_an_end_of_a_turn_is_where_generation_stops():
+    # A mark that is in no list of ours, for a tokenizer whose own end is another.
+    from tokenizers import AddedToken
+
+    fast = tiny_fast(TEMPLATE.replace("<|im_end|>", "<turn|>"))
+    fast.add_special_tokens({"additional_special_tokens": [AddedToken("<turn|>", special=True)]})
+    tokenizer = HFTokenizer(fast)
+    ids, _ = tokenizer.encode_turn([("x", False)], "y", chat=True)
+    assert ids[-1] == fast.convert_tokens_to_ids("<turn|>") == tokenizer.stop_ids[-1]
+    # Where a template has no token for it, the tokenizer's own.
+    plain = (
+        "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}### assistant: {% endif %}"
+    )
+    ids, _ = HFTokenizer(tiny_fast(plain)).encode_turn([("x", False)], "y", chat=True)
+    assert ids[-1] == fast.eos_token_id
+
+
+def test_a_template_beside_the_config_of_the_tokenizer(tiny, tmp_path):
+    tiny.save(tmp_path)
+    expected = tiny.encode_prompt("x", chat=True)
+    path = tmp_path / "tokenizer_config.json"
+    stored = json.loads(path.read_text())
+    assert (
+        tmp_path / "chat_template.jinja"
+    ).read_text() == TEMPLATE and "chat_template" not in stored
+    assert load_tokenizer(tmp_path).encode_prompt("x", chat=True) == expected
+    (tmp_path / "chat_template.jinja").unlink()
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": TEMPLATE}]
+    path.write_text(json.dumps(stored | {"chat_template": named}))
+    assert load_tokenizer(tmp_path).encode_prompt("x", chat=True) == expected
 
 
 def test_no_end_token_is_refused():
@@ -221,6 +314,9 @@ def test_folder_round_trip(tiny, tmp_path):
         assert loaded.encode(text) == tiny.encode(text)
         assert loaded.encode_prompt(text, chat=True) == tiny.encode_prompt(text, chat=True)
     assert loaded.stop_ids == (*tiny.stop_ids, 7, 9)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [8]}))
+    assert load_tokenizer(tmp_path).stop_ids == (*tiny.stop_ids, 8)
 
 
 def test_byte_folder_round_trip(tmp_path):
@@ -258,7 +354,9 @@ def test_smollm2_tokenizer(smollm2, tmp_path):
     question = "What is the capital of France?"
     prompt = smollm2.encode_prompt(question, chat=True)
     assert len(prompt) - len(smollm2.encode(question)) == 30  # system prompt and marks
-    rendered = smollm2._render(question)
+    rendered = smollm2._fast.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
     assert prompt == smollm2._template.encode(rendered, add_special_tokens=False).ids
     assert_no_injection(smollm2)
     assert len(smollm2.encode("2024")) == 4
@@ -294,9 +392,10 @@ def test_a_turn_is_its_prompt_and_answer_with_marks(tiny, chat):
         ids, marked = tokenizer.encode_turn(PARTS, "[[5]]#", chat)
         prompt = tokenizer.encode_prompt(message, chat)
         assert ids[: len(prompt)] == prompt
+        end = "<|im_end|>" if chat and tokenizer is tiny else None
         assert ids[len(prompt) :] == [
             *tokenizer.encode("[[5]]#", start=False),
-            tokenizer.stop_ids[0],
+            tokenizer.stop_ids[0] if end is None else tiny._fast.convert_tokens_to_ids(end),
         ]
         assert len(marked) == len(ids)
         assert all(marked[len(prompt) :])

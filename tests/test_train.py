@@ -39,7 +39,7 @@ THRESHOLD = "outer.objective_kwargs={'select': 'threshold'}"
 EDIT_FIELDS = {
     *("step", "problem", "title", "edit", "prompt", "text", "training_texts", "answers"),
     *("accuracy", "log_likelihood", "loss_before", "loss_after", "reward", "kept", "why"),
-    *("advantage", "num_training_texts"),
+    *("advantage", "num_training_texts", "thoughts"),
 }
 
 
@@ -61,6 +61,7 @@ def restore_final(folder, *overrides):
         base,
         optimizer_of(stages.settings.outer),
         mesh=stages.mesh,
+        learning_rate=outer.learning_rate,
         update=outer["update"],
         rank=outer.rank,
         alpha=outer.alpha,
@@ -254,9 +255,12 @@ def signed_step(learning_rate):
 
 
 def not_a_number(learning_rate):
-    """Make every update NaN, as an overflow would."""
-    del learning_rate
-    return optax.stateless(lambda updates, _: jax.tree.map(lambda g: g * np.nan, updates))
+    """Make every update of the model NaN, as an overflow would; small arrays are well."""
+
+    def one(g):
+        return -learning_rate * g * (np.nan if g.size > 100 else 1)
+
+    return optax.stateless(lambda updates, _: jax.tree.map(one, updates))
 
 
 def test_a_full_update_and_another_inner_optimizer_by_name(one_device, tmp_path):

@@ -24,6 +24,7 @@ from seal_jax.config.load import default_config, validate
 from seal_jax.config.setup import configured_objective, make_stages, settings_of
 from seal_jax.config.workdir import check_workdir, claim_workdir
 from seal_jax.hosts.files import read_jsonl, write_json
+from seal_jax.hosts.folder_lock import hold
 from seal_jax.keys import EVAL_STEP
 from seal_jax.models.config import LINEARS
 from seal_jax.outer.problems import split_problems
@@ -91,7 +92,18 @@ def run(
     if quick:
         algorithms, seeds, num_steps = QUICK["algorithms"], QUICK["seeds"], QUICK["num_steps"]
     folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    with hold(folder):
+        return _run_all(folder, model, json_file, algorithms, seeds, num_steps)
+
+
+def _run_all(
+    folder: Path,
+    model: str | None,
+    json_file: str | None,
+    algorithms: Sequence[str],
+    seeds: Sequence[int],
+    num_steps: int,
+) -> dict[str, Any]:
     source = Path(model) if model else model_folder(folder)
     runs: dict[str, list[list[dict[str, float]]]] = {algorithm: [] for algorithm in algorithms}
     best = []

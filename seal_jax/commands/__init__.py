@@ -17,10 +17,10 @@ run(arguments) -> exit code. It imports jax in `run` alone: help and complaints 
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
-from ml_collections import ConfigDict
-
-from seal_jax.config.load import load_config
+if TYPE_CHECKING:  # what takes a while comes in functions: SIGTERM is heard before
+    from ml_collections import ConfigDict
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +36,10 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_config(arguments: argparse.Namespace) -> ConfigDict:
+def read_config(arguments: argparse.Namespace) -> "ConfigDict":
     """Return the config that the arguments name."""
+    from seal_jax.config.load import load_config
+
     return load_config(arguments.config, arguments.overrides)
 
 

@@ -44,19 +44,21 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> None:
     from seal_jax.config.setup import make_stages, policy_params, settings_of
     from seal_jax.config.workdir import check_workdir, claim_workdir
     from seal_jax.hosts.exchange import ask_first
+    from seal_jax.hosts.folder_lock import hold
     from seal_jax.outer.comparison import compare
     from seal_jax.outer.problems import split_problems
     from seal_jax.runs.checkpoint import tree_hash
     from seal_jax.train import evaluate
 
     ask_first("workdir", lambda: check_workdir(config, workdir))
-    stages = make_stages(settings_of(config))
-    _, held_out = split_problems(stages.settings, stages.task)
-    with jax.transfer_guard("disallow"):
-        policies = {"base": stages.model.params, "seal": policy_params(stages, policy)}
-        claim_workdir(config, workdir)
-        claim_policy(workdir, policy, tree_hash(policies["seal"]))
-        compare(stages, evaluate, policies, held_out, workdir)
+    with hold(workdir):
+        stages = make_stages(settings_of(config))
+        _, held_out = split_problems(stages.settings, stages.task)
+        with jax.transfer_guard("disallow"):
+            policies = {"base": stages.model.params, "seal": policy_params(stages, policy)}
+            claim_workdir(config, workdir)
+            claim_policy(workdir, policy, tree_hash(policies["seal"]))
+            compare(stages, evaluate, policies, held_out, workdir)
 
 
 def claim_policy(workdir: str, policy: str, policy_hash: str) -> None:

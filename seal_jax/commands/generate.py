@@ -61,6 +61,7 @@ def write_edits(
     for problem, edits in zip(problems, parse(stages, batch, texts), strict=True):
         for r, edit in enumerate(edits):
             entry = {"title": problem.title, "problem": problem.id, "edit": r, "text": edit.text}
+            entry["thoughts"] = edit.thoughts
             entry["rejected"] = getattr(edit, "reason", None)
             entry |= logged_texts(edit)
             if out is not None:

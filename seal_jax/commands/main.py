@@ -1,15 +1,19 @@
 """`seal-jax`: finds the command that is asked for, runs it, and says in a line what went wrong."""
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
 
 from seal_jax.extensions import Found
+from seal_jax.hosts.preemption import Stopped, listening
 
 # The modules of commands.
 COMMANDS = Found("commands", base="main", attribute=None)
+# Those that write a run's folder: the same command goes on where it was ended.
+RESUMED = ("train", "eval")
 
 
 def make_parser(names: Iterable[str]) -> argparse.ArgumentParser:
@@ -38,9 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     name = words[0] if words else ""
     try:
-        # One command need not wait for the import of the others.
-        arguments = make_parser([name] if name in COMMANDS else COMMANDS).parse_args(words)
-        return COMMANDS[name].run(arguments)
+        with listening() if name in RESUMED else contextlib.nullcontext():
+            # One command need not wait for the import of the others.
+            arguments = make_parser([name] if name in COMMANDS else COMMANDS).parse_args(words)
+            return COMMANDS[name].run(arguments)
+    except Stopped as stopped:
+        print(f"seal-jax {name}: {stopped}: the same command resumes the run", file=sys.stderr)
+        return 0
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         if os.environ.get("SEAL_JAX_TRACEBACK"):
             raise
@@ -48,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _end_others(str(error), 2)
         return 2
     except KeyboardInterrupt:
-        resumes = ": the same command resumes the run" if name == "train" else ""
+        resumes = ": the same command resumes the run" if name in RESUMED else ""
         print(f"seal-jax {name}: interrupted{resumes}", file=sys.stderr)
+        _end_others("interrupted", 130)
         return 130
     except Exception as error:
         traceback.print_exc()

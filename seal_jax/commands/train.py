@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 
 from seal_jax.commands import add_config, read_config, start
 
@@ -30,18 +29,12 @@ def run(arguments: argparse.Namespace) -> int:
     from seal_jax.commands.doctor.checks import check
     from seal_jax.config.workdir import is_done
     from seal_jax.hosts.exchange import is_first
-    from seal_jax.hosts.preemption import Stopped, listen
     from seal_jax.train import train
 
     check(config, workdir)
     done = is_done(config, workdir)
     if not done:
-        listen()
-        try:
-            train(config, workdir)
-        except Stopped as stopped:
-            print(f"seal-jax train: {stopped}: the same command resumes the run", file=sys.stderr)
-            return 0
+        train(config, workdir)
     if is_first():
         print_summary(workdir)
         if done:

@@ -38,13 +38,15 @@ class ConfigError(ValueError):
     """A config that cannot run; the message names the key, its value and what it may hold."""
 
 
-_FREE = tuple(key for key in FIELDS if key.endswith(("_kwargs", ".weights")))
+_FREE = tuple(key for key in FIELDS if key.endswith(("_kwargs", "_args", ".weights")))
+_ADDED = {key: field.default for key, field in FIELDS.items() if field.added}
 
 
 def default_config() -> ConfigDict:
     """Return every key with its default, locked, so that assigning an unknown key raises.
 
-    Only `task`, `reward.weights` and the sections named `*_kwargs` take new ones.
+    Only `task`, `reward.weights`, `model.template_args` and the sections named `*_kwargs` take new
+    ones.
     """
     config = ConfigDict(_nest({key: field.default for key, field in FIELDS.items()}))
     config.lock()
@@ -119,7 +121,7 @@ def from_json(text: str) -> ConfigDict:
       ConfigError: not JSON, invalid, or a function cannot be imported (one defined in a config
         file can be only after `load_config` ran that file).
     """
-    values = _parse_json(text)
+    values = _ADDED | _parse_json(text)
     for key, field in FIELDS.items():
         if field.default is None and isinstance(values.get(key), str):
             values[key] = _parse(key, field.allowed, values[key])
@@ -219,6 +221,8 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
             f"inner.batch_size = {size}: with inner.pad_loss = 'exact' at most 8, as {size} texts "
             f"of 2,048 tokens do not fit into a step of 16,384"
         )
+    if values["model.template_args"] and not values["model.chat"]:
+        yield "model.template_args: there is no template to read them with model.chat = False"
     if values["checkpoint.best"] and not values["eval.every"]:
         yield (
             f"checkpoint.best = {values['checkpoint.best']}: the best are those of the highest"
@@ -341,7 +345,7 @@ def _parse_json(text: str) -> dict[str, Any]:
 
 
 def _experiment(config: ConfigDict | str) -> dict[str, str]:
-    values = _parse_json(config if isinstance(config, str) else to_json(config))
+    values = _ADDED | _parse_json(config if isinstance(config, str) else to_json(config))
     return {
         key: json.dumps(value, sort_keys=True)
         for key, value in values.items()

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from seal_jax.config.check_optimizers import check_optimizers
 from seal_jax.config.load import task_arguments
 from seal_jax.inner.packing import LONGEST
 from seal_jax.inner.population import Needs, Population, fit_population
@@ -54,10 +55,12 @@ def settings_of(config: ConfigDict) -> Settings:
 
 def make_stages(settings: Settings) -> Stages:
     """Make the mesh, load the model onto it and build the stages that loops and table share."""
+    check_optimizers(settings)
     inner, chat = settings.inner, settings.model.chat
     mesh = make_mesh(*settings.mesh)
     model = place_model(settings, settings.model.source, mesh)
     check_divides(mesh, model.config)
+    _check_thoughts(settings, model)
     # A task's texts are shared by many self-edits and seeds.
     encode = lru_cache(maxsize=4096)(
         lambda text, outputs_only: encode_text(model.tokenizer, text, outputs_only, chat=chat)
@@ -81,8 +84,11 @@ def make_stages(settings: Settings) -> Stages:
 def place_model(settings: Settings, source: str, mesh: Mesh) -> Model:
     """Load a model onto the mesh; it lies there, and computes attention, as the settings say."""
     model = load_model(source, settings.model.dtype, mesh, settings.rules)
-    attention = settings.model.attention
-    return model._replace(config=dataclasses.replace(model.config, attention=attention))
+    section = settings.model
+    return model._replace(
+        config=dataclasses.replace(model.config, attention=section.attention),
+        tokenizer=model.tokenizer.with_template(source, section.template_args),
+    )
 
 
 def policy_params(stages: Stages, source: str) -> Params:
@@ -128,6 +134,7 @@ def make_update(stages: Stages, objective: Objective) -> tuple[PolicyUpdate, Tra
         model.params,
         optimizer,
         mesh=stages.mesh,
+        learning_rate=outer.learning_rate,
         value_head=objective.gae is not None,
         **_lora_sizes(outer),
     )
@@ -136,6 +143,26 @@ def make_update(stages: Stages, objective: Objective) -> tuple[PolicyUpdate, Tra
 
 def _lora_sizes(outer: OuterSettings) -> dict[str, Any]:
     return {name: getattr(outer, name) for name in ("update", "rank", "alpha", "targets")}
+
+
+def _check_thoughts(settings: Settings, model: Model) -> None:
+    """Raise ValueError where tokens are set aside for thoughts, and the model is to have none."""
+    thoughts = model.tokenizer.thoughts(settings.model.chat)
+    source, why = settings.model.source, ""
+    if thoughts is None:
+        why = f"the chat template of {source} knows no thoughts"
+    elif thoughts.is_closed:
+        why = f"the chat template of {source} tells it not to think (model.template_args)"
+    for name, section in (("sample", settings.sample), ("answer", settings.answer)):
+        if why and section.max_thought_tokens:
+            raise ValueError(
+                f"{name}.max_thought_tokens = {section.max_thought_tokens}: expected 0, as {why}"
+            )
+    if thoughts is not None and thoughts.is_open and settings.sample.constrained:
+        raise ValueError(
+            f"sample.constrained = True: prompts of {source} begin a thought, which no grammar of a"
+            " self-edit lets it end; see model.template_args"
+        )
 
 
 def _make_constrain(settings: Settings, model: Model, task: Task) -> Constrain | None:
@@ -210,7 +237,7 @@ def row_tokens(settings: Settings, passage: int, max_length: int) -> int:
       passage: tokens of the longest.
       max_length: of the model.
     """
-    size, written = settings.inner.batch_size, settings.sample.max_tokens
+    size, written = settings.inner.batch_size, settings.sample.most_tokens
     longest = max(passage, written) if size == 1 else passage + written
     if (most := text_limit(settings)) is not None:
         longest = size * most

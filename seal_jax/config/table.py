@@ -29,6 +29,7 @@ class Field(NamedTuple):
     allowed: Allowed
     placement: bool = False  # decides where and how fast, never what is computed: a resumed
     # run may change it (another mesh, fewer rows at once), so `diff` and `fingerprint` skip it
+    added: bool = False  # configs of older versions lack it, and their runs are as by its default
 
 
 # --- from an override's text to a value ---
@@ -191,6 +192,8 @@ FIELDS: dict[str, Field] = {
     # How attention is computed: 'auto' chooses by backend, dtype and length.
     "model.attention": Field("auto", choice("auto", "xla", "cudnn", "splash"), placement=True),
     "model.chat": Field(True, _FLAG),  # ask through the model's chat template
+    # What the template may be told, as {'enable_thinking': False}.
+    "model.template_args": Field({}, _KEYWORDS, added=True),
     # Splatted to the task; a task's own keys are allowed too, see `task_arguments`.
     "task.name": Field("knowledge", _TEXT),
     "task.source": Field("builtin", _TEXT),
@@ -204,11 +207,14 @@ FIELDS: dict[str, Field] = {
     "sample.min_p": Field(0.0, _real(0, 1)),
     "sample.repetition_penalty": Field(1.0, _real(0, 10, above=True)),
     "sample.max_tokens": Field(512, _COUNT),
+    # So many more, for a model that thinks before it writes.
+    "sample.max_thought_tokens": Field(0, _integer(0), added=True),
     "sample.stop": Field((), _STRINGS),  # a self-edit ends before the first of them
     "sample.constrained": Field(False, _FLAG),  # by the task's grammar, where it has one
     "sample.max_rows": Field(16, _COUNT, placement=True),  # decoded at once
     # How adapted models answer: greedy.
     "answer.max_tokens": Field(64, _COUNT),
+    "answer.max_thought_tokens": Field(0, _integer(0), added=True),
     "answer.stop": Field((), _STRINGS),
     "answer.max_rows": Field(64, _COUNT, placement=True),
     # The inner loop: one LoRA adapter for each self-edit and seed.

@@ -3,6 +3,7 @@
 It also says that the folder has a manifest, so that one that is lost is missed.
 """
 
+import fnmatch
 import json
 import os
 import time
@@ -13,7 +14,11 @@ from seal_jax.config.load import diff, to_json
 from seal_jax.hosts import manifest
 from seal_jax.hosts.exchange import ask_first, exchange
 from seal_jax.hosts.files import write_json
+from seal_jax.hosts.folder_lock import NAME
 from seal_jax.hosts.group import timeout_seconds
+
+# What a run that was killed before it had claimed the folder may leave there.
+_LEFT = (NAME, ".config.json.*.tmp")
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> None:
@@ -32,16 +37,21 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
                 f"{workdir} belongs to another config; this one differs in\n{difference}\n"
                 "Choose another --workdir, or go back to that config."
             )
-    elif os.path.exists(workdir) and os.listdir(workdir):
+    elif os.path.exists(workdir) and not all(map(_is_left, os.listdir(workdir))):
         raise ValueError(f"{workdir} is not empty and has no config.json: choose another --workdir")
+
+
+def _is_left(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _LEFT)
 
 
 def claim_workdir(config: ConfigDict, workdir: str) -> None:
     """Write config.json and the manifest, once model and data are known to be good.
 
     Raises:
-      ValueError: not every process sees it there.
+      ValueError: not every process sees it there, or another run claimed it before it was held.
     """
+    ask_first("workdir", lambda: check_workdir(config, workdir))
     os.makedirs(workdir, exist_ok=True)
     path = os.path.join(workdir, "config.json")
     patience = time.monotonic() + timeout_seconds() / 10

@@ -5,6 +5,7 @@ group.py       how the processes of a run find each other
 exchange.py    what they say to each other
 failure.py     one fails, and the others end too
 preemption.py  SIGTERM
+folder_lock.py one run at a time in a folder
 memory.py      how many bytes each device has
 files.py       JSON and lines of JSON
 replacing.py   files and folders that are whole or absent

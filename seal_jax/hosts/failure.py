@@ -32,26 +32,27 @@ def watch_others() -> None:
 
 
 def _end_where_another_fails() -> None:
-    client, message = distributed.global_state.client, ""
+    client, code, message = distributed.global_state.client, "", ""
     assert client is not None  # JAX has connected the processes
     while not message:
         if _ENDS.wait(1.0):
             return
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has failed
-            message = client.key_value_try_get(_FIRST_FAILED)
+            code, _, message = client.key_value_try_get(_FIRST_FAILED).partition(" ")
     if not _ENDS.wait(_GRACE):
-        print(f"ended, as another process failed: {message}", file=sys.stderr, flush=True)
-        os._exit(2)
+        what = "was told to" if code == "0" else "failed"
+        print(f"ended, as another process {what}: {message}", file=sys.stderr, flush=True)
+        os._exit(0 if code == "0" else 2)
 
 
 def end_others(message: str, code: int) -> None:
     """Tell the others that this process has failed; they end with the same message.
 
-    Returns where all have failed, each for itself; else this process ends here, after them, as they
-    may need its service.
+    Returns where all have failed, each for itself; else this process ends here: the first after the
+    others, which need its service, and another before the first, without which JAX aborts it.
 
     Args:
-      code: what this process ends with.
+      code: what this process ends with; 0 if it was told to end, and the others end with 0 then.
     """
     state = distributed.global_state
     if state.client is None:
@@ -60,8 +61,8 @@ def end_others(message: str, code: int) -> None:
     said = f"process {state.process_id} on {socket.gethostname()}: {message}"
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or is gone
         state.client.key_value_set(f"{_FAILED}/{state.process_id}", said)
-        state.client.key_value_set(_FIRST_FAILED, said)
-    deadline = time.monotonic() + 2 * _GRACE
+        state.client.key_value_set(_FIRST_FAILED, f"{code} {said}")
+    deadline = time.monotonic() + (_GRACE / 2 if state.process_id else 2 * _GRACE)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         while time.monotonic() < deadline:
             if len(state.client.key_value_dir_get(_FAILED)) == state.num_processes:

@@ -3,7 +3,8 @@
 Of several processes all call these functions, and the first one writes.
 
 `metrics.jsonl` is the source of truth of a run: one object per line, in the order of the steps. A
-kill can tear only its last line; reading skips it, and the next append removes it.
+kill can tear only its last line; reading skips it, and the next append removes it. A line with a
+step is a result, and counts once, however often it is there.
 """
 
 import errno
@@ -23,6 +24,8 @@ from seal_jax.hosts.exchange import is_first, least
 from seal_jax.hosts.replacing import replace_text
 
 _RESERVED = ("step", "time", "nonfinite")
+# What a result is the result of: in a ledger of inner runs, in edits.jsonl, in metrics.jsonl.
+_KEYS = (("step", "name", "text"), ("step", "problem", "edit"), ("step",))
 
 
 def append_metrics(path: str | os.PathLike, step: int, metrics: Mapping[str, Any]) -> None:
@@ -77,7 +80,8 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a whole line is not a JSON object; the message names file and line.
+      ValueError: a whole line is not a JSON object, or two lines have another result for the same
+        thing; the message names file and line.
     """
     with open(path, "rb") as file:
         whole, _, _ = file.read().rpartition(b"\n")
@@ -90,7 +94,29 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: not a JSON object: {line[:80]!r}")
         rows.append(row)
-    return rows
+    return _once(path, rows)
+
+
+def _once(path: str | os.PathLike, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows without those that repeat an earlier one."""
+    lines: dict[str, int] = {}  # by what the row is the result of
+    kept = []
+    for number, row in enumerate(rows, start=1):
+        key = next(({k: row[k] for k in names} for names in _KEYS if row.keys() >= {*names}), None)
+        first = lines.setdefault(json.dumps(key), number) if key else number
+        if first == number:
+            kept.append(row)
+        elif _without_clock(rows[first - 1]) != _without_clock(row):
+            raise ValueError(
+                f"{path}: lines {first} and {number} differ, and both are the result of {key}:"
+                " perhaps two runs wrote there at once. Begin again in another folder, or delete"
+                " the wrong one"
+            )
+    return kept
+
+
+def _without_clock(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k != "time" and not k.startswith("seconds/")}
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -124,8 +150,9 @@ def truncate_after(path: str | os.PathLike, step: int) -> None:
     if not is_first() or not os.path.exists(path):
         return
     data = Path(path).read_bytes()
-    whole = zip(data.split(b"\n")[:-1], read_jsonl(path), strict=True)
-    kept = b"".join(line + b"\n" for line, row in whole if row["step"] <= step)
+    read_jsonl(path)  # or what is wrong is said
+    whole = data.split(b"\n")[:-1]
+    kept = b"".join(line + b"\n" for line in whole if json.loads(line)["step"] <= step)
     if len(kept) < len(data):
         manifest.shorten(path, kept)
         replace_text(path, kept.decode())

@@ -96,6 +96,7 @@ def join(group: Group, timeout: float) -> None:
       ValueError: not all came, or not as the same group; every process says the same.
     """
     roll_call(group, timeout)
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself
     jax.distributed.initialize(
         group.address,
         group.count,

@@ -189,7 +189,7 @@ def adapter_bytes(adapters: Adapters, setup: InnerSetup) -> int:
     """
     scale: Any = adapters.scale
     where = scale.sharding
-    state = shaped(jax.eval_shape(partial(start_state, setup), adapters), where)
+    state = shaped(jax.eval_shape(partial(start_state, setup), adapters, scale), where)
     numbers = 4 * (len(InnerBatch._fields) - len(STEP_FIELDS))
     numbers *= where.shard_shape(scale.shape)[0]
     return tree_bytes(adapters) + tree_bytes(state) + numbers

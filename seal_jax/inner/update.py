@@ -27,7 +27,14 @@ from seal_jax.models.lora import take
 from seal_jax.models.lora_product import Chunks, make_chunks, token_lanes
 from seal_jax.models.rope import rope_tables
 from seal_jax.models.transformer import Packed, hidden_states
-from seal_jax.optim import Optimizer, accumulate, scheduled_rate
+from seal_jax.optim import (
+    Optimizer,
+    accumulate,
+    evaluation_point,
+    has_evaluation_point,
+    scheduled_rate,
+    update,
+)
 from seal_jax.sharding import on_shards, place_state, shaped, to_host
 from seal_jax.types import Adapters, InnerBatch, InnerSettings, InnerState, Params
 
@@ -125,7 +132,7 @@ def inner_setup(
     return InnerSetup(config, optimizer, inner.schedule, mesh, *steps)
 
 
-class _Carry(NamedTuple):
+class Carry(NamedTuple):
     """What a step's lanes change, one after the other."""
 
     weights: Params  # of the population, as all but the losses
@@ -150,11 +157,11 @@ def inner_step(
     grads, losses = lane_gradients(setup, params, state, batch, rope)
     used = batch.lanes >= 0
     losses = jnp.where(used, losses, 0.0)
-    carry = _Carry(state.adapters.weights, state.opt_state, state.step, losses)
-    update = partial(update_lane, setup, batch, grads)
+    carry = Carry(state.adapters.weights, state.opt_state, state.step, losses)
+    update_one = partial(update_lane, setup, batch, grads)
     # One adapter at a time: nothing but its own numbers is moved, and an empty lane costs nothing.
     with jax.named_scope("optimizer"):
-        new = jax.lax.fori_loop(0, used.sum(), update, carry)
+        new = jax.lax.fori_loop(0, used.sum(), update_one, carry)
     adapters = state.adapters._replace(weights=new.weights)
     return InnerState(adapters, new.opt_state, new.steps), new.losses
 
@@ -186,8 +193,8 @@ def lane_gradients(
 
 
 def update_lane(
-    setup: InnerSetup, batch: InnerBatch, grads: Params, u: jax.Array, carry: _Carry
-) -> _Carry:
+    setup: InnerSetup, batch: InnerBatch, grads: Params, u: jax.Array, carry: Carry
+) -> Carry:
     """Update the adapter that takes lane `u`."""
     a = batch.lanes[u]
     weights, opt_state = take(carry.weights, a), take(carry.opt_state, a)
@@ -198,7 +205,7 @@ def update_lane(
         setup.schedule, batch.learning_rate[a], done, num_updates, setup.warmup_steps
     )
     tx = accumulate(setup.optimizer(rate), accumulation, batch.num_steps[a])
-    updates, new_state = tx.update(take(grads, u), opt_state, weights)
+    updates, new_state = update(tx, take(grads, u), opt_state, weights, carry.losses[u])
     new = jax.tree.map(lambda w, change: w + change.astype(w.dtype), weights, updates)
     finite = jnp.isfinite(carry.losses[u])
     for x in jax.tree.leaves(new):
@@ -213,7 +220,7 @@ def update_lane(
         (new, new_state),
     )
     losses = carry.losses.at[u].set(jnp.where(finite, carry.losses[u], jnp.nan))
-    return _Carry(*stacks, carry.steps.at[a].add(1), losses)
+    return Carry(*stacks, carry.steps.at[a].add(1), losses)
 
 
 def _put_at(index: jax.Array, stack: jax.Array, one: jax.Array) -> jax.Array:
@@ -240,15 +247,24 @@ def run_steps(
     return jax.lax.scan(body, state, jnp.arange(batch.lanes.shape[0]))
 
 
-def start_state(setup: InnerSetup, adapters: Adapters) -> InnerState:
-    """Return the state before the first step."""
-    tx = accumulate(setup.optimizer(jnp.float32(0)), setup.accumulation, 1)
-    opt_state = jax.vmap(tx.init)(adapters.weights)
+def start_state(setup: InnerSetup, adapters: Adapters, learning_rate: jax.Array) -> InnerState:
+    """Return the state before the first step; learning_rate f32[A] is each adapter's."""
+
+    def init(rate: jax.Array, weights: Params) -> Any:
+        return accumulate(setup.optimizer(rate), setup.accumulation, 1).init(weights)
+
+    opt_state = jax.vmap(init)(learning_rate, adapters.weights)
     # The caller keeps its adapters, and the steps donate theirs: nothing is shared.
     adapters = jax.tree.map(jnp.copy, adapters)
     state = InnerState(adapters, opt_state, jnp.zeros(adapters.scale.shape, jnp.int32))
     # Zeros depend on no argument: jit would put all on every device.
     return place_state(state, setup.mesh, setup.config.rules)
+
+
+def evaluated(setup: InnerSetup, adapters: Adapters, opt_state: Any) -> Adapters:
+    """Return the adapters after the last step as their optimizer evaluates them."""
+    weights = jax.vmap(evaluation_point)(opt_state, adapters.weights)
+    return place_state(adapters._replace(weights=weights), setup.mesh, setup.config.rules)
 
 
 # (params, adapters, batches, show=None) -> adapters, losses; see make_inner_update
@@ -272,6 +288,7 @@ class _Programs(NamedTuple):
     run: jax.stages.Wrapped
     # Compiler options are of a whole program: within a caller's own, JAX refuses them.
     run_within: jax.stages.Wrapped
+    end: jax.stages.Wrapped
 
 
 def make_inner_loop(setup: InnerSetup) -> InnerLoop:
@@ -281,6 +298,7 @@ def make_inner_loop(setup: InnerSetup) -> InnerLoop:
         jax.jit(partial(start_state, setup)),
         jax.jit(run, donate_argnums=1, compiler_options=_compiler_options(setup.mesh)),
         jax.jit(run),
+        jax.jit(partial(evaluated, setup), donate_argnums=0),
     )
     return InnerLoop(setup, partial(_update, programs), partial(_trace, programs))
 
@@ -315,7 +333,9 @@ def _update(
     show: Callable[[int], None] | None = None,
 ) -> tuple[Adapters, list[jax.Array]]:
     """Train the adapters; `show` is told after each batch how many rows of jobs it has trained."""
-    state, losses = programs.start(adapters), []
+    if not batches:
+        return adapters, []
+    state, losses = programs.start(adapters, batches[0].learning_rate), []
     is_traced = isinstance(state.step, Tracer)
     run = programs.run_within if is_traced else programs.run
     for batch in batches:
@@ -325,14 +345,17 @@ def _update(
             num_steps = (to_host(batch.lanes) >= 0).sum()
             jax.block_until_ready(loss)
             show(int(num_steps))
+    if has_evaluation_point(state.opt_state):
+        return programs.end(state.adapters, state.opt_state), losses
     return state.adapters, losses
 
 
 def _trace(
     programs: _Programs, params: Params, adapters: Adapters, batch: InnerBatch
 ) -> jax.stages.Traced:
-    shardings = programs.start.lower(adapters).compile().output_shardings
-    state = shaped(jax.eval_shape(programs.start, adapters), shardings)
+    given = adapters, batch.learning_rate
+    shardings = programs.start.lower(*given).compile().output_shardings
+    state = shaped(jax.eval_shape(programs.start, *given), shardings)
     return programs.run.trace(params, state, batch)
 
 

@@ -12,7 +12,10 @@ lora.py            adapters as pytrees
 lora_product.py    the two thin products of many adapters
 quantize.py        a frozen base as int8 or nf4
 turned_kernels.py  kernels as a CPU wants them for few tokens
-tokenizer.py       text to token ids and back; chat templates
+tokenizer.py       text to token ids and back
+byte_tokenizer.py  bytes as tokens
+chat_template.py   chat templates: how a model is asked, and how its answer is written
+thoughts.py        what a reasoning model writes before its text
 gguf_tokenizer.py  tokenizers from a GGUF file
 names.py           what every parameter is called: here, by Hugging Face, in GGUF
 weights.py         safetensors in and out

@@ -27,6 +27,8 @@ _LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _SUPPORTED = (("gpt2", "smollm"), ("gpt2", "qwen2"), ("gpt2", "llama-bpe"), ("llama", "default"))
 # What files leave out, as llama.cpp reads it.
 _BOS_BY_DEFAULT = (("gpt2", "llama-bpe"), ("llama", "default"))
+# What ends a turn or a message, beside what ends a text.
+_ENDS = ("eot_token_id", "eom_token_id")
 # Some files list the marks of a chat as words of the user's.
 _TURN_MARKS = ("<|", "<start_of_turn>", "<end_of_turn>")
 
@@ -70,7 +72,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> HFTokenizer:
         clean_up_tokenization_spaces=False,
         **special_tokens,
     )
-    return HFTokenizer(fast)
+    ends = [fields[key] for key in _ENDS if fields.get(key) is not None]
+    return HFTokenizer(fast, ends).with_template(where, {})
 
 
 def _refuse_unsupported(fields: Mapping[str, Any], kind: tuple, where: str) -> None:

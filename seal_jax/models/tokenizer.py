@@ -1,29 +1,36 @@
-"""Text to token ids and back: Hugging Face tokenizers, and bytes for tests.
+"""Text to token ids and back: what a tokenizer is, and those of Hugging Face.
 
 Text is untrusted: a user's or a model's text that spells a special token, say "<|im_start|>", is
 encoded as the plain characters it is. Special tokens come only from the chat template.
 """
 
+import copy
 import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from seal_jax.hosts.files import read_object
+from seal_jax.models.byte_tokenizer import BYTE_FILE, ByteTokenizer
+from seal_jax.models.chat_template import (
+    Asked,
+    ChatTemplate,
+    answered,
+    ask,
+    check_arguments,
+    default_template,
+    render,
+)
+from seal_jax.models.thoughts import Thoughts, find_tags, state_of
 
 # Tokens that end a turn or a text, in the families that are supported.
 END_TOKENS = (
     *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
     *("<end_of_turn>", "<eos>", "</s>"),
 )
-BYTE_FILE = "byte_tokenizer.json"
-# Stands for the user's message while the chat template is rendered.
-_MARK = "\ue000message\ue000"
-# Llama 3's template prints the date; prompts must not depend on the day they are made.
-_DATE = "26 Jul 2024"
 
 
 class Tokenizer(Protocol):
@@ -52,13 +59,29 @@ class Tokenizer(Protocol):
         """Return the ids of a prompt and its answer, and which of them are marked.
 
         The prompt is the texts of `parts` joined, encoded as `encode_prompt` does. Marked is every
-        token that holds a character of a part whose second item is true, and the answer with the
-        stop id behind it.
+        token that holds a character of a part whose second item is true, and all that follows the
+        prompt: the answer, and the one token behind it that ends it. With `chat` it is what the
+        template writes for a message that is answered, as far as the template's own end token.
+        """
+        ...
+
+    def thoughts(self, chat: bool) -> Thoughts | None:
+        """Return how the model marks its thoughts behind a prompt; None where it has none."""
+        ...
+
+    def with_template(self, model: str, arguments: Mapping[str, Any]) -> "Tokenizer":
+        """Return the same with a name for messages and arguments for the chat template.
+
+        Raises:
+          ValueError: the template does not read one of them, or there is none.
         """
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`, without special tokens and ids outside the vocabulary."""
+        """Return the text of `ids`, without ids outside the vocabulary and special tokens.
+
+        The tags of thoughts stay.
+        """
         ...
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -70,60 +93,28 @@ class Tokenizer(Protocol):
         ...
 
 
-class ByteTokenizer:
-    """UTF-8 bytes and five special tokens: for tests, and for models trained from nothing.
+class _Around(NamedTuple):
+    """What stands around a message of the user's: ids, text, (message), text, ids.
 
-    Its methods are those of `Tokenizer`.
+    The plain text next to the message is kept as text, since tokens can span the border.
     """
 
-    vocab_size = 261
-    pad_id = 256
-    bos = 257
-    stop_ids: tuple[int, ...] = (258,)
-    user_id = 259
-    assistant_id = 260
+    head: list[int]
+    before: str
+    after: str
+    tail: list[int]
+    strips: bool  # whether the message's own spaces are dropped
+    context: str  # the plain text that ends it, behind its last special token
 
-    def encode(self, text: str, start: bool = True) -> list[int]:
-        return [self.bos] * start + list(text.encode("utf-8", "replace"))
 
-    def encode_prompt(self, text: str, chat: bool) -> list[int]:
-        if not chat:
-            return self.encode(text)
-        return [self.bos, self.user_id, *self.encode(text, start=False), self.assistant_id]
+class _Turn(NamedTuple):
+    """How the chat template writes the answer to a message."""
 
-    def encode_turn(
-        self, parts: Sequence[tuple[str, bool]], answer: str, chat: bool
-    ) -> tuple[list[int], list[bool]]:
-        ids, marked = ([self.bos, self.user_id] if chat else [self.bos]), [False] * (1 + chat)
-        for text, is_marked in parts:
-            piece = self.encode(text, start=False)
-            ids, marked = ids + piece, marked + [is_marked] * len(piece)
-        tail = [self.assistant_id] if chat else []
-        end = [*self.encode(answer, start=False), self.stop_ids[0]]
-        return [*ids, *tail, *end], [*marked, *[False] * len(tail), *[True] * len(end)]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return bytes(i for i in map(int, ids) if 0 <= i < 256).decode("utf-8", "replace")
-
-    def save(self, folder: str | os.PathLike) -> None:
-        Path(folder, BYTE_FILE).write_text(json.dumps({"tokenizer": "bytes"}) + "\n")
-
-    def to_json(self) -> str:
-        """Return a tokenizer.json of the 256 bytes, without a merge, and the special tokens."""
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-        # Byte-level vocabularies write each byte as a character that can be seen.
-        seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        unseen = [byte for byte in range(256) if byte not in seen]
-        written = dict(zip(seen, seen, strict=True))
-        written |= {byte: 256 + i for i, byte in enumerate(unseen)}
-        vocab = {chr(written[byte]): byte for byte in range(256)}
-        backend = Tokenizer(models.BPE(vocab, merges=[]))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.decoder = decoders.ByteLevel()
-        names = ("<pad>", "<bos>", "<end>", "<user>", "<assistant>")
-        backend.add_special_tokens([AddedToken(name, special=True) for name in names])
-        return backend.to_str()
+    around: _Around  # of the message
+    between: str  # the template's text between prompt and answer
+    behind: str  # plain text behind the answer, before what ends it
+    end: int | None  # the token that ends it; None where the template has no token for that
+    strips: bool  # whether the answer's own spaces are dropped
 
 
 class HFTokenizer:
@@ -134,7 +125,8 @@ class HFTokenizer:
 
     Args:
       fast: a `transformers.PreTrainedTokenizerFast`.
-      stop_ids: ids that end an answer, beside the tokenizer's own eos and `END_TOKENS`.
+      stop_ids: ids that end an answer, beside the tokenizer's own eos, `END_TOKENS` and what ends
+        an answer in the chat template.
 
     Raises:
       ValueError: no fast backend, no eos token, or plain text can produce special tokens.
@@ -154,6 +146,8 @@ class HFTokenizer:
             backend.no_truncation()
             backend.no_padding()
         self._text.encode_special_tokens = True
+        self._model: str = fast.name_or_path or "this model"
+        self._arguments: dict[str, Any] = {}  # of the chat template
         self.vocab_size = len(fast)
         self.stop_ids = self._stop_ids(stop_ids)
         self.pad_id = self.stop_ids[0] if fast.pad_token_id is None else fast.pad_token_id
@@ -169,33 +163,53 @@ class HFTokenizer:
     def encode_prompt(self, text: str, chat: bool) -> list[int]:
         if not chat:
             return self.encode(text)
-        head, before, after, tail, strips = self._chat_parts
-        return head + self._plain(before + (text.strip() if strips else text) + after) + tail
+        around = self._around_asked
+        text = text.strip() if around.strips else text
+        return around.head + self._plain(around.before + text + around.after) + around.tail
 
     def encode_turn(
         self, parts: Sequence[tuple[str, bool]], answer: str, chat: bool
     ) -> tuple[list[int], list[bool]]:
         # Where the message's tokens lie is asked of the tokenizer: any template will do.
-        before = after = ""
-        head, tail, strips = ([] if self.bos is None else [self.bos]), [], False
-        if chat:
-            head, before, after, tail, strips = self._chat_parts
         message = "".join(text for text, _ in parts)
         marks = [is_marked for text, is_marked in parts for _ in text]
-        if strips:
+        if chat:
+            around = self._turn.around
+        else:
+            head = [] if self.bos is None else [self.bos]
+            around = _Around(head, "", "", [], False, "")
+        if around.strips:
             marks = marks[len(message) - len(message.lstrip()) :]
             message = message.strip()
-        text = (before + message + after).encode("utf-8", "replace").decode("utf-8")
-        marks = [False] * len(before) + marks[: len(message)] + [False] * len(after)
+        text = (around.before + message + around.after).encode("utf-8", "replace").decode("utf-8")
+        marks = [False] * len(around.before) + marks[: len(message)] + [False] * len(around.after)
         encoding = self._text.encode(text, add_special_tokens=False)
         inside = [any(marks[first:last]) for first, last in encoding.offsets]
-        end = [*self._plain(answer), self.stop_ids[0]]
-        ids = [*head, *encoding.ids, *tail, *end]
-        return ids, [*[False] * len(head), *inside, *[False] * len(tail), *[True] * len(end)]
+        if chat:
+            end = self._answer(answer, around.context if around.tail else text)
+        else:
+            end = [*self._plain(answer), self.stop_ids[0]]
+        ids = [*around.head, *encoding.ids, *around.tail, *end]
+        outside = [False] * len(around.head), [False] * len(around.tail)
+        return ids, [*outside[0], *inside, *outside[1], *[True] * len(end)]
+
+    def thoughts(self, chat: bool) -> Thoughts | None:
+        if self._tags is None:
+            return None
+        return state_of(self._tags, self._asked.after if chat else "")
+
+    def with_template(self, model: str, arguments: Mapping[str, Any]) -> "HFTokenizer":
+        other = copy.copy(self)
+        for name in ("_asked", "_around_asked", "_turn"):
+            other.__dict__.pop(name, None)
+        other._model, other._arguments = model, dict(arguments)
+        if arguments:
+            check_arguments(other._chat_template(), arguments)
+        return other
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
-        return self._text.decode(known, skip_special_tokens=True)
+        return self._decoder.decode(known, skip_special_tokens=True)
 
     def save(self, folder: str | os.PathLike) -> None:
         self._fast.save_pretrained(folder)
@@ -207,10 +221,32 @@ class HFTokenizer:
         text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become '?'
         return self._text.encode(text, add_special_tokens=False).ids
 
+    def _answer(self, answer: str, context: str) -> list[int]:
+        """Return the tokens of an answer and its end, behind plain text that ends the prompt.
+
+        The prompt's tokens are those that are asked with. What follows is split as it would be in
+        one text with them, unless a token would span the border.
+        """
+        turn = self._turn
+        end = self.stop_ids[0] if turn.end is None else turn.end
+        answer = answer.strip() if turn.strips else answer
+        last = self._last_special(turn.between)
+        if last:
+            ids = self._template.encode(turn.between[:last], add_special_tokens=False).ids
+            return [*ids, *self._plain(turn.between[last:] + answer + turn.behind), end]
+        text = turn.between + answer + turn.behind
+        before, both = self._plain(context), self._plain(context + text)
+        joined = both[: len(before)] == before
+        return [*(both[len(before) :] if joined else self._plain(text)), end]
+
     def _stop_ids(self, more: Iterable[int]) -> tuple[int, ...]:
         ids = [] if self._fast.eos_token_id is None else [self._fast.eos_token_id]
         special = {*self._fast.all_special_ids, *self._special}
         ids += [i for i in map(self._text.token_to_id, END_TOKENS) if i in special]
+        try:
+            ids += [] if (end := self._turn.end) is None else [end]
+        except ValueError:
+            pass  # a template that nobody can use ends nothing; whoever asks through it is told
         ids = tuple(dict.fromkeys([*ids, *more]))
         if not ids:
             raise ValueError("the tokenizer has no eos token: no answer would ever end.")
@@ -230,41 +266,78 @@ class HFTokenizer:
         return {token_id: token.content for token_id, token in added.items() if token.special}
 
     @functools.cached_property
-    def _chat_parts(self) -> tuple[list[int], str, str, list[int], bool]:
-        """The template around a message: ids, text, (message), text, ids; and if it is stripped.
+    def _tags(self) -> tuple[str, str] | None:
+        found = self._fast.chat_template
+        return find_tags(found.get("default") if isinstance(found, dict) else found)
 
-        The plain text next to the message is kept as text, since tokens can span the border.
-        """
-        rendered = self._render(f" {_MARK} ")
-        strips = f" {_MARK} " not in rendered
-        before, mark, after = rendered.partition(_MARK if strips else f" {_MARK} ")
-        if not mark or _MARK in after:
-            raise ValueError("the chat template does not show a user message exactly once.")
-        tokens = sorted(self._special.values(), key=len, reverse=True)
-        pattern = "|".join(map(re.escape, tokens)) or "(?!)"
-        last = max((match.end() for match in re.finditer(pattern, before)), default=0)
-        match = re.search(pattern, after)
+    @functools.cached_property
+    def _decoder(self) -> Any:
+        """What decodes: with the tags of thoughts as plain tokens, where they are special."""
+        tags = self._tags or ()
+        if not set(tags) & {*self._special.values()}:
+            return self._text
+        content = json.loads(self._text.to_str())
+        for token in content["added_tokens"]:
+            token["special"] &= token["content"] not in tags
+        return type(self._text).from_str(json.dumps(content))
+
+    def _last_special(self, text: str) -> int:
+        """Return where the last special token of a text ends; 0 without one."""
+        return max((match.end() for match in self._pattern.finditer(text)), default=0)
+
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern:
+        return _any_of(self._special.values())
+
+    @functools.cached_property
+    def _asked(self) -> Asked:
+        return ask(self._chat_template())
+
+    @functools.cached_property
+    def _around_asked(self) -> _Around:
+        """The template around a message that is to be answered."""
+        around, template = self._around(self._asked), self._chat_template()
+        rendered = render(template, [("user", "Hello 1")], asks=True)
+        expected = self._template.encode(rendered, add_special_tokens=False).ids
+        head, before, after, tail, *_ = around
+        if head + self._plain(f"{before}Hello 1{after}") + tail != expected:
+            raise ValueError(
+                f"{template.model}: the chat template cannot be split around a message."
+            )
+        return around
+
+    def _around(self, asked: Asked) -> _Around:
+        before, after, strips = asked
+        last, match = self._last_special(before), self._pattern.search(after)
         first = len(after) if match is None else match.start()
         head = self._template.encode(before[:last], add_special_tokens=False).ids
         tail = self._template.encode(after[first:], add_special_tokens=False).ids
-        parts = (head, before[last:], after[:first], tail, strips)
-        expected = self._template.encode(self._render("Hello 1"), add_special_tokens=False).ids
-        if head + self._plain(f"{parts[1]}Hello 1{parts[2]}") + tail != expected:
-            raise ValueError("the chat template cannot be split around a user message.")
-        return parts
+        context = after[self._last_special(after) :]
+        return _Around(head, before[last:], after[:first], tail, strips, context)
 
-    def _render(self, message: str) -> str:
-        """Return the template's text for one user message, generation prompt included."""
-        if not self._fast.chat_template:
-            raise ValueError(
-                "chat=True, but the tokenizer has no chat template; use chat=False for this model."
-            )
-        return self._fast.apply_chat_template(
-            [{"role": "user", "content": message}],
-            tokenize=False,
-            add_generation_prompt=True,
-            date_string=_DATE,
-        )
+    @functools.cached_property
+    def _turn(self) -> _Turn:
+        """How the template writes a message and its answer."""
+        asked, around, template = self._asked, self._around_asked, self._chat_template()
+        lead, behind, strips = answered(template, asked)
+        ends = {t.content: i for i, t in self._text.get_added_tokens_decoder().items()}
+        match = _any_of(ends).search(behind)
+        end = None if match is None else ends[match.group()]
+        behind = "" if match is None else behind[: match.start()]
+        if lead.startswith(asked.after):
+            return _Turn(around, lead.removeprefix(asked.after), behind, end, strips)
+        # The prompt has opened a thought: an answer without thoughts does not follow it.
+        return _Turn(self._around(asked._replace(after=lead)), "", behind, end, strips)
+
+    def _chat_template(self) -> ChatTemplate:
+        source = default_template(self._fast.chat_template, self._model)
+        values = {**self._fast.special_tokens_map, **self._arguments}
+        return ChatTemplate(self._model, source, values)
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern:
+    """Return what finds any of some tokens, of two the longer."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
@@ -286,7 +359,9 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
         fast = fast_class.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the Rust parser raises bare Exception
         raise ValueError(f"{folder}: cannot load the tokenizer: {error}") from error
-    return HFTokenizer(fast, _generation_stop_ids(folder / "generation_config.json"))
+    files = [folder / name for name in ("generation_config.json", "config.json")]
+    ends = next(filter(None, map(_listed_stop_ids, files)), ())
+    return HFTokenizer(fast, ends).with_template(str(folder), {})
 
 
 def import_transformers() -> Any:
@@ -297,8 +372,8 @@ def import_transformers() -> Any:
     return transformers
 
 
-def _generation_stop_ids(path: Path) -> tuple[int, ...]:
-    """Return the eos ids of a generation_config.json, of which chat models list several."""
+def _listed_stop_ids(path: Path) -> tuple[int, ...]:
+    """Return the eos ids of a config, of which chat models list several."""
     if not path.is_file():
         return ()
     eos = read_object(path).get("eos_token_id")

@@ -15,9 +15,10 @@ from seal_jax.models.config import ModelConfig
 from seal_jax.models.logits import next_token_logp
 from seal_jax.models.model import Model
 from seal_jax.models.padded_lengths import bucket_of
+from seal_jax.models.thoughts import Thoughts, read
 from seal_jax.models.transformer import hidden_states
 from seal_jax.outer.problems import Batch
-from seal_jax.outer.stages import Stages, exam_prompts
+from seal_jax.outer.stages import Stages, exam_prompts, thoughts_of
 from seal_jax.outer.waves import InnerRun, Wave
 from seal_jax.sampling.draw import make_settings
 from seal_jax.sampling.generate import generate
@@ -37,7 +38,17 @@ def answer(stages: Stages, params: Params, adapters: Adapters, wave: Wave) -> li
         else []
         for place in wave.places
     ]
-    return ask(stages.model, params, adapters, asked, stages.mesh, stages.settings.answer)
+    return _ask(stages, params, adapters, asked)
+
+
+def _ask(
+    stages: Stages,
+    params: Params,
+    adapters: Adapters | None,
+    prompts: Sequence[Sequence[Sequence[int]]],
+) -> list[list[str]]:
+    settings, thoughts = stages.settings.answer, thoughts_of(stages)
+    return ask(stages.model, params, adapters, prompts, stages.mesh, settings, thoughts)
 
 
 def ask(
@@ -47,10 +58,12 @@ def ask(
     prompts: Sequence[Sequence[Sequence[int]]],
     mesh: Mesh,
     settings: AnswerSettings,
+    thoughts: Thoughts | None = None,
 ) -> list[list[str]]:
     """Return the greedy answers of adapter i (or of the base) to prompts[i].
 
-    An answer ends before the first of the strings in `settings.stop`.
+    An answer ends before the first of the strings in `settings.stop`. The thoughts before it are
+    left out, and where it ends in a thought nothing was answered: ''.
     """
     num_prompts = sum(map(len, prompts))
     samples = generate(
@@ -62,13 +75,13 @@ def ask(
         make_settings(num_prompts, temperature=0.0),
         mesh=mesh,
         stop_ids=model.tokenizer.stop_ids,
-        max_tokens=settings.max_tokens,
+        max_tokens=settings.most_tokens,
         max_rows=settings.max_rows,
         pad_id=model.tokenizer.pad_id,
-        stop=make_stop(model.tokenizer, settings.stop),
+        stop=make_stop(model.tokenizer, settings.stop, thoughts),
     )
-    texts = iter(texts_of(model.tokenizer, samples, settings.stop))
-    return [[next(texts).strip() for _ in group] for group in prompts]
+    texts = iter(texts_of(model.tokenizer, samples, settings.stop, thoughts))
+    return [[read(thoughts, next(texts)).text.strip() for _ in group] for group in prompts]
 
 
 def grade(stages: Stages, wave: Wave, answers: Sequence[Sequence[str]]) -> list[Marks]:
@@ -96,8 +109,7 @@ def marks_by_exam(task: Task, run: InnerRun, answers: Iterable[str]) -> Marks:
 def baseline_accuracy(stages: Stages, params: Params, batch: Batch) -> list[float]:
     """Return the accuracy of the unadapted policy on each problem: asked once per policy."""
     prompts = [prompt for posed in batch for prompt in exam_prompts(stages, *posed)]
-    settings = stages.settings.answer
-    answers = iter(ask(stages.model, params, None, [prompts], stages.mesh, settings)[0])
+    answers = iter(_ask(stages, params, None, [prompts])[0])
     accuracy = []
     for posed in batch:
         given = [next(answers) for _ in prompts_of(stages.task, *posed)]
@@ -116,13 +128,16 @@ def gold_logp(
 
 
 def _gold_texts(stages: Stages, run: InnerRun) -> list[Text]:
-    # Behind raw text the answer begins with a space, behind a chat template it does not.
+    # Behind raw text the answer begins with a space, in a chat as its template says. What ends the
+    # answer does not count.
     tokenizer, chat = stages.model.tokenizer, stages.settings.model.chat
     texts = []
     for question, gold in run.exam.questions:
-        prompt = tokenizer.encode_prompt(stages.task.answer_prompt(run.problem, question), chat)
-        tokens = [*prompt, *tokenizer.encode(gold if chat else f" {gold}", start=False)]
-        texts.append(text_of(tokens, len(prompt)))
+        prompt = stages.task.answer_prompt(run.problem, question)
+        tokens, marked = tokenizer.encode_turn(
+            [(prompt, False)], gold if chat else f" {gold}", chat
+        )
+        texts.append(text_of(tokens[:-1], marked.index(True)))
     return texts
 
 

@@ -15,6 +15,7 @@ from seal_jax import keys
 from seal_jax.hosts.console import progress
 from seal_jax.hosts.exchange import ask_first, exchange_shares, spread
 from seal_jax.hosts.files import read_json, remove, write_json
+from seal_jax.models.thoughts import read
 from seal_jax.objectives.objective import Rewards
 from seal_jax.outer.answers import baseline_accuracy
 from seal_jax.outer.judge import Judge, judge_all
@@ -22,7 +23,7 @@ from seal_jax.outer.ledger import Outcomes
 from seal_jax.outer.problems import Batch, OuterStep
 from seal_jax.outer.reliability import seed_rounds
 from seal_jax.outer.rewards import EARLIER, OWN, Evidence, Outcome, reward_of
-from seal_jax.outer.stages import Edit, Edits, Stages, inner_base, write
+from seal_jax.outer.stages import Edit, Edits, Stages, inner_base, thoughts_of, write
 from seal_jax.outer.waves import Examination, InnerRun, Others, all_of, inner_runs
 from seal_jax.tasks.task import Exam, SelfEdit, asks_itself
 from seal_jax.types import Params, RewardSettings, Rollout, Settings
@@ -90,7 +91,7 @@ def look_up(
         others = [(*group, *chosen) for group in others]
     judged = judge_edits(stages, step, edits)
     written = np.asarray(rollout.loss_mask).sum(axis=1).reshape(len(edits), -1)
-    return Known(written / settings.sample.max_tokens, baseline, others, earlier_baseline, judged)
+    return Known(written / settings.sample.most_tokens, baseline, others, earlier_baseline, judged)
 
 
 def gather(step: OuterStep, edits: Edits, known: Known, outcomes: Outcomes) -> list[list[Evidence]]:
@@ -192,6 +193,7 @@ def write_questions(stages: Stages, params: Params, step: OuterStep) -> list[Oth
     _, texts = write(stages, params, prompts, paths, f"{step.label}: questions")
     groups: list[Others] = []
     for (problem, _), text in zip(step.batch, texts, strict=True):
+        text = read(thoughts_of(stages), text).text
         questions = task.parse_questions(problem, text)[: stages.settings.reward.num_questions]
         exam = Exam(problem.id, tuple(questions))
         groups.append(((OWN, problem, exam),) if questions else ())

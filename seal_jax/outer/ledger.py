@@ -107,5 +107,7 @@ def _lines(ledger: str) -> list[dict[str, Any]]:
 
 
 def _digest(run: InnerRun) -> str:
-    # Texts, and what else the self-edit chose.
-    return xxhash.xxh64_hexdigest(repr(run.edit).encode("utf-8", "surrogatepass"))
+    # Texts, and what else the self-edit chose; thoughts change nothing of a run.
+    fields = {name: value for name, value in run.edit._asdict().items() if name != "thoughts"}
+    text = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+    return xxhash.xxh64_hexdigest(f"SelfEdit({text})".encode("utf-8", "surrogatepass"))

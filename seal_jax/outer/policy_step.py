@@ -1,6 +1,6 @@
 """The device side of the policy update: a fresh start, scores, the loss, and a training step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from seal_jax.models.config import ModelConfig
 from seal_jax.models.logits import next_token_logp, unembed
 from seal_jax.models.transformer import hidden_states
 from seal_jax.objectives.objective import Objective, Tokens, kl_penalty
-from seal_jax.optim import Optimizer, scheduled_rate
+from seal_jax.optim import Optimizer, evaluation_point, scheduled_rate, training_point, update
 from seal_jax.sharding import param_shardings, replicated, to_device
 from seal_jax.types import Adapters, Array, OuterSettings, Params, Rollout, TrainState
 
@@ -148,6 +148,7 @@ def init_train_state(
     optimizer: Optimizer,
     *,
     mesh: Mesh,
+    learning_rate: float,
     update: str,
     value_head: bool = False,
     **lora_kwargs: Any,
@@ -155,7 +156,7 @@ def init_train_state(
     """Return the state before the first outer step.
 
     Args:
-      update: see `UpdateSettings`.
+      learning_rate: of the policy update, as `update`; see `UpdateSettings`.
       value_head: whether there is one: it starts at 0 and lives through all steps.
       lora_kwargs: rank, alpha, targets.
     """
@@ -163,7 +164,7 @@ def init_train_state(
     if value_head:
         head = to_device(_zero_head(config), replicated(mesh))
     given = params, head, to_device(keys.fold_one(0), replicated(mesh))
-    fresh = partial(_fresh, config, optimizer, update, lora_kwargs)
+    fresh = partial(_fresh, config, (optimizer, learning_rate), update, lora_kwargs)
     # The optimizer's zeros depend on no argument: without a word jit puts them on one device.
     where = param_shardings(mesh, jax.eval_shape(fresh, *given), config.rules)
     adapters, opt_state = jax.jit(fresh, out_shardings=where)(*given)
@@ -182,8 +183,9 @@ def state_shapes(
     """Return what `init_train_state` would, as ShapeDtypeStructs without a sharding."""
 
     def state(params: Params, head: Params | None) -> TrainState:
-        given = (config, optimizer, update, lora_kwargs, params, head, jax.random.key(0))
-        return TrainState(jnp.int32(0), params, *_fresh(*given), head)
+        key = jax.random.key(0)
+        fresh = _fresh(config, (optimizer, 0.0), update, lora_kwargs, params, head, key)
+        return TrainState(jnp.int32(0), params, *fresh, head)
 
     return jax.eval_shape(state, params, _zero_head(config) if value_head else None)
 
@@ -194,7 +196,7 @@ def _zero_head(config: ModelConfig) -> Params:
 
 def _fresh(
     config: ModelConfig,
-    optimizer: Optimizer,
+    optimizer_and_rate: tuple[Optimizer, float],
     update: str,
     lora_kwargs: Mapping[str, Any],
     params: Params,
@@ -206,7 +208,8 @@ def _fresh(
     if update == "lora":
         adapters = lora.init_adapter(config, key, **lora_kwargs)
         trained = lora.take(adapters, 0).weights
-    return adapters, optimizer(jnp.float32(0)).init(with_head(trained, head))
+    optimizer, rate = optimizer_and_rate
+    return adapters, optimizer(jnp.float32(rate)).init(with_head(trained, head))
 
 
 @partial(jax.jit, static_argnames="setup")
@@ -216,7 +219,8 @@ def fresh_adapter(
     """Return the adapter that an outer step trains, and its optimizer's state."""
     settings = setup.settings
     sizes = {"rank": settings.rank, "alpha": settings.alpha, "targets": settings.targets}
-    new = _fresh(setup.config, setup.optimizer, "lora", sizes, params, head, key)
+    optimizer = setup.optimizer, settings.learning_rate
+    new = _fresh(setup.config, optimizer, "lora", sizes, params, head, key)
     return jax.lax.with_sharding_constraint(new, replicated(setup.mesh))
 
 
@@ -268,24 +272,52 @@ def train_step(
     Returns:
       What is trained, the optimizer's state, the loss, and the norm of gradient and update.
     """
+    given = frozen, scale
     loss_and_grads = jax.value_and_grad(partial(batch_loss, setup))
-
-    def add(total: tuple, microbatch: TrainRows) -> tuple[tuple, None]:
-        found = loss_and_grads(trained, frozen, scale, microbatch, penalties)
-        return jax.tree.map(jnp.add, total, found), None
-
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
-    (loss, grads), _ = jax.lax.scan(add, zero, rows)
+    one = partial(loss_and_grads, trained, *given, penalties=penalties)
+    loss, grads = _sum_over(rows, one, zero)
+
+    def value_fn(trained: Params) -> jax.Array:
+        one = partial(batch_loss, setup, trained, *given, penalties=penalties)
+        return _sum_over(rows, one, jnp.float32(0))
+
     settings = setup.settings
     rate = scheduled_rate(settings.schedule, jnp.float32(settings.learning_rate), step, num_steps)
-    updates, opt_state = setup.optimizer(rate).update(grads, opt_state, trained)
+    tx = setup.optimizer(rate)
+    updates, opt_state = update(tx, grads, opt_state, trained, loss, value_fn)
     trained = jax.tree.map(lambda w, u: w + u.astype(w.dtype), trained, updates)
-    # Where they came from: else the next step is compiled anew, or donates nothing.
-    new, where = (trained, opt_state), replicated(setup.mesh)
-    if settings.update == "full":
-        where = param_shardings(setup.mesh, new, setup.config.rules)
-    trained, opt_state = jax.lax.with_sharding_constraint(new, where)
+    trained, opt_state = _in_place(setup, (trained, opt_state))
     return trained, opt_state, loss, optax.tree.norm((grads, updates))
+
+
+def _sum_over(rows: TrainRows, function: Callable[[TrainRows], Any], zero: Any) -> Any:
+    """Return the sum of `function` over microbatches."""
+
+    def add(total: Any, microbatch: TrainRows) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(microbatch)), None
+
+    return jax.lax.scan(add, zero, rows)[0]
+
+
+def _in_place(setup: PolicySetup, new: Any) -> Any:
+    """Leave arrays where they came from: else a next step is compiled anew, or donates nothing."""
+    where = replicated(setup.mesh)
+    if setup.settings.update == "full":
+        where = param_shardings(setup.mesh, new, setup.config.rules)
+    return jax.lax.with_sharding_constraint(new, where)
+
+
+@partial(jax.jit, static_argnames="setup", donate_argnames="trained")
+def to_evaluation(setup: PolicySetup, trained: Params, opt_state: optax.OptState) -> Params:
+    """Return what the optimizer evaluates, given what it trains."""
+    return _in_place(setup, evaluation_point(opt_state, trained))
+
+
+@partial(jax.jit, static_argnames="setup", donate_argnames="trained")
+def to_training(setup: PolicySetup, trained: Params, opt_state: optax.OptState) -> Params:
+    """Return what the optimizer trains, given what it evaluates."""
+    return _in_place(setup, training_point(opt_state, trained))
 
 
 def adapter_of(weights: Params, scale: jax.Array) -> Adapters:

@@ -27,7 +27,7 @@ from seal_jax.objectives.objective import (
     kl_coefficient,
     token_advantages,
 )
-from seal_jax.optim import Optimizer
+from seal_jax.optim import Optimizer, has_evaluation_point
 from seal_jax.outer.policy_step import (
     Penalties,
     PolicySetup,
@@ -37,6 +37,8 @@ from seal_jax.outer.policy_step import (
     merge,
     score_rows,
     take_first,
+    to_evaluation,
+    to_training,
     train_step,
     with_head,
 )
@@ -139,6 +141,9 @@ def train_batches(
     coefficients = Penalties(np.float32(kl), np.float32(settings.entropy_coef))
     penalties = to_device(coefficients, everywhere)
     training, losses = start(setup, state, step), []
+    moves = bool(batches) and has_evaluation_point(training.opt_state)
+    if moves and settings.update == "full":  # a fresh adapter is at both points
+        training = training._replace(trained=to_training(setup, *training[:2]))
     for i, batch in enumerate(progress(batches, f"{label}: policy update", "batch")):
         counters = to_device((np.int32(i), np.int32(len(batches))), everywhere)
         placed = to_device(batch, by_row)
@@ -157,7 +162,10 @@ def train_batches(
             )
             losses[-1] = np.nan
             training = start(setup, state, step)
+            moves = False
             break
+    if moves:
+        training = training._replace(trained=to_evaluation(setup, *training[:2]))
     return end(setup, state, step, training), losses
 
 

@@ -19,6 +19,7 @@ from seal_jax.inner.texts import PAD_SAMPLES, Text
 from seal_jax.inner.update import InnerUpdate
 from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
+from seal_jax.models.thoughts import Thoughts, read
 from seal_jax.outer.problems import Batch, OuterStep
 from seal_jax.sampling.call_shapes import check_lengths
 from seal_jax.sampling.self_edits import write_self_edits
@@ -82,8 +83,8 @@ def check_prompts(stages: Stages, problems: Batch) -> None:
         prompt = encode(stages.task.edit_prompt(problem), settings.model.chat)
         questions = exam_prompts(stages, problem, exam)
         try:
-            check_lengths(stages.model.config, [prompt], settings.sample.max_tokens)
-            check_lengths(stages.model.config, questions, settings.answer.max_tokens)
+            check_lengths(stages.model.config, [prompt], settings.sample.most_tokens)
+            check_lengths(stages.model.config, questions, settings.answer.most_tokens)
         except ValueError as error:
             raise ValueError(f"problem {problem.id}: {error}") from error
 
@@ -111,11 +112,14 @@ def write(
     label: str,
     constrain: Constrain | None = None,
 ) -> tuple[Rollout, list[str]]:
-    """Let the policy continue each prompt, as often as there are paths for it (see keys.py)."""
+    """Let the policy continue each prompt, as often as there are paths for it (see keys.py).
+
+    The texts have its thoughts in them.
+    """
     settings = stages.settings
     encode, chat = stages.model.tokenizer.encode_prompt, settings.model.chat
     tokens = [encode(text, chat) for text in prompts]
-    check_lengths(stages.model.config, tokens, settings.sample.max_tokens)
+    check_lengths(stages.model.config, tokens, settings.sample.most_tokens)
     bar = progress(len(paths), label, "text")
     written = write_self_edits(
         stages.model,
@@ -124,6 +128,7 @@ def write(
         paths,
         settings.sample,
         mesh=stages.mesh,
+        thoughts=thoughts_of(stages),
         constrain=None if constrain is None else lambda _, tokens: constrain(tokens),
         show=bar.update,
     )
@@ -131,12 +136,20 @@ def write(
     return written
 
 
+def thoughts_of(stages: Stages) -> Thoughts | None:
+    """Return how the model marks its thoughts, None where it has none."""
+    return stages.model.tokenizer.thoughts(stages.settings.model.chat)
+
+
 def parse(stages: Stages, batch: Batch, texts: Sequence[str]) -> list[list[Edit]]:
-    """Return [P][R] self-edits; one with a text beyond the model's context is rejected too."""
+    """Return [P][R] self-edits, apart from the thoughts before them.
+
+    One that ends in a thought, or has a text beyond the model's context, is rejected too.
+    """
     num_edits, limit = len(texts) // len(batch), longest_text(stages)
     return [
         [
-            _reject_long(stages, stages.task.parse(problem, text), limit)
+            _reject_long(stages, _parse_one(stages, problem, text), limit)
             for text in texts[p * num_edits : (p + 1) * num_edits]
         ]
         for p, (problem, _) in enumerate(batch)
@@ -151,6 +164,15 @@ def longest_text(stages: Stages) -> int:
     return min(stages.model.config.max_length, room)
 
 
+def _parse_one(stages: Stages, problem: Problem, text: str) -> Edit:
+    written = read(thoughts_of(stages), text)
+    if written.is_cut:
+        prompt, reason = stages.task.edit_prompt(problem), "cut off inside a thought"
+        return Rejected(problem.id, prompt, "", reason, written.thoughts)
+    edit = stages.task.parse(problem, written.text)
+    return edit._replace(thoughts=written.thoughts) if written.thoughts else edit
+
+
 def _reject_long(stages: Stages, edit: Edit, limit: int) -> Edit:
     if isinstance(edit, Rejected):
         return edit
@@ -158,4 +180,4 @@ def _reject_long(stages: Stages, edit: Edit, limit: int) -> Edit:
     if longest <= limit:
         return edit
     reason = f"too long: a training text of {longest:,} tokens, at most {limit:,}"
-    return Rejected(edit.problem_id, edit.prompt, edit.text, reason)
+    return Rejected(edit.problem_id, edit.prompt, edit.text, reason, edit.thoughts)

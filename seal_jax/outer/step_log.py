@@ -108,6 +108,7 @@ def log_edits(step: OuterStep, attempts: Attempts) -> None:
                 "title": problem.title,
                 "edit": r,
                 "prompt": edit.prompt,
+                "thoughts": edit.thoughts,
                 "text": edit.text,
                 **logged_texts(edit),
                 "reward": number(rewards.values[p, r]),

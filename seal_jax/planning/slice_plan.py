@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from seal_jax.config.check_optimizers import check_optimizers
 from seal_jax.config.setup import resident_bytes
 from seal_jax.hosts.console import progress
 from seal_jax.hosts.memory import SHARE, device_bytes
@@ -78,6 +79,7 @@ def plan_slice(settings: Settings, topology: str, lengths: Lengths) -> tuple[lis
 def make_plan(settings: Settings, topology: str, lengths: Lengths) -> Plan:
     """Compile the programs of a run for a slice, and count what they take; see `plan_slice`."""
     chip, devices = (None, None) if topology == "here" else find_slice(topology)
+    check_optimizers(settings)
     mesh = make_mesh(*settings.mesh, devices=devices)
     if chip is None:
         memory = device_bytes(mesh) / SHARE
@@ -110,7 +112,7 @@ def step_counts(settings: Settings, lengths: Lengths, shards: int) -> dict[str, 
     trained = arms * problems * outer.num_epochs
     return {
         "prefill": problems * arms + tests * (arms + 1) + asked,
-        "decode": written * settings.sample.max_tokens + asked * settings.answer.max_tokens,
+        "decode": written * settings.sample.most_tokens + asked * settings.answer.most_tokens,
         "inner step": tokens / (inner.tokens_per_step * shards),
         "scoring": runs,
         "policy update": trained / outer.batch_size * outer.microbatch_size,

@@ -122,7 +122,7 @@ def _writing(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> 
     yield Program("prefill", prefill, size=P, key="sample.max_rows")
     dtype = model.params["embed"]["embedding"].dtype
     # Each row with a prompt of its own: as rows are that come and go.
-    sizes = (B, B, S, section.max_tokens, section.max_tokens)
+    sizes = (B, B, S, section.most_tokens, section.most_tokens)
     shape = decode.RowsShape(dtype, *sizes, keep_seen=keep_seen)
     rows = decode.rows_shapes(model.config, shape, mesh)
     stop_ids, num_steps = (_everywhere(mesh, *shape, dtype=jnp.int32) for shape in ((2,), ()))
@@ -222,7 +222,7 @@ def _trained(
 def _train_rows(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> TrainRows:
     m = settings.outer.microbatch_size
     n = -(-settings.outer.batch_size // m)
-    T = bucket_of(min(lengths.longest_passage + settings.sample.max_tokens, LONGEST))
+    T = bucket_of(min(lengths.longest_passage + settings.sample.most_tokens, LONGEST))
     rows = (
         _everywhere(mesh, n, m, T, dtype=jnp.int32),
         _everywhere(mesh, n, m, T, dtype=jnp.bool_),

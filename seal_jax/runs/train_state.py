@@ -103,13 +103,32 @@ def restore_state(
         jax.device_put(np.int32(next_step)),
         trees["policy"],
         trees.get("adapters"),
-        trees["opt_state"],
+        with_keys(trees["opt_state"], state.opt_state),
         trees.get("value_head"),
     )
     return state, Past(**past)
 
 
+def without_keys(opt_state: Any) -> Any:
+    """Return an optimizer's state with the numbers of its PRNG keys, which can be saved."""
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, opt_state)
+
+
+def with_keys(opt_state: Any, like: Any) -> Any:
+    """Return what `without_keys` made of a state like another."""
+
+    def one(x: Any, old: Any) -> Any:
+        impl = jax.random.key_impl(old) if _is_key(old) else None
+        return x if impl is None else jax.random.wrap_key_data(x, impl=impl)
+
+    return jax.tree.map(one, opt_state, like)
+
+
+def _is_key(x: Any) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def _trees(state: TrainState) -> dict[str, Any]:
-    trees = {"policy": state.params, "opt_state": state.opt_state}
+    trees = {"policy": state.params, "opt_state": without_keys(state.opt_state)}
     optional = {"adapters": state.adapters, "value_head": state.value_head}
     return trees | {name: tree for name, tree in optional.items() if tree is not None}

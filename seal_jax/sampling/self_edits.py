@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from seal_jax.keys import fold
 from seal_jax.models.model import Model
+from seal_jax.models.thoughts import Thoughts, text_before
 from seal_jax.models.tokenizer import Tokenizer
 from seal_jax.sampling.call_shapes import prompt_bucket
 from seal_jax.sampling.draw import Settings, make_settings
@@ -22,15 +23,18 @@ def write_self_edits(
     settings: SampleSettings,
     *,
     mesh: Mesh,
+    thoughts: Thoughts | None = None,
     constrain: Callable[[int, list[int]], np.ndarray] | None = None,
     show: Callable[[int], None] = lambda rows: None,
 ) -> tuple[Rollout, list[str]]:
     """Let the policy continue each of P prompts R times, rows p * R + r.
 
     A text ends before the first of the strings in `settings.stop`, whose tokens count as written.
+    Thoughts are part of it, see thoughts.py.
 
     Args:
       model: whose config and tokenizer are used; the policy is `params`.
+      thoughts: how the model marks them, for `settings.stop` does not count in them.
       paths: of each of the P * R rows' key (see keys.py).
       constrain, show: see `Limits`.
 
@@ -48,27 +52,36 @@ def write_self_edits(
         make_settings(len(paths), **{name: getattr(settings, name) for name in Settings._fields}),
         mesh=mesh,
         stop_ids=tokenizer.stop_ids,
-        max_tokens=settings.max_tokens,
+        max_tokens=settings.most_tokens,
         max_rows=settings.max_rows,
         pad_id=tokenizer.pad_id,
-        stop=make_stop(tokenizer, settings.stop),
+        stop=make_stop(tokenizer, settings.stop, thoughts),
         constrain=constrain,
         show=show,
     )
-    texts = texts_of(tokenizer, samples, settings.stop)
+    texts = texts_of(tokenizer, samples, settings.stop, thoughts)
     return to_rollout(prompts, samples, tokenizer.pad_id), texts
 
 
-def texts_of(tokenizer: Tokenizer, samples: Samples, stop: Sequence[str] = ()) -> list[str]:
+def texts_of(
+    tokenizer: Tokenizer,
+    samples: Samples,
+    stop: Sequence[str] = (),
+    thoughts: Thoughts | None = None,
+) -> list[str]:
     """Return what was written as texts, each up to the first of the strings in `stop`."""
     return [
-        text_before(tokenizer.decode(row[written].tolist()), stop)
+        text_before(tokenizer.decode(row[written].tolist()), stop, thoughts)
         for row, written in zip(samples.tokens, samples.mask, strict=True)
     ]
 
 
-def make_stop(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[list[int]], bool] | None:
+def make_stop(
+    tokenizer: Tokenizer, strings: Sequence[str], thoughts: Thoughts | None = None
+) -> Callable[[list[int]], bool] | None:
     """Return whether the text of tokens has one of the strings in it, for `generate`.
+
+    In the first thought they do not count.
 
     Special tokens are no text: ids are what stops at them.
 
@@ -79,13 +92,12 @@ def make_stop(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[list[in
         raise ValueError(f"stop={strings!r}: expected a sequence of strings that are not empty")
     if not strings:
         return None
-    return lambda tokens: any(s in text for text in [tokenizer.decode(tokens)] for s in strings)
 
+    def stop(tokens: list[int]) -> bool:
+        text = tokenizer.decode(tokens)
+        return text_before(text, strings, thoughts) != text
 
-def text_before(text: str, strings: Sequence[str]) -> str:
-    """Return what stands before the string that is complete first; of two, before the longer."""
-    ends = [(text.find(s) + len(s), text.find(s)) for s in strings if s in text]
-    return text[: min(ends)[1]] if ends else text
+    return stop
 
 
 def to_rollout(prompts: Sequence[Sequence[int]], samples: Samples, pad_id: int) -> Rollout:

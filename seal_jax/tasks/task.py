@@ -72,6 +72,7 @@ class SelfEdit(NamedTuple):
     learning_rate: float | None = None
     num_epochs: int | None = None
     outputs_only: bool = False  # of Turns: the loss is on outputs, not on all tokens
+    thoughts: str = ""  # what the policy thought before; a task sees nothing of it
 
 
 class Rejected(NamedTuple):
@@ -81,6 +82,7 @@ class Rejected(NamedTuple):
     prompt: str
     text: str
     reason: str
+    thoughts: str = ""
 
 
 class Task(Protocol):

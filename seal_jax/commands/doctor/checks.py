@@ -21,7 +21,9 @@ import jax
 from ml_collections import ConfigDict
 
 import seal_jax
+from seal_jax.config.check_optimizers import check_optimizers
 from seal_jax.config.load import flatten, to_json
+from seal_jax.config.setup import settings_of
 from seal_jax.config.workdir import check_workdir
 from seal_jax.hosts.exchange import exchange
 from seal_jax.hosts.group import timeout_seconds
@@ -61,6 +63,8 @@ def look(config: ConfigDict, workdir: str) -> tuple[dict[str, Any], list[str]]:
     """Return what must be the same on every process, by name, and what is wrong with this one."""
     problems = [*_device_problems(config), *_folder_problems(config, workdir)]
     found = not lost_devices()
+    if found:
+        problems += _optimizer_problems(config)
     facts = {
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
@@ -99,6 +103,14 @@ def _device_problems(config: ConfigDict) -> list[str]:
         mesh = make_mesh(**config.mesh)
         if mesh.size > mesh.shape["data"] and (sizes := _known_sizes(config)):
             check_divides(mesh, sizes)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _optimizer_problems(config: ConfigDict) -> list[str]:
+    try:
+        check_optimizers(settings_of(config))
     except ValueError as error:
         return [str(error)]
     return []

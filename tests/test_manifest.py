@@ -138,6 +138,11 @@ def test_a_manifest_that_is_damaged_or_lost_is_missed(folder):
         manifest.update(folder)
     path.unlink()
     assert manifest.losses(folder) == {"manifest.json": "was written and is not there"}
+    other = folder / "new"
+    other.mkdir()
+    for name in ("lock", "config.json"):  # a kill before there was a manifest
+        (other / name).write_bytes((folder / "config.json").read_bytes())
+    assert manifest.losses(other) == {}
     (folder / "config.json").write_text("{}")  # of a version that kept none
     assert manifest.losses(folder) == {}
 

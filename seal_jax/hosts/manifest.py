@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from seal_jax.hosts.console import say
 from seal_jax.hosts.exchange import is_first
+from seal_jax.hosts.folder_lock import NAME as LOCK
 from seal_jax.hosts.replacing import replace_text
 
 MANIFEST = "manifest.json"
@@ -227,8 +228,8 @@ def _is_missed(folder: Path) -> bool:
 
     Where there is nothing but config.json, the run was killed before that.
     """
-    found = {path.name for path in folder.glob("[!.]*")}
-    if not found > {"config.json"}:
+    found = {path.name for path in folder.glob("[!.]*")} | {LOCK}
+    if not found > {"config.json", LOCK}:
         return False
     return f'"{KEY}": "{MANIFEST}"'.encode() in (folder / "config.json").read_bytes()
 

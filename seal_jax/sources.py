@@ -201,6 +201,7 @@ def _load_run(run: RunFolder, dtype: Any, mesh: Mesh | None, rules: ParamRules) 
     """Return the policy of a run's newest good checkpoint."""
     import jax
 
+    from seal_jax.hosts.manifest import refuse_damaged
     from seal_jax.models.config import config_from_hf
     from seal_jax.models.model import Model
     from seal_jax.models.tokenizer_folder import load_tokenizer
@@ -211,6 +212,7 @@ def _load_run(run: RunFolder, dtype: Any, mesh: Mesh | None, rules: ParamRules) 
             f"{run.root} has no folder model/, which newer versions write: name its checkpoints and"
             " the model that it was trained from"
         )
+    refuse_damaged(run.root, ("config.json", "model/"))
     config = dataclasses.replace(config_from_hf(kept / "config.json"), rules=rules)
     _, params = restore_policy(run, config, mesh)
     params = jax.tree.map(lambda x: x.astype(dtype), params)

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from seal_jax import keys
 from seal_jax.config.setup import configured_objective, make_stages, make_update, settings_of
 from seal_jax.config.workdir import check_workdir, claim_workdir
+from seal_jax.hosts import manifest
 from seal_jax.hosts.console import say
 from seal_jax.hosts.exchange import ask_first
 from seal_jax.hosts.files import read_jsonl
@@ -94,12 +95,15 @@ def train_alone(config: ConfigDict, workdir: str) -> dict[str, Any]:
     say(describe(stages, training, held_out))  # what does not fit is refused
     claim_workdir(config, workdir)
     claim_model(workdir, stages.model, settings.model.dtype)
+    manifest.update(workdir)
     with jax.transfer_guard("disallow"):
         policies = {"base": stages.model.params}
         loop = partial(outer_loop, stages, training=training, held_out=held_out)
         policies["seal"] = loop(objective, folder=workdir, label="SEAL").params
         if settings.eval.random_control:
             folder = os.path.join(workdir, "random")
+            manifest.begin(folder)
+            manifest.update(workdir)
             control = loop(random_em(), folder=folder, label="random control")
             policies["random"] = control.params
         rows = ask_first("metrics", lambda: read_jsonl(os.path.join(workdir, "metrics.jsonl")))
@@ -129,7 +133,7 @@ def outer_loop(
     settings, outer, base = stages.settings, stages.settings.outer, stages.model.params
     policy_update, state = make_update(stages, objective)
     keeps, path = settings.checkpoint, os.path.join(folder, "checkpoints")
-    os.makedirs(folder, exist_ok=True)
+    manifest.begin(folder)
     with checkpoints.make_manager(path, keeps.keep, keeps.best) as manager:
         state, past = restore_state(manager, state, folder)
         for number in range(int(to_host(state.step)), outer.num_steps):
@@ -163,6 +167,7 @@ def outer_loop(
             refuse_skipped(past, outer.max_skipped, step.label)
         checkpoints.wait(manager)
         drop_pending(folder, outer.num_steps - 1)
+    manifest.update(folder, settled=True)
     return state
 
 
@@ -228,6 +233,7 @@ def evaluate(
                     keep(place.run, lora.take(kept, slice(i, i + 1)))
                 outcomes[place.run.name] = found[place.run.name]  # what was noted before stays
                 append_outcome(examination.ledger, place.run, found[place.run.name])
+            manifest.update(os.path.dirname(examination.ledger))
             stop_if_told()
     return outcomes
 

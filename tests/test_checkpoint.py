@@ -187,6 +187,22 @@ def test_the_best_stay_beside_the_latest(tmp_path, values, best, stays):
     assert restore(tmp_path, {"policy": _params()}, step=stays[0])[2] == {"step": stays[0]}
 
 
+@pytest.mark.parametrize("damage", [b'"value": 0.1', b'"valu', b""])
+def test_a_damaged_value_of_the_best_is_named_and_evicts_nothing(tmp_path, damage):
+    with make_manager(tmp_path, keep=1, best=1) as manager:
+        for step, value in ((1, 0.9), (2, 0.2)):
+            save(manager, step, {"policy": _params()}, {"step": step}, value)
+    (tmp_path / "3.orbax-checkpoint-tmp-0" / "metrics").mkdir(parents=True)  # of a kill
+    restore(tmp_path, {})
+    path = tmp_path / "1" / "metrics" / "metrics"
+    path.write_bytes(path.read_bytes().replace(b'"value": 0.9', damage))
+    found = checkpoint.verify(tmp_path)
+    assert found[2] == "" and found[1].startswith("metrics/metrics: ")
+    for use in (lambda: make_manager(tmp_path, keep=1, best=1), lambda: restore(tmp_path, {})):
+        with pytest.raises(CheckpointError, match="damaged checkpoint .*/1: metrics/metrics"):
+            use()
+
+
 @pytest.mark.parametrize("damage", [_flip, _truncate, os.unlink])
 def test_verify_names_every_damaged_step(tmp_path, damage):
     """It finds what a restore would not use, and only that, without a template."""
@@ -311,7 +327,7 @@ def test_a_wrong_hash_names_the_leaf_and_the_step_can_be_saved_again(tmp_path):
 def test_a_disk_that_fills_up_keeps_the_last_good_step(small_disk, monkeypatch, foreseen):
     """Foreseen, nothing is begun; else somebody else took the room meanwhile."""
     if not foreseen:
-        monkeypatch.setattr(checkpoint, "_check_room", lambda *arguments: None)
+        monkeypatch.setattr(checkpoint, "check_room", lambda *arguments: None)
     good, tree = 0, {"x": jnp.arange(100_000.0)}
     manager = make_manager(small_disk / "run", keep=20)
     with pytest.raises((OSError, ValueError), match="No space left") as error:

@@ -196,6 +196,7 @@ def test_the_adapters_of_a_run_have_a_limit(finished, tmp_path, capsys):
         edit["accuracy"] = [(7 * i + seed) % 16 / 16 for seed in range(len(edit["accuracy"]))]
     lines = [json.dumps(edit) + "\n" for edit in edits]
     (tmp_path / "run" / "edits.jsonl").write_text("".join(lines))
+    (tmp_path / "run" / "manifest.json").unlink()  # or export refuses what the run did not write
     kept = adapters.list_kept(run)
     assert len(kept) == 8
     assert all(one.accuracy > other.accuracy for one, other in itertools.pairwise(kept))
@@ -228,6 +229,7 @@ def test_a_run_is_a_model_source_by_itself(finished, one_device, tmp_path, part)
     config = json.loads((moved / "config.json").read_text())
     config["model"]["source"] = "gone/away"
     (moved / "config.json").write_text(json.dumps(config))
+    (moved / "manifest.json").unlink()  # or what the run did not write is refused
     base = load_model(BASE)
     (_, trees, _) = checkpoint.restore(finished / "checkpoints", {"policy": base.params})
     found = load_model(str(moved / part), "float32", one_device)
@@ -321,6 +323,8 @@ def test_what_was_trained_on_a_whole_policy_is_no_adapter(finished, one_device, 
     config = json.loads((run / "config.json").read_text())
     config["outer"]["update"] = "full"
     (run / "config.json").write_text(json.dumps(config))
+    assert "config.json has" in fail(capsys, run, *to)  # the run did not write it
+    (run / "manifest.json").unlink()
     message = fail(capsys, run, *to)
     assert "outer.update = 'full'" in message and "--merged" in message
     adapter, _ = adapters.load_adapter(str(run), "policy-0", load_model(BASE).config)

@@ -6,11 +6,8 @@
 """
 
 import json
-import tarfile
-from pathlib import Path
 
 import jax
-import pytest
 from tiny_run import run_process, train_arguments
 
 from seal_jax.commands import main as cli
@@ -19,16 +16,7 @@ from seal_jax.runs.checkpoint import tree_hash
 from seal_jax.sources import load_model
 
 pytest_plugins = ["tiny_fixtures"]
-NAME = "run_cb29795"
-ARCHIVE = Path(__file__).parent / "data" / f"{NAME}.tar.xz"
 SETTINGS = ("eval.random_control=False", "eval.num_problems=1", "checkpoint.keep=1")
-
-
-@pytest.fixture
-def old_run(tmp_path):
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / NAME
 
 
 def test_it_is_whole_and_its_policy_is_a_model(old_run, capsys):

@@ -25,6 +25,7 @@ from seal_jax.outer.rewards import Evidence, Outcome
 from seal_jax.outer.stages import parse
 from seal_jax.outer.step_log import why
 from seal_jax.runs import adapters, checkpoint
+from seal_jax.runs.verify import verify_run
 from seal_jax.sources import load_model
 from seal_jax.tasks.task import Rejected, SelfEdit
 from seal_jax.train import train
@@ -79,10 +80,16 @@ def restore_final(folder, *overrides):
 
 def assert_same_run(left, right):
     """Compare what two runs wrote, bit for bit, but for the clock and the order of the ledgers."""
-    names = {p.relative_to(left).as_posix() for p in left.rglob("*.json*") if "check" not in str(p)}
-    assert names == {
-        p.relative_to(right).as_posix() for p in right.rglob("*.json*") if "check" not in str(p)
-    }
+    names, others = (
+        {
+            path.relative_to(run).as_posix()
+            for path in run.rglob("*.json*")
+            if "check" not in str(path) and path.name != "manifest.json"  # it knows of the clock
+        }
+        for run in (left, right)
+    )
+    assert names == others
+    assert verify_run(str(right))[1] == []
     assert "edits.jsonl" in names and "eval_seal.jsonl" in names
     for name in names:
         if name.endswith("metrics.jsonl"):
@@ -106,14 +113,14 @@ def assert_same_adapters(left, right):
 def test_a_run_writes_its_whole_folder(finished):
     assert {path.name for path in finished.iterdir()} == {
         *("config.json", "metrics.jsonl", "edits.jsonl", "summary.json", "summary.md"),
-        *("checkpoints", "adapters", "model", "random"),
+        *("checkpoints", "adapters", "model", "random", "manifest.json"),
         *(f"eval_{arm}.jsonl" for arm in ("passage", "own", "seal", "random")),
     }
     config = json.loads((finished / "config.json").read_text())
     assert config["task"]["name"] == "facts" and config["inner"]["optax_name"] == "adamw"
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {"1", "2"}
     assert {p.name for p in (finished / "random").iterdir()} == {
-        *("metrics.jsonl", "edits.jsonl", "checkpoints", "adapters")
+        *("metrics.jsonl", "edits.jsonl", "checkpoints", "adapters", "manifest.json")
     }
     summary = json.loads((finished / "summary.json").read_text())
     assert list(summary["arms"]) == ["base", "own", "passage", "random", "seal"]
@@ -195,6 +202,7 @@ def killed_at(folder, line, *overrides):
     """Run until just before a line is written: 'edits.jsonl:7'."""
     result = run_process(*train_arguments(folder, *overrides), kill=f"{folder}/{line}", check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
+    assert verify_run(str(folder))[1] == []
 
 
 def test_a_run_that_is_killed_three_times_is_the_uninterrupted_run(finished, one_device, tmp_path):

@@ -4,22 +4,33 @@ import json
 import shutil
 import subprocess
 
+import pytest
 from test_train import assert_same_run
 from tiny_run import run_process, train_arguments
 
 from seal_jax.commands import main as cli
+from seal_jax.hosts import files, manifest
 from seal_jax.runs.verify import verify_run
+from seal_jax.sources import load_model
 
 pytest_plugins = ["tiny_fixtures"]
+MARK = {manifest.KEY: manifest.MANIFEST}  # in config.json
 
 
 def test_a_finished_run_is_good(finished, capsys):
     assert cli.main(["verify", str(finished)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, unknown = capsys.readouterr().out.splitlines()
     assert all(line.startswith("good ") for line in lines)
+    assert unknown == (
+        "Not known: what a killed run wrote after the last entry of manifest.json, and whether that"
+        " was itself replaced."
+    )
     names = {line.split()[1] for line in lines}
     assert {"config.json", "edits.jsonl", "checkpoints/2", "random/checkpoints/2"} <= names
     assert {"adapters/policy-0", "random/adapters/policy-1", "summary.json"} <= names
+    files = {path.relative_to(finished) for path in finished.rglob("*") if path.is_file()}
+    alone = {p.as_posix() for p in files if not {"checkpoints", "adapters"} & {*p.parts}}
+    assert alone <= names and "model/config.json" in alone  # whatever a run writes is looked at
 
 
 def test_what_is_damaged_is_named(finished, tmp_path, capsys):
@@ -56,6 +67,9 @@ def test_one_checkpoint_of_several_is_a_policy(finished, one_device, tmp_path, c
     assert cli.main([*arguments, "--policy", str(finished / "checkpoints" / "3")]) == 2
     assert "has no step 3, only [2, 1]" in capsys.readouterr().err
     first = json.loads((tmp_path / "first" / "policy.json").read_text())
+    good, damaged = verify_run(str(tmp_path / "first"))
+    assert "policy.json" in good and "eval_seal.jsonl" in good and not damaged
+    assert "policy.json" in manifest.read_manifest(tmp_path / "first").files
     arguments[-1] = str(tmp_path / "last")
     assert cli.main([*arguments, "--policy", str(finished / "checkpoints")]) == 0
     assert json.loads((tmp_path / "last" / "policy.json").read_text())["hash"] != first["hash"]
@@ -79,4 +93,84 @@ def test_a_disk_that_is_read_only_ends_the_run(finished, one_device, small_disk,
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert cli.main(train_arguments(run)) == 2
     assert "Read-only file system" in capsys.readouterr().err
-    assert verify_run(str(run))[1] == []
+    assert verify_run(str(run))[1] == ["summary.json: was written and is not there"]
+
+
+def damages(data: bytes):
+    """Yield what may have become of a file, and its content then; None if it is deleted."""
+    for place in (0, len(data) // 2, len(data) - 1):
+        yield f"byte {place}", data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+    yield "half", data[: len(data) // 2]
+    yield "last line", data[: data[:-1].rfind(b"\n") + 1]
+    yield "emptied", b""
+    yield "deleted", None
+
+
+def unnamed(run) -> tuple[int, set]:
+    """Damage every file of a run in turn; return how often, and what `verify` does not name."""
+    count, missed = 0, set()
+    for path in sorted(path for path in run.rglob("*") if path.is_file()):
+        name, data = path.relative_to(run).as_posix(), path.read_bytes()
+        for what, content in damages(data):
+            path.unlink() if content is None else path.write_bytes(content)
+            if not any(complaint.startswith(f"{name}: ") for complaint in verify_run(str(run))[1]):
+                missed.add((name, what))
+            count += 1
+        path.write_bytes(data)
+    return count, missed
+
+
+def without_orbax(run, copy):
+    """Copy a run without checkpoints and adapters, whose damage test_checkpoint.py looks at."""
+    return shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "adapters"))
+
+
+def test_no_damage_to_any_file_of_a_finished_run_goes_unnamed(finished, tmp_path):
+    count, missed = unnamed(without_orbax(finished, tmp_path / "run"))
+    assert count == 7 * 16 and missed == set()
+
+
+def test_no_damage_to_any_file_of_a_killed_run_goes_unnamed(old_run, tmp_path):
+    run = without_orbax(old_run, tmp_path / "run")
+    files.write_json(run / "config.json", {**files.read_json(run / "config.json"), **MARK})
+    manifest.begin(run)
+    count, missed = unnamed(run)
+    assert count == 7 * 9 and missed == set()
+
+
+def test_a_checkpoint_or_an_adapter_that_is_gone_is_named(finished, tmp_path):
+    run = without_orbax(finished, tmp_path / "run")
+    lost = {complaint.partition(":")[0] for complaint in verify_run(str(run))[1]}
+    assert {"checkpoints/1", "checkpoints/2", "adapters/policy-0", "random/checkpoints/2"} <= lost
+    shutil.rmtree(run / "random")
+    assert "random: was written and is not there" in verify_run(str(run))[1]
+
+
+def test_a_run_without_a_manifest_is_read_and_what_cannot_be_known_is_said(old_run, capsys):
+    (old_run / "edits.jsonl").write_text("")
+    assert cli.main(["verify", str(old_run)]) == 0
+    assert "there is no manifest.json to compare with" in capsys.readouterr().out
+
+
+def test_what_is_damaged_is_not_used(finished, one_device, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert cli.main(["verify", str(run / "checkpoints")]) == 0
+    shutil.rmtree(run / "checkpoints" / "2")
+    config = (run / "model" / "config.json").read_text()
+    (run / "model" / "config.json").write_text(config.replace("10000.0", "20000.0"))
+    with pytest.raises(ValueError, match="model/config.json its checksum is not that"):
+        load_model(str(run))
+    (run / "model" / "config.json").write_text(config)
+    with pytest.warns(UserWarning, match=r"checkpoints were written and are not there: \[2\]"):
+        load_model(str(run))
+    (run / "edits.jsonl").write_text("")
+    capsys.readouterr()
+    for command in (train_arguments(run), ["export", str(run), "--list"]):
+        assert cli.main(command) == 2
+        message = capsys.readouterr().err
+        assert "damaged since it was written: edits.jsonl has 0 bytes, " in message
+    assert cli.main(["verify", str(run)]) == 2
+    assert "DAMAGED  edits.jsonl: has 0 bytes" in capsys.readouterr().out
+    (run / "manifest.json").unlink()  # as the message says: take what is there
+    (run / "checkpoints" / "1").rename(run / "checkpoints" / "2")
+    assert cli.main(train_arguments(run)) == 0

@@ -2,11 +2,12 @@
 
 import shutil
 import subprocess
+import tarfile
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from tiny_run import run_process, train_arguments
+from tiny_run import TESTS, run_process, train_arguments
 
 from seal_jax.config import setup
 from seal_jax.hosts.start_jax import start_jax
@@ -26,6 +27,15 @@ def finished(compiled, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     run_process(*train_arguments(folder))
     return folder
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    """Return the folder of the run that test_old_runs.py is about."""
+    name = "run_cb29795"
+    with tarfile.open(TESTS / "data" / f"{name}.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / name
 
 
 @pytest.fixture

@@ -66,9 +66,11 @@ def run_predictions(run: str, arm: str, name: str) -> tuple[str, list[list[dict[
     from seal_jax.config.load import from_json, task_arguments
     from seal_jax.hosts.files import read_jsonl
     from seal_jax.hosts.json_text import read_text
+    from seal_jax.hosts.manifest import refuse_damaged
     from seal_jax.tasks import make_task
     from seal_jax.tasks.arc.task import Arc
 
+    refuse_damaged(run, ("config.json", f"eval_{arm}.jsonl"))
     path = Path(run, "config.json")
     config = from_json(read_text(path), str(path))
     if config.task.name != "arc":

@@ -345,6 +345,7 @@ def _parse_json(text: str, where: str) -> dict[str, Any]:
         parsed = parse_json(text, where)
         if not isinstance(parsed, dict):
             raise ValueError(f"{where}: {type(parsed).__name__}, not an object")
+        parsed.pop("manifest", None)  # see workdir.py
         return {key: _to_tuples(value) for key, value in flatten(parsed)}
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"not a config's JSON: {error}") from error

@@ -1,14 +1,19 @@
-"""A run's folder belongs to one config: config.json says to which."""
+"""A run's folder belongs to one config: config.json says to which.
+
+It also says that the folder has a manifest, so that one that is lost is missed.
+"""
 
 import fnmatch
+import json
 import os
 import time
 
 from ml_collections import ConfigDict
 
 from seal_jax.config.load import diff, to_json
+from seal_jax.hosts import manifest
 from seal_jax.hosts.exchange import ask_first, exchange
-from seal_jax.hosts.files import write_text
+from seal_jax.hosts.files import write_json
 from seal_jax.hosts.folder_lock import NAME
 from seal_jax.hosts.group import timeout_seconds
 from seal_jax.hosts.json_text import read_text
@@ -19,14 +24,15 @@ _LEFT = (NAME, ".config.json.*.tmp")
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> None:
-    """Refuse a folder that belongs to another config, to something else, or cannot be written.
+    """Refuse a folder that is another config's or something else's, damaged, or not to be written.
 
     Raises:
-      ValueError: it does.
+      ValueError: it does, or is.
     """
     check_output(workdir, "--workdir", folder=True)
     path = os.path.join(workdir, "config.json")
     if os.path.exists(path):
+        manifest.refuse_damaged(workdir)
         if difference := diff(read_text(path), config, path):
             raise ValueError(
                 f"{workdir} belongs to another config; this one differs in\n{difference}\n"
@@ -41,7 +47,7 @@ def _is_left(name: str) -> bool:
 
 
 def claim_workdir(config: ConfigDict, workdir: str) -> None:
-    """Write config.json into the folder, once model and data are known to be good.
+    """Write config.json and the manifest, once model and data are known to be good.
 
     Raises:
       ValueError: not every process sees it there, or another run claimed it before it was held.
@@ -50,7 +56,13 @@ def claim_workdir(config: ConfigDict, workdir: str) -> None:
     os.makedirs(workdir, exist_ok=True)
     path = os.path.join(workdir, "config.json")
     patience = time.monotonic() + timeout_seconds() / 10
-    write_text(path, to_json(config))
+    if os.path.exists(path):
+        for folder in (workdir, os.path.join(workdir, "random")):
+            manifest.take_up(folder)
+        manifest.begin(workdir)  # a run of an older version has none
+    write_json(path, {**json.loads(to_json(config)), manifest.KEY: manifest.MANIFEST})
+    manifest.begin(workdir)
+    manifest.update(workdir)
     ask_first("config.json", lambda: None)  # it is written
     while not os.path.exists(path) and time.monotonic() < patience:  # a bucket is seen late
         time.sleep(0.2)

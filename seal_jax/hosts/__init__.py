@@ -9,6 +9,8 @@ folder_lock.py one run at a time in a folder
 memory.py      how many bytes each device has
 json_text.py   how text and JSON are read
 outputs.py     what could not be written, said before the work
-files.py       JSON, lines of JSON and folders that are whole or absent
+files.py       JSON and lines of JSON
+replacing.py   files and folders that are whole or absent
+manifest.py    what a run has written, with checksums
 console.py     lines and progress, from the first process
 """

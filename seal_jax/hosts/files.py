@@ -1,4 +1,4 @@
-"""Files that are whole or absent: JSON, JSON lines, and folders.
+"""Files of a run: JSON that is whole or absent, and lines of JSON.
 
 Of several processes all call these functions, and the first one writes.
 
@@ -7,20 +7,22 @@ kill can tear only its last line; reading skips it, and the next append removes 
 step is a result, and counts once, however often it is there.
 """
 
-import contextlib
+import errno
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from seal_jax.hosts.exchange import is_first
+from seal_jax.hosts import manifest
+from seal_jax.hosts.exchange import is_first, least
 from seal_jax.hosts.json_text import parse_json, read_value
+from seal_jax.hosts.replacing import replace_text
 
 _RESERVED = ("step", "time", "nonfinite")
 # What a result is the result of: in a ledger of inner runs, in edits.jsonl, in metrics.jsonl.
@@ -142,21 +144,24 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
 def truncate_after(path: str | os.PathLike, step: int) -> None:
     """Drop the lines of every step above `step`, which a resumed run will redo.
 
-    The file is replaced in one move; one that does not exist is left so.
+    The file is replaced in one move, if any line goes; one that does not exist is left so.
     """
     if not is_first() or not os.path.exists(path):
         return
-    kept = [row for row in read_jsonl(path, keys=["step"]) if row["step"] <= step]
-    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+    data = Path(path).read_bytes()
+    read_jsonl(path, keys=["step"])  # or what is wrong is said
+    whole = data.split(b"\n")[:-1]
+    kept = b"".join(line + b"\n" for line in whole if json.loads(line)["step"] <= step)
+    if len(kept) < len(data):
+        manifest.shorten(path, kept)
+        replace_text(path, kept.decode())
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a file that is, after a kill at any moment, either the old one or the whole new one."""
     if is_first():
-        with _replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        manifest.forget(os.path.dirname(path), [os.path.basename(path)])
+        replace_text(path, text)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -164,42 +169,21 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
+def check_room(folder: str, needed: int, what: str) -> None:
+    """Raise OSError where a disk has no room for so many bytes; all processes call it.
+
+    From Orbax's threads it comes as 400 lines.
+    """
+    if "://" in folder:
+        return
+    free = least("disk", shutil.disk_usage(folder).free)
+    if free < needed:
+        sizes = f"needs {needed / 1e6:,.0f} MB, has {free / 1e6:,.0f}"
+        raise OSError(errno.ENOSPC, f"No space left for {what}: {sizes}", folder)
+
+
 def remove(path: str | os.PathLike) -> None:
     """Delete a file, if there is one."""
     if is_first() and os.path.exists(path):
+        manifest.forget(os.path.dirname(path), [os.path.basename(path)])
         os.remove(path)
-
-
-@contextlib.contextmanager
-def whole_folder(path: str | os.PathLike) -> Generator[Path]:
-    """Yield a temporary folder beside `path` that takes its name at the end: whole, or absent.
-
-    `path` may be an empty folder.
-    """
-    with _replacing(path) as temporary:
-        temporary.mkdir(parents=True)
-        yield temporary
-
-
-@contextlib.contextmanager
-def _replacing(path: str | os.PathLike) -> Generator[Path]:
-    """Yield a path for what takes the place of `path` at the end, if nothing is raised."""
-    path = Path(path).absolute()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _delete(temporary)  # of a killed process with the same number, as in a container
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        _delete(temporary)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name must survive a power cut, too
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from seal_jax.hosts import manifest
 from seal_jax.hosts.files import write_json, write_text
 from seal_jax.keys import EVAL_STEP
 from seal_jax.outer.answers import baseline_accuracy
@@ -91,6 +92,7 @@ def compare(
     # summary.json last: where it is, the run is done.
     write_text(os.path.join(workdir, "summary.md"), to_markdown(summary))
     write_json(os.path.join(workdir, "summary.json"), summary)
+    manifest.update(workdir)
     return summary
 
 

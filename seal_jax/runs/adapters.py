@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from seal_jax.hosts import manifest
 from seal_jax.hosts.exchange import is_first
 from seal_jax.hosts.files import read_jsonl
 from seal_jax.models import lora
@@ -76,6 +77,8 @@ def save_adapter(
     position = {"rank": rank, "targets": sorted(pairs), "parents": parents}
     path = os.path.join(folder, "adapters", adapter_id)
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    if os.path.exists(path):  # of a step that is made again
+        manifest.forget(folder, [f"adapters/{adapter_id}"])
     checkpoint.save_alone(path, {"adapters": to_host(adapters)}, position)
 
 
@@ -149,6 +152,7 @@ def drop_beyond(folder: str, max_bytes: float) -> list[str]:
 
 def delete_adapters(folder: str, adapter_ids: Sequence[str]) -> None:
     """Delete those of the adapters that are there; on several processes the first one does."""
+    manifest.forget(folder, [f"adapters/{adapter_id}" for adapter_id in adapter_ids])
     for adapter_id in adapter_ids if is_first() else ():
         path = os.path.join(folder, "adapters", adapter_id)
         if os.path.exists(path):

@@ -11,10 +11,8 @@ that Orbax refuses. A step is restored only if all of that agrees; else the one 
     wait(manager)
 """
 
-import errno
 import json
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,11 +27,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from seal_jax.hosts.exchange import least
+from seal_jax.hosts.files import check_room
+from seal_jax.hosts.manifest import lost_checkpoints
 from seal_jax.runs.leaf_records import (
     Leaf,
     PyTree,
     Record,
+    damaged_value,
     decode,
     describe,
     difference,
@@ -41,6 +41,7 @@ from seal_jax.runs.leaf_records import (
     hash_json,
     target_of,
     template_of,
+    with_hash,
 )
 
 Position = dict[str, Any]
@@ -65,6 +66,9 @@ def make_manager(folder: str | os.PathLike, keep: int, best: int = 0) -> ocp.Che
       folder: created if absent.
       keep: how many of the latest steps stay; with 1 nothing is left to fall back on.
       best: how many of the steps of the highest value stay beside them.
+
+    Raises:
+      CheckpointError: the value of a step is damaged.
     """
     stay: list[policy.PreservationPolicy] = [policy.LatestN(n=keep)]
     if best:
@@ -109,23 +113,13 @@ def save(
       OSError: the disk has no room for it; the steps before stay.
     """
     items = _items(pytrees, position, f"step {step}")
-    _check_room(str(manager.directory), pytrees)
+    needed = sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(pytrees)) + 1_000_000
+    check_room(str(manager.directory), needed, "a checkpoint")
     value = None if value is None or np.isnan(value) else float(value)
-    if not manager.save(step, args=items, metrics={"value": value}):
+    if not manager.save(step, args=items, metrics=with_hash(value)):
         raise CheckpointError(
             f"step {step} was not saved: {manager.directory} has steps {manager.all_steps()}"
         )
-
-
-def _check_room(folder: str, pytrees: Mapping[str, PyTree]) -> None:
-    """Raise OSError where the disk is too small: from Orbax's threads it comes as 400 lines."""
-    if "://" in folder:
-        return
-    needed = sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(pytrees)) + 1_000_000
-    free = least("disk", shutil.disk_usage(folder).free)
-    if free < needed:
-        sizes = f"needs {needed / 1e6:,.0f} MB, has {free / 1e6:,.0f}"
-        raise OSError(errno.ENOSPC, f"No space left for a checkpoint: {sizes}", folder)
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
@@ -199,11 +193,10 @@ def verify(folder: str | os.PathLike) -> dict[int, str]:
 
     No model is needed: shapes and dtypes are those that were saved.
     """
-    with _open(folder, read_only=True) as reader:
-        return {
-            step: _with_file(_verify(partial(reader.restore, step)), reader.directory / str(step))
-            for step in reader.all_steps(read=True)
-        }
+    return {
+        int(path.name): damaged_value(path) or _with_file(verify_alone(path), path)
+        for path in _steps(folder)
+    }
 
 
 def verify_alone(path: str | os.PathLike) -> str:
@@ -225,12 +218,20 @@ def _verify(restore: Restore) -> str:
     return ""
 
 
+def _steps(folder: str | os.PathLike) -> list[Path]:
+    # A kill leaves unfinished ones, whose names have more than digits.
+    return [path for path in Path(folder).glob("*") if path.name.isdigit()]
+
+
 def tree_hash(pytree: PyTree) -> str:
     """Return 16 hex digits that name a pytree's values bit for bit, with paths and dtypes."""
     return hash_json({path: describe(path, leaf) for path, leaf in flatten(pytree).items()})
 
 
 def _open(folder: str | os.PathLike, **options: Any) -> ocp.CheckpointManager:
+    for path in _steps(folder):
+        if complaint := damaged_value(path):  # Orbax would rank by it, or name no file
+            raise CheckpointError(f"damaged checkpoint {path}: {complaint}")
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax logs some twenty lines a save
     return ocp.CheckpointManager(_absolute(folder), options=ocp.CheckpointManagerOptions(**options))
 
@@ -278,6 +279,10 @@ def _restore(
     steps = sorted(manager.all_steps(read=True), reverse=True)
     if step is not None and step not in steps:
         raise CheckpointError(f"{manager.directory} has no step {step}, only {steps}")
+    lost = lost_checkpoints(os.path.dirname(manager.directory), above=max(steps, default=-1))
+    if lost and step is None:
+        complaint = f"checkpoints of {manager.directory} were written and are not there: {lost}"
+        warnings.warn(complaint, stacklevel=3)
     damaged = []
     for candidate in steps if step is None else [step]:
         try:
@@ -291,8 +296,9 @@ def _restore(
         if is_writer and damaged:
             _set_aside(manager, damaged)
         return candidate, *found
-    if damaged:
-        raise CheckpointError(f"no good checkpoint in {manager.directory}: {damaged} damaged")
+    if damaged or lost:
+        gone = f"{damaged} damaged, {lost} lost"
+        raise CheckpointError(f"no good checkpoint in {manager.directory}: {gone}")
     return None
 
 

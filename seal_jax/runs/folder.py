@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from seal_jax.hosts.exchange import is_first
-from seal_jax.hosts.files import read_object, whole_folder
+from seal_jax.hosts.files import read_object
+from seal_jax.hosts.replacing import whole_folder
 from seal_jax.models.model import Model, save_config
 
 

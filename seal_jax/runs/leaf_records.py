@@ -1,7 +1,11 @@
-"""What a checkpoint notes of every leaf: dtype, shape, hash, and the value of one Orbax refuses."""
+"""What a checkpoint notes of every leaf: dtype, shape, hash, and the value of one Orbax refuses.
+
+And of the value that ranks a step: a hash, too.
+"""
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -97,6 +101,25 @@ def difference(records: Mapping[str, Record], templates: Mapping[str, Leaf]) -> 
 
 def hash_json(value: Any) -> str:
     return _hash(json.dumps(value, sort_keys=True, allow_nan=False).encode())
+
+
+def with_hash(value: float | None) -> dict[str, Any]:
+    """Return what Orbax is to write as the metrics of a step: the value that ranks it."""
+    return {"value": value, "hash": _hash(repr(value).encode())}  # it may be infinite
+
+
+def damaged_value(step: Path) -> str:
+    """Return what is wrong with the value of a step's folder, or ''; it may have none."""
+    path = step / "metrics" / "metrics"
+    if not path.parent.exists():
+        return ""
+    try:
+        found = json.loads(path.read_bytes())
+        value, hashed = found["value"], found.get("hash")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        return f"metrics/metrics: {type(error).__name__}: {error}"
+    good = hashed in (None, _hash(repr(value).encode()))  # older ones have no hash
+    return "" if good else "metrics/metrics: its hash does not verify"
 
 
 def _hash(data: bytes | memoryview) -> str:

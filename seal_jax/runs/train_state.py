@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from seal_jax.hosts import manifest
 from seal_jax.hosts.files import append_metrics, truncate_after
 from seal_jax.objectives.objective import Past, Rewards
 from seal_jax.outer.examination import Attempts
@@ -56,6 +57,7 @@ def record(
     if adapters is not None:
         parents = policy_parents(step.number, settings.outer.update)
         save_adapter(step.folder, policy_id(step.number), adapters, parents)
+    manifest.update(step.folder)
 
 
 def checkpoint(

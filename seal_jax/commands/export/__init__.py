@@ -50,12 +50,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def print_adapters(run: str) -> None:
     """Print the names of a run's adapters."""
+    from seal_jax.hosts.manifest import refuse_damaged
     from seal_jax.runs.adapters import list_adapters, list_kept
     from seal_jax.runs.folder import find_run
 
     found = find_run(run)
     if found is None:
         raise FileNotFoundError(f"{run}: not the folder of a run")
+    refuse_damaged(found.folder, ("edits.jsonl",))
     names, kept = list_adapters(str(found.folder)), list_kept(str(found.folder))
     print(f"{len(names)} adapters in {found.folder}; those of inner runs are best first")
     for name in sorted(set(names) - {one.adapter_id for one in kept}):

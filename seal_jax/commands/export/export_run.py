@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from seal_jax.hosts.files import whole_folder
+from seal_jax.hosts.manifest import refuse_damaged
 from seal_jax.hosts.outputs import check_output
+from seal_jax.hosts.replacing import whole_folder
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.model import Model, save_config
@@ -71,6 +72,7 @@ def export_run(
     found = find_run(run)
     if found is None:
         raise FileNotFoundError(f"{run}: no run's folder: it has no config.json of seal-jax train")
+    refuse_damaged(found.root, ("config.json",))
     source, dtype = found.config["model"]["source"], found.config["model"]["dtype"]
     if adapter == "policy" and not merged and found.config["outer"]["update"] == "full":
         raise ValueError(

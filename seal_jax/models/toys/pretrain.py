@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from seal_jax.hosts.console import progress
-from seal_jax.hosts.files import whole_folder
+from seal_jax.hosts.replacing import whole_folder
 from seal_jax.models.byte_tokenizer import ByteTokenizer
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.logits import next_token_logp

@@ -1,0 +1,296 @@
+"""The manifest of a run's folder: what the run has written there, with sizes and checksums.
+
+  {"files": {"edits.jsonl": {"bytes": 2948, "crc32": "1c291ca3"}, "model/config.json": ...},
+   "folders": ["adapters/policy-0", "random"], "checkpoints": [1, 2], "crc32": of all this}
+
+An entry changes where the run writes, and nowhere else: so what is lost or damaged stays told. New
+files are written first and entered then; what is replaced, cut or removed leaves the manifest
+first. So a kill at any moment leaves a folder that has all that its manifest says, and may have
+more. A line-by-line file (.jsonl) may be longer than its entry: its first bytes count.
+
+A CRC-32 can be carried on from the end of an entry, so that no line is read twice. Checkpoints and
+adapters have hashes of their own; the manifest only says which there are. RUN/random has its own
+manifest.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from seal_jax.hosts.console import say
+from seal_jax.hosts.exchange import is_first
+from seal_jax.hosts.folder_lock import NAME as LOCK
+from seal_jax.hosts.replacing import replace_text
+
+MANIFEST = "manifest.json"
+KEY = "manifest"  # config.json has it, so that a manifest that is lost is missed
+_FILES = (
+    *("config.json", "policy.json", "summary.json", "summary.md", "model/**/*"),
+    *("metrics.jsonl", "edits.jsonl", "eval_*.jsonl", "pending_*.jsonl", "judged_*.json"),
+)
+_REMADE = (MANIFEST, "summary.", "eval_", "pending_", "adapters/", "checkpoints/", "random")
+_ABSENT = "was written and is not there"
+
+
+class Entry(NamedTuple):
+    """What a file holds, or begins with."""
+
+    num_bytes: int
+    crc32: int
+
+
+class Manifest(NamedTuple):
+    """What a run has written into a folder; names are relative to it."""
+
+    files: dict[str, Entry]
+    folders: frozenset[str]
+    checkpoints: frozenset[int]
+
+
+def read_manifest(folder: str | os.PathLike) -> Manifest | None:
+    """Return the manifest of a folder; None where there is none.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    path = Path(folder, MANIFEST)
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+        checksum = content.pop("crc32")
+        if checksum != _hex(zlib.crc32(_dump(content).encode())):
+            raise ValueError("its checksum does not verify")
+        files = {n: Entry(e["bytes"], int(e["crc32"], 16)) for n, e in content["files"].items()}
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+    return Manifest(files, frozenset(content["folders"]), frozenset(content["checkpoints"]))
+
+
+def begin(folder: str | os.PathLike) -> None:
+    """Give a folder a manifest, of what is there, unless it has one; make the folder if need be."""
+    os.makedirs(folder, exist_ok=True)
+    if is_first() and not Path(folder, MANIFEST).exists():
+        _write(folder, Manifest({}, frozenset(), frozenset()))
+        update(folder, settled=True)
+
+
+def update(folder: str | os.PathLike, settled: bool = False) -> None:
+    """Enter what the run has written since the last entry; does nothing without a manifest.
+
+    Args:
+      settled: no checkpoint is being saved. Else only the newest one is sure to stay.
+
+    Raises:
+      ValueError: the manifest is damaged.
+    """
+    before = read_manifest(folder) if is_first() else None
+    if before is None:
+        return
+    files = dict(before.files)
+    for path in _written(Path(folder)):
+        name = path.relative_to(folder).as_posix()
+        if name not in files or _is_ledger(name):
+            files[name] = _extended(path, files.get(name, Entry(0, 0)))
+    steps = _checkpoint_steps(folder)
+    steps = steps if settled else frozenset(sorted(steps)[-1:])
+    if not _made_room(steps, before):
+        steps |= before.checkpoints
+    after = Manifest(files, before.folders | set(_folders(Path(folder))), steps)
+    if after != before:
+        _write(folder, after)
+
+
+def forget(folder: str | os.PathLike, names: Iterable[str]) -> None:
+    """Take files or folders out of the manifest, before they are replaced or removed."""
+    found = read_manifest(folder) if is_first() else None
+    gone = set(names)
+    if found is not None and not gone.isdisjoint({*found.files, *found.folders}):
+        files = {name: entry for name, entry in found.files.items() if name not in gone}
+        _write(folder, found._replace(files=files, folders=found.folders - gone))
+
+
+def shorten(path: str | os.PathLike, content: bytes) -> None:
+    """Enter what will be left of a ledger, before it is cut."""
+    path = Path(path)
+    found = read_manifest(path.parent)
+    if found is not None and path.name in found.files:
+        entry = Entry(len(content), zlib.crc32(content))
+        _write(path.parent, found._replace(files={**found.files, path.name: entry}))
+
+
+def losses(folder: str | os.PathLike) -> dict[str, str]:
+    """Return what is not in the folder as its manifest says, by name, and why.
+
+    Names are those of files and folders, 'checkpoints/STEP', and 'manifest.json' if it is damaged.
+    """
+    try:
+        found = read_manifest(folder)
+    except ValueError as error:
+        return {MANIFEST: str(error).partition(": ")[2]}
+    if found is None:
+        return {MANIFEST: _ABSENT} if _is_missed(Path(folder)) else {}
+    lost = {name: _compare(Path(folder, name), entry) for name, entry in found.files.items()}
+    lost |= {name: _ABSENT for name in found.folders if not Path(folder, name).is_dir()}
+    if "random" in found.folders and not Path(folder, "random", MANIFEST).exists():
+        lost[f"random/{MANIFEST}"] = _ABSENT
+    lost |= {f"checkpoints/{step}": _ABSENT for step in lost_checkpoints(folder)}
+    return {name: why for name, why in sorted(lost.items()) if why}
+
+
+def lost_checkpoints(folder: str | os.PathLike, above: int = -1) -> list[int]:
+    """Return the steps above one of which the manifest has a checkpoint and the folder none.
+
+    Raises:
+      ValueError: the manifest is damaged.
+    """
+    found, steps = read_manifest(folder), _checkpoint_steps(folder)
+    if found is None or _made_room(steps, found):
+        return []
+    return sorted(step for step in found.checkpoints - steps if step > above)
+
+
+def not_entered(folder: str | os.PathLike) -> list[str]:
+    """Return what is not in the folder's manifest, or of a ledger only its first lines."""
+    found, names = read_manifest(folder), []
+    if found is None:
+        return []
+    for path in _written(Path(folder)):
+        name = path.relative_to(folder).as_posix()
+        entry = found.files.get(name)
+        if entry is None or path.stat().st_size > entry.num_bytes:
+            names.append(name)
+    names += sorted(set(_folders(Path(folder))) - found.folders)
+    return names + [
+        f"checkpoints/{step}" for step in sorted(_checkpoint_steps(folder) - found.checkpoints)
+    ]
+
+
+def refuse_damaged(root: str | os.PathLike, reads: tuple[str, ...] = ("",)) -> None:
+    """Refuse a run whose files are not what it wrote.
+
+    Not so for what is not there and is no record: a run that goes on makes it again, or goes on
+    from an earlier checkpoint.
+
+    Args:
+      reads: how the names begin of what is going to be read; all by default.
+
+    Raises:
+      ValueError: with all of them.
+    """
+    damaged = [
+        (place, f"{place}{name} {why}")
+        for place in ("", "random/")
+        for name, why in losses(Path(root, place)).items()
+        if name.startswith(reads) and not _is_remade(Path(root, place), name)
+    ]
+    if damaged:
+        manifests = " and ".join(sorted({f"{place}{MANIFEST}" for place, _ in damaged}))
+        raise ValueError(
+            f"{root}: damaged since it was written: {'; '.join(text for _, text in damaged)}. Put"
+            f" it back from a copy; or delete {manifests}, then what is there is taken as it is."
+            " `seal-jax verify` names all that is damaged"
+        )
+
+
+def take_up(folder: str | os.PathLike) -> None:
+    """Say what a run that goes on has lost, and take out of the manifest what it makes again."""
+    lost = losses(folder) if is_first() else {}
+    for name, why in lost.items():
+        say(f"{Path(folder, name)}: {why}")
+    forget(folder, [name for name in lost if "/" not in name and _is_remade(folder, name)])
+
+
+def _is_remade(folder: str | os.PathLike, name: str) -> bool:
+    """Return whether a run that goes on makes a lost thing again, or does without."""
+    return name.startswith(_REMADE) and not Path(folder, name).exists()
+
+
+def _checkpoint_steps(folder: str | os.PathLike) -> frozenset[int]:
+    path = Path(folder, "checkpoints")
+    names = os.listdir(path) if path.is_dir() else ()
+    return frozenset(int(name) for name in names if name.isdigit())
+
+
+def _made_room(steps: frozenset[int], found: Manifest) -> bool:
+    """Return whether there is a checkpoint that the manifest does not know yet.
+
+    Older ones may have been removed for it.
+    """
+    return max(steps, default=-1) > max(found.checkpoints, default=-1)
+
+
+def _is_missed(folder: Path) -> bool:
+    """Return whether a folder without a manifest had one.
+
+    Where there is nothing but config.json, the run was killed before that.
+    """
+    found = {path.name for path in folder.glob("[!.]*")} | {LOCK}
+    if not found > {"config.json", LOCK}:
+        return False
+    return f'"{KEY}": "{MANIFEST}"'.encode() in (folder / "config.json").read_bytes()
+
+
+def _written(folder: Path) -> Iterator[Path]:
+    for pattern in _FILES:
+        yield from (path for path in sorted(folder.glob(pattern)) if path.is_file())
+
+
+def _folders(folder: Path) -> Iterator[str]:
+    if (folder / "random" / MANIFEST).exists():
+        yield "random"
+    for path in folder.glob("adapters/*"):
+        if ".orbax-checkpoint-tmp" not in path.name:  # half written
+            yield path.relative_to(folder).as_posix()
+
+
+def _is_ledger(name: str) -> bool:
+    return name.endswith(".jsonl")
+
+
+def _extended(path: Path, entry: Entry) -> Entry:
+    """Return the entry with what the file holds behind it: of a ledger, its whole lines."""
+    with open(path, "rb") as file:
+        file.seek(entry.num_bytes)
+        new = file.read()
+    if _is_ledger(path.name):
+        new = new[: new.rfind(b"\n") + 1]
+    return Entry(entry.num_bytes + len(new), zlib.crc32(new, entry.crc32))
+
+
+def _compare(path: Path, entry: Entry) -> str:
+    """Return what is wrong with a file, or ''."""
+    if not path.is_file():
+        return _ABSENT
+    size = path.stat().st_size
+    if size < entry.num_bytes or size > entry.num_bytes and not _is_ledger(path.name):
+        return f"has {size:,} bytes, {entry.num_bytes:,} were written"
+    checksum, left = 0, entry.num_bytes
+    with open(path, "rb") as file:
+        while left and (part := file.read(min(left, 1 << 20))):
+            checksum, left = zlib.crc32(part, checksum), left - len(part)
+    return "" if checksum == entry.crc32 else "its checksum is not that of what was written"
+
+
+def _write(folder: str | os.PathLike, manifest: Manifest) -> None:
+    content = {
+        "files": {
+            name: {"bytes": entry.num_bytes, "crc32": _hex(entry.crc32)}
+            for name, entry in manifest.files.items()
+        },
+        "folders": sorted(manifest.folders),
+        "checkpoints": sorted(manifest.checkpoints),
+    }
+    checksum = _hex(zlib.crc32(_dump(content).encode()))
+    replace_text(Path(folder, MANIFEST), _dump({**content, "crc32": checksum}) + "\n")
+
+
+def _dump(content: dict) -> str:
+    return json.dumps(content, indent=1, sort_keys=True)
+
+
+def _hex(checksum: int) -> str:
+    return f"{checksum:08x}"

@@ -19,15 +19,18 @@ import math
 import re
 import string
 
+from seal_jax.tasks.knowledge.grading.amounts import OPEN, SAME, compare_amounts
+from seal_jax.tasks.knowledge.grading.claims import plain, says_yes
 from seal_jax.tasks.knowledge.grading.features import Key, features, read_key
 from seal_jax.tasks.knowledge.grading.rules import MAX_CHARS, answer_part, rejection
-from seal_jax.tasks.knowledge.grading.words import NEGATIONS, Text, read
+from seal_jax.tasks.knowledge.grading.words import Text, read
 
 _FILE = importlib.resources.files("seal_jax.tasks.knowledge.grading").joinpath("points.json")
 _TABLE = json.loads(_FILE.read_text("utf-8"))
 INTERCEPT: float = _TABLE["intercept"]
 POINTS: dict[str, tuple[list[float], list[float]]] = _TABLE["points"]  # edges, points
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_SIGNS = re.compile(r"(?<=\w)[+#]+|\b[A-Z]\b(?=\s*$)")  # C++ is not C, hepatitis A not hepatitis
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 
 
@@ -74,7 +77,7 @@ def grade_probability(question: str, gold: str, prediction: str) -> float:
 def measure(question: str, gold: str, prediction: str) -> dict[str, float]:
     """Return the features of a prediction that `settle` leaves open."""
     answer = answer_part(prediction)
-    return features(read_key(question[:MAX_CHARS], gold[:MAX_CHARS]), read(answer), answer)
+    return features(read_key(question[:MAX_CHARS], gold[:MAX_CHARS]), read(plain(answer)), answer)
 
 
 def settle(question: str, gold: str, prediction: str) -> float | None:
@@ -86,27 +89,40 @@ def settle(question: str, gold: str, prediction: str) -> float | None:
     if not gold.strip():
         raise ValueError(f"the gold answer to {question!r} is empty: nothing could be right")
     answer = answer_part(prediction)
-    if exact_match(gold, answer[:MAX_CHARS]) and (normalize(answer) or answer == gold.strip()):
+    shown, gold = answer[:MAX_CHARS], gold.strip()
+    amounts = compare_amounts(question[:MAX_CHARS], gold[:MAX_CHARS], shown)
+    differs = amounts is not None and amounts.is_bare and amounts.says not in (SAME, OPEN)
+    if shown == gold or (_is_exact(gold, shown) and not differs):
         return 1.0
-    if rejection(question, gold, prediction) is not None:
+    if rejection(question, gold, prediction) is not None or differs:
         return 0.0
     key = read_key(question[:MAX_CHARS], gold[:MAX_CHARS])
     if not key.targets:  # a gold of symbols only
         return 0.0
-    text = read(answer)
-    if key.gold.words[0] in ("yes", "no"):
-        return _settle_yes_no(key, text)
-    return 1.0 if _is_family_name(key, text) else None
+    if key.gold.words[0] in ("yes", "no", "true", "false"):
+        return _settle_yes_no(key, answer)
+    if amounts is not None and amounts.is_bare and amounts.says == SAME:
+        return 1.0
+    return 1.0 if _is_family_name(key, read(answer)) else None
 
 
-def _settle_yes_no(key: Key, text: Text) -> float | None:
+def _is_exact(gold: str, answer: str) -> bool:
+    """Return whether the two are equal after `normalize`, which drops what may matter."""
+    if not exact_match(gold, answer) or not normalize(answer):
+        return False
+    return _SIGNS.findall(gold) == _SIGNS.findall(answer)
+
+
+def _settle_yes_no(key: Key, answer: str) -> float | None:
     """Return 1 or 0 where the polarity alone decides: the gold begins with yes or no."""
-    expected = key.gold.words[0]
+    expected = key.gold.words[0] in ("yes", "true")
+    says = says_yes(key, answer)
     if len(key.gold.words) == 1:
-        return float(_says_yes(key, text) == (expected == "yes"))
-    if text.words[0] in ("yes", "no") and text.words[0] != expected:
+        return float(says is expected)
+    words = read(answer).words
+    if words[0] in ("yes", "no") and says is not expected:
         return 0.0
-    return 1.0 if text.words == (expected,) else None
+    return 1.0 if words == key.gold.words[:1] else None
 
 
 def _is_family_name(key: Key, text: Text) -> bool:
@@ -114,17 +130,3 @@ def _is_family_name(key: Key, text: Text) -> bool:
     asks_who = not {"who", "whom", "whose"}.isdisjoint(key.question.words)
     is_name = len(key.names) == len(key.gold.words) and len(key.items) == 1
     return asks_who and is_name and text.stems == key.gold.stems[-1:]
-
-
-def _says_yes(key: Key, text: Text) -> bool | None:
-    """Return the polarity of an answer to a yes-no question, or None where it has none."""
-    if {"yes", "no"} <= set(text.words):
-        return None
-    if text.words[0] in ("yes", "yeah", "yep", "true", "correct"):
-        return True
-    if text.words[0] in ("no", "nope", "false", "incorrect"):
-        return False
-    about = len(key.question_content.intersection(text.stems))
-    if 2 * about < len(key.question_content):
-        return None
-    return NEGATIONS.isdisjoint(text.words)

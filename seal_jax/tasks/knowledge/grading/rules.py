@@ -8,6 +8,7 @@ the gold answer itself is not applied. All patterns run in linear time.
 import collections
 import re
 
+from seal_jax.tasks.knowledge.grading.claims import misnames, plain
 from seal_jax.tasks.knowledge.grading.features import Key, longest_run, read_key
 from seal_jax.tasks.knowledge.grading.words import NEGATIONS, STOP, Text, fold, is_number, read
 
@@ -104,9 +105,6 @@ _INSTRUCTION = re.compile(
     )
     + r"|\[/?inst\]|<\|\w{1,20}\|>|<</?sys>>|</?system>"
 )
-_DENIALS = frozenset("not isnt wasnt arent werent never except neither nor".split())
-_ALL_BUT = {(w, "but") for w in "anyone anything anybody all everyone everything nobody".split()}
-_TO_BE = frozenset("is was are were".split())
 _ASSENT = frozenset("yes correct right true accepted accept pass passed ok".split())
 _EVERYTHING = re.compile(
     r"\b(?:all|any|each|every one|either|both|none) of the (?:above|options|choices|listed)\b"
@@ -134,12 +132,13 @@ def rejection(question: str, gold: str, prediction: str) -> str | None:
     """Return the rule that makes `prediction` wrong whatever the gold is, or None.
 
     Returns:
-      'empty', 'too long', 'instruction', 'refusal', 'everything', 'echo', 'denial' or 'list'.
+      'empty', 'too long', 'instruction', 'refusal', 'everything', 'echo', 'list', or what
+      `misnames` returns.
     """
     answer = answer_part(prediction)
     if len(answer) > MAX_CHARS or len(answer.split()) > MAX_WORDS:
         return "too long"
-    text = read(answer)
+    text = read(plain(answer))
     if not text.words:
         return "empty"
     key = read_key(question[:MAX_CHARS], gold[:MAX_CHARS])
@@ -155,9 +154,9 @@ def rejection(question: str, gold: str, prediction: str) -> str | None:
         return "everything"
     if _is_echo(key, text, answer):
         return "echo"
-    if _is_denial(key, text):
-        return "denial"
-    return "list" if _is_list(key, text, folded) else None
+    if _is_list(key, text, folded):
+        return "list"
+    return misnames(key, question, gold[:MAX_CHARS], answer)
 
 
 def _refuses(folded: str) -> bool:
@@ -182,23 +181,6 @@ def _is_echo(key: Key, text: Text, answer: str) -> bool:
     names_both = "or" in text.words and key.question_stems.issuperset(key.content)
     run = longest_run(key.question.stems, text.stems)
     return not left and (names_both or run >= 0.7 * len(text.stems))
-
-
-def _is_denial(key: Key, text: Text) -> bool:
-    """Return whether `text` names the gold only to deny it: 'not X', 'X is not'."""
-    if key.is_negative or not NEGATIONS.isdisjoint(key.question.words):
-        return False
-    words = text.words
-    places = [i for i, s in enumerate(text.stems) if s in key.targets]
-    starts = [i for i in places if i - 1 not in places]
-    ends = [i for i in places if i + 1 not in places]
-    return bool(places) and all(
-        not _DENIALS.isdisjoint(words[max(0, start - 2) : start])
-        or words[start - 2 : start] in _ALL_BUT
-        or not _DENIALS.isdisjoint(words[end + 1 : end + 2])
-        or (words[end + 2 : end + 3] == ("not",) and words[end + 1] in _TO_BE)
-        for start, end in zip(starts, ends, strict=True)
-    )
 
 
 def _lists_numbers(key: Key, text: Text) -> bool:

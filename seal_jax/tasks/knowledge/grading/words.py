@@ -24,6 +24,11 @@ def _words(name: str) -> list[str]:
 STOP = frozenset(_words("stop"))
 LIGHT = frozenset(_words("light"))  # they qualify an answer without being it
 NEGATIONS = frozenset(_words("negations"))
+RELATIONS = frozenset(_words("relations"))
+IDENTITY_BEFORE = frozenset(_words("identity_before"))
+ROLES_BEFORE = frozenset(_words("roles_before"))
+IDENTITY_AFTER = frozenset(_words("identity_after"))
+HEDGES = frozenset(_words("hedges"))
 YES_NO_STARTS = frozenset(_words("yes_no_starts"))
 ONES = {w: i for i, w in enumerate(_words("ones"))}
 ONES |= {w: i for i, w in enumerate(_words("ordinals"), 1)}
@@ -35,6 +40,7 @@ CANONICAL = {word: group.split()[0] for group in _LEXICON["synonyms"] for word i
 _SUFFIXES = dict(pair.split(":") for pair in _words("suffixes"))  # and what takes their place
 
 _WORD = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d+\.\d+|\d+(?:st|nd|rd|th|s)\b|\d+|[^\W\d_]+|[%$€£]")
+_ROMAN = re.compile("[ivx]+")
 _DOTTED = re.compile(r"\b(?:[a-z]\.){2,}")
 _AMERICA = re.compile(r"\bUS(?:A\b|\b)|\bU\.S\.(?:A\.)?")
 _POSSESSIVE = re.compile(r"'s?\b|'")
@@ -131,6 +137,10 @@ def read(text: str) -> Text:
     return Text(tuple(words), tuple(map(stem, words)))
 
 
+REGIONS = frozenset(map(stem, ("africa", "asia", "europe")))
+COUNTRIES = frozenset(map(stem, _words("countries")))
+
+
 def trigrams(word: str) -> set[str]:
     """Return the runs of three letters in `word`, its ends marked."""
     padded = f"^{word}$"
@@ -139,10 +149,12 @@ def trigrams(word: str) -> set[str]:
 
 @functools.lru_cache(maxsize=1 << 17)
 def similarity(a: str, b: str) -> float:
-    """Return how alike two stems are, in [0, 1]; numbers are equal or nothing."""
+    """Return how alike two stems are, in [0, 1]; numbers and countries are equal or nothing."""
     if a == b:
         return 1.0
-    if is_number(a) or is_number(b):
+    if is_number(a) or is_number(b) or (a in COUNTRIES and b in COUNTRIES):
+        return 0.0
+    if _ROMAN.fullmatch(a) and _ROMAN.fullmatch(b):
         return 0.0
     shared = len(os.path.commonprefix((a, b)))
     prefix = shared / max(len(a), len(b)) if shared >= 4 else 0.0

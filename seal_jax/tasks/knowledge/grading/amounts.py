@@ -13,6 +13,7 @@ from typing import NamedTuple
 from seal_jax.tasks.knowledge.grading.features import capitalized
 from seal_jax.tasks.knowledge.grading.numerals import split
 from seal_jax.tasks.knowledge.grading.quantities import (
+    MONTHS,
     Quantities,
     Quantity,
     Unit,
@@ -22,13 +23,16 @@ from seal_jax.tasks.knowledge.grading.quantities import (
 from seal_jax.tasks.knowledge.grading.words import LIGHT, NEGATIONS, STOP, stem
 
 SAME, OPEN = "same", "open"  # the other verdicts say what differs
-_FRAME = STOP | LIGHT | frozenset("answer total exactly precisely number year years yes equal".split())
+_FRAME = (
+    STOP | LIGHT | frozenset("answer total exactly precisely number year years yes equal".split())
+)
 _CHOICE = frozenset("or and either perhaps maybe possibly , ; / ?".split())
 _ASKS_BOUND = frozenset(
     "least most minimum maximum up limit before after since until till exceed over under more less"
     " fewer above below long by start starting started begin beginning began".split()
 )
 _ASKS_SHARE = frozenset("percent percentage share proportion fraction rate portion part".split())
+_MONTH_STEMS = frozenset(map(stem, MONTHS))
 _CENTURY = 3155760000
 _NEAR = Fraction(1, 8)  # of a gold that says about how many; the table decides
 _ROUNDED = Fraction(1, 64)  # 33 % for a third
@@ -94,9 +98,10 @@ def compare_amounts(question: str, gold: str, answer: str) -> Verdict | None:
     given = read_quantities(answer)
     if not given.found:
         return None
-    is_bare = all(stem(w) in asked.stems for w in given.others if w.isalpha() and w not in _FRAME)
+    frame = _FRAME | MONTHS.keys() if given.months else _FRAME
+    is_bare = all(stem(w) in asked.stems for w in given.others if w.isalpha() and w not in frame)
     if len(asked.gold.found) > 1:
-        return Verdict(_compare_many(asked, given) if is_bare else OPEN, is_bare)
+        return Verdict(_compare_many(asked, given, is_bare), is_bare)
     gold_quantity = asked.gold.found[0]
     verdicts = [_compare(asked, gold_quantity, quantity) for quantity in given.found]
     if SAME in verdicts:
@@ -121,7 +126,10 @@ def _among_others(asked: _Asked, given: Quantities, verdicts: list[str]) -> str:
         between = given.others[given.places[i - 1] : given.places[i]]
         if _CHOICE.issuperset(between) and "or" not in asked.gold.others:
             a, b = given.found[i - 1 : i + 1]
-            if "day" not in (a.form, b.form) and (a.form == b.form or "or" in between):
+            is_kind = a.form == b.form and {u.dimension for u in a.units} == {
+                u.dimension for u in b.units
+            }
+            if "day" not in (a.form, b.form) and (is_kind or "or" in between):
                 return "number"  # 12 or 13
     new = [
         says
@@ -129,18 +137,30 @@ def _among_others(asked: _Asked, given: Quantities, verdicts: list[str]) -> str:
         if quantity not in asked.question.found and quantity.form != "day"
     ]
     has_rest = asked.rest.issubset(map(stem, given.others))
-    return SAME if (asked.is_alone or has_rest) and new[:1] == [SAME] and "or" not in given.others else OPEN
+    return (
+        SAME
+        if (asked.is_alone or has_rest) and set(new) <= {SAME} and "or" not in given.others
+        else OPEN
+    )
 
 
-def _compare_many(asked: _Asked, given: Quantities) -> str:
-    """Compare a bare answer with a gold of several quantities, such as a date."""
+def _compare_many(asked: _Asked, given: Quantities, is_bare: bool) -> str:
+    """Compare an answer with a gold of several quantities, such as a date."""
     if asked.gold.months and given.months and not asked.gold.months & given.months:
         return "number"
+    missing, wrong = set(asked.gold.found), []
     for quantity in given.found:
         verdicts = [_compare(asked, one, quantity) for one in asked.gold.found]
-        if SAME not in verdicts and OPEN not in verdicts and quantity.last is None:
-            return verdicts[0]
-    return OPEN
+        if SAME in verdicts:
+            missing.discard(asked.gold.found[verdicts.index(SAME)])
+        elif OPEN not in verdicts and quantity.last is None:
+            wrong.append((quantity.form, verdicts[0]))
+    forms = {quantity.form for quantity in missing}
+    wrong = [says for form, says in wrong if form in forms and (is_bare or form == "day")]
+    if wrong:
+        return wrong[0]
+    is_date = asked.rest <= _MONTH_STEMS and given.months == asked.gold.months
+    return OPEN if missing or not is_date or "or" in given.others else SAME
 
 
 def _compare(asked: _Asked, gold: Quantity, given: Quantity) -> str:
@@ -163,7 +183,8 @@ def _compare_values(asked: _Asked, gold: Quantity, given: Quantity) -> str:
         return "number" if gold.last is None or given.value not in ends[0] else "range"
     if any(isinstance(end, str) for pair in ends for end in pair):
         return SAME if ends[0] == ends[1] else "number"
-    if "decade" in (gold.form, given.form) or _is_century(gold):
+    is_century = _is_century(gold) and (gold.form == "ordinal" or not given.units)
+    if "decade" in (gold.form, given.form) or is_century:
         return _compare_times(gold, given)
     if "ordinal" in (gold.form, given.form) and gold.form != given.form:
         if asked.counts:
@@ -198,11 +219,13 @@ def _compare_times(gold: Quantity, given: Quantity) -> str:
     if _is_century(gold) and gold.form == "ordinal":
         if given.form == "ordinal":
             return SAME if a == b else "number"
+        if given.form == "decade" and b % 100 == 0:
+            return SAME if b == 100 * (a - 1) else "number"  # the 1800s are the 19th century
         return OPEN if 0 <= b - 100 * (a - 1) <= 100 else "number"
     if _is_century(gold):
         return OPEN
     if given.form == "ordinal" and _is_century(given):
-        return SAME if a == 100 * (b - 1) else "number"  # the 1800s are the 19th century
+        return SAME if a == 100 * (b - 1) else "number"
     if gold.form == given.form:
         is_short = min(a, b) < 100  # the 90s
         return SAME if a == b or (is_short and (a - b) % 100 == 0) else "number"

@@ -11,7 +11,7 @@ import functools
 import re
 from typing import NamedTuple
 
-from seal_jax.tasks.knowledge.grading.features import Key
+from seal_jax.tasks.knowledge.grading.features import ALIKE, Key, capitalized
 from seal_jax.tasks.knowledge.grading.numerals import split
 from seal_jax.tasks.knowledge.grading.words import (
     COUNTRIES,
@@ -25,22 +25,28 @@ from seal_jax.tasks.knowledge.grading.words import (
     STOP,
     fold,
     is_number,
+    is_same_name,
     read,
+    similarity,
     stem,
 )
 
+_SURE = re.compile(r"\b(?:no|without (?:a |any )?)(?: ?doubt| ?question)\b", re.IGNORECASE)
 _NO_NEGATION = re.compile(  # they say no 'no'
-    r"\b(?:no doubt|no question|no wonder|without (?:a |any )?(?:doubt|question)|not (?:only|just|merely"
-    r"|simply|solely)|(?:none|no) other than|nothing (?:but|less than|other than)|no ?(?:one|body) but"
-    r"|not (?=until\b))",
+    r"\b(?:no wonder|not (?:only|just|merely|simply|solely)|(?:none|no) other than|no ?(?:one|body) but"
+    r"|nothing (?:but|less than|other than)|not (?=until\b))",
     re.IGNORECASE,
 )
 _SAYS_NO = re.compile(
     r"\b(?:(?:of course|certainly|absolutely|definitely|surely|probably|i think|clearly) not"
-    r"|not (?:at all|really|true|so|correct|right|the case)|by no means|in no way|no way|on the contrary"
-    r"|under no circumstances)\b"
+    r"|not (?:at all|really|true|so|correct|right|the case)|by no means|in no way|no way"
+    r"|on the contrary|under no circumstances)\b"
 )
-_NOT = re.compile(r"n[o']t\b|(?<=[dsre])nt\b", re.IGNORECASE)
+_NOT = re.compile(
+    r"(?<=\w)n't\b|(?<=\bca)nnot\b"
+    r"|(?:(?<=\bis)|(?<=\bwas)|(?<=\bare)|(?<=\bwere)|(?<=\bdo)|(?<=\bdoes)|(?<=\bdid))nt\b",
+    re.IGNORECASE,
+)
 _DENIALS = frozenset("not never except neither nor unlike without excluding cannot no".split())
 _DENYING_PAIRS = {
     ("rather", "than"),
@@ -61,14 +67,23 @@ _OPENING = frozenset("( the a an either in of on at to by maybe perhaps possibly
 _ENDS_ITEM = STOP | frozenset("such including".split())
 _JOINTS = frozenset("or / | vs versus alternatively".split())
 _NO_CHOICE = frozenset("so more less fewer later earlier thereabouts greater higher older".split())
-_ASKS_NAME = frozenset("called call name names named term terms mean means known word words".split())
+_ASKS_NAME = frozenset(
+    "called call name names named term terms mean means known word words".split()
+)
 _RANKS = frozenset("younger second third fourth fifth sixth seventh eighth".split())
 _TRIGGER = re.compile(
     r"[/|?]|n't|\b(?:"
     + "|".join(
         sorted(
-            _DENIALS | _JOINTS - set("/|") | _WRONG | HEDGES | RELATIONS | ROLES_BEFORE
-            | IDENTITY_BEFORE | IDENTITY_AFTER | {w for pair in _DENYING_PAIRS for w in pair}
+            _DENIALS
+            | _JOINTS - set("/|")
+            | _WRONG
+            | HEDGES
+            | RELATIONS
+            | ROLES_BEFORE
+            | IDENTITY_BEFORE
+            | IDENTITY_AFTER
+            | {w for pair in _DENYING_PAIRS for w in pair}
             | {"city", "younger"} - {"of"}
         )
     )
@@ -77,15 +92,16 @@ _TRIGGER = re.compile(
 )
 _ROMAN = re.compile(r"\b[IVX]+\b")
 _MAX_ITEM = 4  # words of an alternative
-_MAX_CHOICE = 24  # words and signs of an answer that chooses; a longer one tells a story
+_MAX_CHOICE = 16  # words and signs of an answer that chooses; a longer one tells a story
 _YES = frozenset(
-    "yes yeah yep yup aye true correct indeed affirmative certainly definitely absolutely sure surely"
-    " right undoubtedly ok okay".split()
+    "yes yeah yep yup aye true correct indeed affirmative certainly definitely absolutely sure"
+    " surely right undoubtedly course ok okay".split()
 )
 _NO = frozenset("no nope nah nay false incorrect negative never untrue wrong".split())
 _FRAME = frozenset(
-    "well oh the answer is it it's that this statement claim would be say s i think believe was are"
-    " were does do did can could has have had will should may might so he she they we there am".split()
+    "well oh the answer is it it's that this statement claim would be say s i think believe was"
+    " are were does do did can could has have had will should may might so he she they we"
+    " there am".split()
 )
 _AUXILIARIES = frozenset(
     "is are was were does do did can could has have had will would should may might".split()
@@ -94,15 +110,13 @@ _AUXILIARIES = frozenset(
 
 def plain(text: str) -> str:
     """Return `text` without the negations that deny nothing: no doubt, not only, not until."""
-    return _NO_NEGATION.sub(" ", text)
+    return _NO_NEGATION.sub(" ", _SURE.sub("certainly", text))
 
 
 @functools.lru_cache(maxsize=1024)
 def _tokens(text: str) -> tuple[str, ...]:
     """Return folded words and signs, 'isn't' as 'is not'."""
-    text = fold(plain(text)).replace("cannot", "can not")
-    text = re.sub(r"n't\b", " not", text)
-    text = re.sub(r"\b(is|was|are|were|do|does|did|have|has|had|could|would|should)nt\b", r"\1 not", text)
+    text = _NOT.sub(" not", plain(text).replace("’", "'"))
     return tuple(split(text).words)
 
 
@@ -137,6 +151,8 @@ def misnames(key: Key, question: str, gold: str, raw: str) -> str | None:
     Returns:
       'denial', 'alternatives', 'name' or 'relation', or None, also where there is no mention.
     """
+    if _names_another(key, raw):
+        return "name"
     if not (_TRIGGER.search(raw) or _ROMAN.search(raw) or _may_lack(gold)):
         return None
     if not any(s in key.targets for s in read(raw).stems):
@@ -149,6 +165,10 @@ def misnames(key: Key, question: str, gold: str, raw: str) -> str | None:
     text = _Answer(tokens, stems, raw, frozenset(_tokens(question)), frozenset(_tokens(gold)))
     if reason := _lacks(gold, text):
         return reason
+    if "and" in text.golds and "or" not in text.golds:
+        for left, middle, right in zip(stems, stems[1:], stems[2:], strict=False):
+            if middle == "or" and {left, right} <= key.gold_stems:
+                return "alternatives"  # X or Y for X and Y
     reasons = []
     for start in sorted(i for i in places if i - 1 not in places):
         end = start
@@ -164,6 +184,21 @@ def misnames(key: Key, question: str, gold: str, raw: str) -> str | None:
             return None
         reasons.append(reason)
     return reasons[0]
+
+
+def _names_another(key: Key, raw: str) -> bool:
+    """Return whether the gold is one name, and the answer has one that only begins alike."""
+    if len(key.names) != 1 or len(key.content) != 1:
+        return False
+    name = key.names[0]
+    if name in (stems := set(read(raw).stems)):
+        return False
+    near = [s for s in stems if s[0] == name[0] and similarity(name, s) >= ALIKE]
+    return (
+        bool(near)
+        and not any(is_same_name(name, s) for s in near)
+        and (raw.islower() or not set(near).isdisjoint(capitalized(raw)))
+    )
 
 
 def _lacks(gold: str, text: _Answer) -> str | None:
@@ -183,7 +218,11 @@ def _lacks(gold: str, text: _Answer) -> str | None:
 
 def _is_denied(key: Key, text: _Answer, start: int, end: int) -> bool:
     """Return whether the gold is denied: not X, rather than X, X is not."""
-    if key.is_negative or not _DENIALS.isdisjoint(text.asked) or not _DENIALS.isdisjoint(text.golds):
+    if (
+        key.is_negative
+        or not _DENIALS.isdisjoint(text.asked)
+        or not _DENIALS.isdisjoint(text.golds)
+    ):
         return False
     for i in range(start - 1, max(-1, start - 6), -1):
         token = text.at(i)
@@ -250,7 +289,7 @@ def _is_relative(text: _Answer, start: int, end: int) -> bool:
 
 def _is_choice(key: Key, text: _Answer, start: int, end: int) -> bool:
     """Return whether the gold is one of several: X or Y, X/Y, perhaps X, perhaps Y."""
-    if not (_JOINTS | {"and"}).isdisjoint(text.golds) or len(key.content) > _MAX_ITEM:
+    if not (_JOINTS | {"and"}).isdisjoint(text.golds) or len(key.content) >= _MAX_ITEM:
         return False
     if len(text.tokens) > _MAX_CHOICE or (
         len(text.tokens) >= 2 * _MAX_ITEM and not _ASKS_NAME.isdisjoint(text.asked)
@@ -273,8 +312,8 @@ def _joins(key: Key, text: _Answer, place: int, step: int) -> bool:
         if token in _JOINTS:
             others = text.stems[i + 1 :] if step > 0 else text.stems[:i][::-1]
             words = [s for s in others[: _MAX_ITEM + 1] if s[0].isalnum() and s not in STOP]
-            is_bound = text.at(i + 1) in _NO_CHOICE
-            return bool(words) and not is_bound and key.gold_stems.isdisjoint(words)
+            is_none = text.at(i + 1) in _NO_CHOICE or (is_list and token == "/")
+            return bool(words) and not is_none and key.gold_stems.isdisjoint(words)
         if token == ",":
             is_list, num_words = True, 0
         elif token in _OPENING or token in _CLOSING:

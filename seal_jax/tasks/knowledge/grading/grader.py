@@ -31,6 +31,8 @@ INTERCEPT: float = _TABLE["intercept"]
 POINTS: dict[str, tuple[list[float], list[float]]] = _TABLE["points"]  # edges, points
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SIGNS = re.compile(r"(?<=\w)[+#]+|\b[A-Z]\b(?=\s*$)")  # C++ is not C, hepatitis A not hepatitis
+_PARENTHESES = re.compile(r"\([^()]*\)")
+_SHORT_FORM = re.compile(r"\(([A-Z]{2,6})\)")
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 
 
@@ -77,7 +79,8 @@ def grade_probability(question: str, gold: str, prediction: str) -> float:
 def measure(question: str, gold: str, prediction: str) -> dict[str, float]:
     """Return the features of a prediction that `settle` leaves open."""
     answer = answer_part(prediction)
-    return features(read_key(question[:MAX_CHARS], gold[:MAX_CHARS]), read(plain(answer)), answer)
+    key = read_key(question[:MAX_CHARS], gold[:MAX_CHARS])
+    return features(key, read(plain(answer)), answer)
 
 
 def settle(question: str, gold: str, prediction: str) -> float | None:
@@ -94,23 +97,31 @@ def settle(question: str, gold: str, prediction: str) -> float | None:
     differs = amounts is not None and amounts.is_bare and amounts.says not in (SAME, OPEN)
     if shown == gold or (_is_exact(gold, shown) and not differs):
         return 1.0
-    if rejection(question, gold, prediction) is not None or differs:
+    is_same = amounts is not None and amounts.is_bare and amounts.says == SAME
+    reason = rejection(question, gold, prediction)
+    if is_same and reason in (None, "list", "alternatives"):  # '1 400 000', '2/3'
+        return 1.0
+    if reason is not None or differs:
         return 0.0
     key = read_key(question[:MAX_CHARS], gold[:MAX_CHARS])
     if not key.targets:  # a gold of symbols only
         return 0.0
     if key.gold.words[0] in ("yes", "no", "true", "false"):
         return _settle_yes_no(key, answer)
-    if amounts is not None and amounts.is_bare and amounts.says == SAME:
-        return 1.0
     return 1.0 if _is_family_name(key, read(answer)) else None
 
 
 def _is_exact(gold: str, answer: str) -> bool:
-    """Return whether the two are equal after `normalize`, which drops what may matter."""
-    if not exact_match(gold, answer) or not normalize(answer):
-        return False
-    return _SIGNS.findall(gold) == _SIGNS.findall(answer)
+    """Return whether the two are equal after `normalize`, but for what it drops and what matters.
+
+    A gold may explain itself in parentheses: 'Human Immunodeficiency Virus (HIV)' is 'HIV', too.
+    """
+    short_forms = _SHORT_FORM.findall(gold)
+    readings = [gold, _PARENTHESES.sub(" ", gold), *short_forms] if "(" in gold else [gold]
+    return bool(normalize(answer)) and any(
+        exact_match(reading, answer) and _SIGNS.findall(reading) == _SIGNS.findall(answer)
+        for reading in readings
+    )
 
 
 def _settle_yes_no(key: Key, answer: str) -> float | None:

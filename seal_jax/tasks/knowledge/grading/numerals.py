@@ -2,8 +2,8 @@
 
     read_number(split('1.4 million'), 0)  ->  Number(1400000, 'cardinal', end=2)
 
-A number is read as an English text means it: 1,200 is over a thousand and 1.200 is not; 1,5 can only
-be a decimal comma. Values are exact.
+A number is read as an English text means it: 1,200 is over a thousand and 1.200 is not; 1,5 can
+only be a decimal comma. Values are exact.
 """
 
 import re
@@ -20,7 +20,7 @@ _DENOMINATORS |= {"half": 2, "halves": 2, "quarter": 4, "quarters": 4}
 del _DENOMINATORS["second"], _DENOMINATORS["seconds"], _DENOMINATORS["first"]
 _SCALES = SCALES | {f"{w}s": n for w, n in SCALES.items()} | {"dozen": 12, "crore": 10**7}
 _SCALES |= {"mn": 10**6, "mio": 10**6, "M": 10**6, "bn": 10**9, "tn": 10**12, "lakh": 10**5}
-_FIRST = frozenset(_SIZES) | frozenset(SCALES) | {"half", "quarter", "a", "an"}
+_FIRST = frozenset(_SIZES) | frozenset(SCALES) | {"half", "quarter", "dozen", "a", "an"}
 _GLUED_SCALES = {"k": 10**3, "b": 10**9}
 _MAX_EXPONENT = 40
 CURRENCIES = frozenset("$€£¥₹₽")
@@ -127,13 +127,17 @@ def read_number(text: Words, i: int) -> Number | None:
 
 def _with_fraction(text: Words, number: Number) -> Number:
     """Add 'and a half' or the '1/2' of '2 1/2', times the scale that stands before it."""
-    size = _SCALES.get(text.at(number.end - 1), 1)
     says_and = text.at(number.end) == "and"
-    if number.form == "cardinal" and (says_and or text.is_digits(number.end)):
-        more = _fraction(text, number.end + says_and)
-        if more and more.form == "fraction" and more.value < 1:
-            return number._replace(value=number.value + more.value * size, end=more.end)
-    return number
+    if number.form != "cardinal" or not (says_and or text.is_digits(number.end)):
+        return number
+    more = _fraction(text, number.end + says_and)
+    if more is None or more.form != "fraction":
+        return number
+    whole, part = number.value, more.value
+    if isinstance(whole, str) or isinstance(part, str) or part >= 1:
+        return number
+    size = _SCALES.get(text.at(number.end - 1), 1)
+    return number._replace(value=whole + part * size, end=more.end)
 
 
 def _scale(text: Words, start: int, number: Number) -> tuple[int, int] | None:
@@ -165,6 +169,8 @@ def _fraction(text: Words, i: int) -> Number | None:
         if int(word) >= 1000 and len(below) == 2:
             return Number(Fraction(int(word)), "cardinal", i + 3, Fraction(int(word[:-2] + below)))
         return Number(Fraction(int(word), int(below)), "fraction", i + 3)
+    if word == "dozen":
+        return Number(Fraction(12), "cardinal", i + 1)
     if word in ("half", "quarter"):
         return Number(Fraction(1, _DENOMINATORS[word]), "fraction", i + 1)
     above = 1 if word in ("a", "an") else _SIZES.get(word, 0)

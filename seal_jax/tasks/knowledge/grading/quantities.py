@@ -63,7 +63,7 @@ def _read_phrases(name: str) -> dict[tuple[str, ...], str]:
 
 
 UNITS = _read_units()
-_MONTHS = {w: i for i, names in enumerate(_LISTS["months"], 1) for w in names.split()}
+MONTHS = {w: i for i, names in enumerate(_LISTS["months"], 1) for w in names.split()}
 _BEFORE, _AFTER = _read_phrases("bounds_before"), _read_phrases("bounds_after")
 BOUND_WORDS = frozenset(word for phrase in (*_BEFORE, *_AFTER) for word in phrase)
 _BETWEEN = frozenset(_LISTS["between_bound_and_number"].split()) | CURRENCIES
@@ -146,7 +146,9 @@ def _quantity(
     if last is None and (pair := _pair(words, end, before[:start])):
         value, last, end = _times(value, pair.scale), pair.last, pair.end
         units, start = units or pair.units, start - pair.num_before
-    return _bounded(words, Quantity(value, form, last, units), end, before[:start], len(before) - start)
+    return _bounded(
+        words, Quantity(value, form, last, units), end, before[:start], len(before) - start
+    )
 
 
 def _is_minus(words: Words, i: int, before: list[str]) -> bool:
@@ -179,7 +181,7 @@ def _clock(words: Words, i: int) -> tuple[Quantity, int]:
 def _names_month(words: Words, i: int, end: int, months: set[int]) -> bool:
     """Return whether a month stands beside the number, and remember it."""
     near = (words.at(i - 1), words.at(end), words.at(end + 1) if words.at(end) == "of" else "")
-    named = {_MONTHS[word] for word in near if word in _MONTHS}
+    named = {MONTHS[word] for word in near if word in MONTHS}
     months |= named
     return bool(named)
 

@@ -10,7 +10,7 @@ import re
 
 from seal_jax.tasks.knowledge.grading.claims import misnames, plain
 from seal_jax.tasks.knowledge.grading.features import Key, longest_run, read_key
-from seal_jax.tasks.knowledge.grading.words import NEGATIONS, STOP, Text, fold, is_number, read
+from seal_jax.tasks.knowledge.grading.words import STOP, Text, fold, is_number, read
 
 MAX_CHARS = 2000  # of an answer; a longer one is a dump, not an answer
 MAX_WORDS = 200

@@ -37,6 +37,7 @@ SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
 EXPANSIONS = {short: tuple(long.split()) for short, long in _LEXICON["expansions"].items()}
 # Each group of synonyms counts as its first word.
 CANONICAL = {word: group.split()[0] for group in _LEXICON["synonyms"] for word in group.split()}
+_INFLECTIONS = frozenset("s es n an ian ean ese ish i ic er".split())  # of a name
 _SUFFIXES = dict(pair.split(":") for pair in _words("suffixes"))  # and what takes their place
 
 _WORD = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d+\.\d+|\d+(?:st|nd|rd|th|s)\b|\d+|[^\W\d_]+|[%$€£]")
@@ -161,3 +162,20 @@ def similarity(a: str, b: str) -> float:
     start = 0.9 * shared / min(len(a), len(b)) if shared >= 5 else 0.0
     left, right = trigrams(a), trigrams(b)
     return max(2 * len(left & right) / (len(left) + len(right)), prefix, start)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def is_same_name(a: str, b: str) -> bool:
+    """Return whether the stems of two names are of one: a people and its land, or a typo.
+
+    A name that only begins as another does is another: Victor, Victoria.
+    """
+    if a == b or not similarity(a, b):
+        return a == b
+    short, long = sorted((a, b), key=len)
+    if long.startswith(short):
+        rest = long[len(short) :]
+        return rest in _INFLECTIONS or (rest == "ia" and len(short) > 6)  # Yugoslav, Yugoslavia
+    start = len(os.path.commonprefix((short, long)))
+    end = len(os.path.commonprefix((short[start:][::-1], long[start:][::-1])))
+    return len(short) > 5 and len(long) - start - end < 2 + (len(short) > 8)

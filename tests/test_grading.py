@@ -341,6 +341,16 @@ def test_exact_match_and_f1_are_squads(gold, prediction, equal, f1):
     assert token_f1(prediction, gold) == pytest.approx(f1)
 
 
+def test_any_gold_answer_counts():
+    golds = ["Paris", "the City of Light"]
+    assert grade(CAPITAL[0], golds, "Paris") and grade(CAPITAL[0], golds, "The City of Light")
+    assert not grade(CAPITAL[0], golds, "Lyon")
+    assert exact_match(golds, "city of light") and not exact_match(golds, "light")
+    assert token_f1(golds, "Light") == 0.5 and token_f1(golds, "Paris") == 1
+    with pytest.raises(ValueError, match="no gold answer to 'Who'"):
+        grade("Who", [], "Ada")
+
+
 def test_normalize():
     assert normalize("  The  U.S.\tArmy, an ANT & a\nbee ") == "us army ant bee"
 

@@ -108,7 +108,10 @@ def baseline_accuracy(stages: Stages, params: Params, batch: Batch) -> list[floa
 def gold_logp(
     stages: Stages, params: Params, adapters: Adapters, wave: Wave
 ) -> list[list[float] | None]:
-    """Return log p per token of the gold answers under each adapter; None if no reward asks."""
+    """Return log p per token of the gold answers under each adapter; None if no reward asks.
+
+    Of several gold answers to a question it is the first.
+    """
     if "log_likelihood" not in stages.settings.reward.weights:
         return [None] * len(wave.places)
     golds = [_gold_texts(stages, place.run) if place else [] for place in wave.places]
@@ -119,8 +122,9 @@ def _gold_texts(stages: Stages, run: InnerRun) -> list[Text]:
     # Behind raw text the answer begins with a space, behind a chat template it does not.
     tokenizer, chat = stages.model.tokenizer, stages.settings.model.chat
     texts = []
-    for question, gold in run.exam.questions:
-        prompt = tokenizer.encode_prompt(stages.task.answer_prompt(run.problem, question), chat)
+    for question in run.exam.questions:
+        asked, gold = stages.task.answer_prompt(run.problem, question.question), question.answer
+        prompt = tokenizer.encode_prompt(asked, chat)
         tokens = [*prompt, *tokenizer.encode(gold if chat else f" {gold}", start=False)]
         texts.append(text_of(tokens, len(prompt)))
     return texts

@@ -33,8 +33,8 @@ from seal_jax.tasks.knowledge.grading.words import (
 
 _SURE = re.compile(r"\b(?:no|without (?:a |any )?)(?: ?doubt| ?question)\b", re.IGNORECASE)
 _NO_NEGATION = re.compile(  # they say no 'no'
-    r"\b(?:no wonder|not (?:only|just|merely|simply|solely)|(?:none|no) other than|no ?(?:one|body) but"
-    r"|nothing (?:but|less than|other than)|not (?=until\b))",
+    r"\b(?:no wonder|not (?:only|just|merely|simply|solely)|(?:none|no) other than"
+    r"|no ?(?:one|body) but|nothing (?:but|less than|other than)|not (?=until\b))",
     re.IGNORECASE,
 )
 _SAYS_NO = re.compile(

@@ -18,6 +18,7 @@ import json
 import math
 import re
 import string
+from collections.abc import Sequence
 
 from seal_jax.tasks.knowledge.grading.amounts import OPEN, SAME, compare_amounts
 from seal_jax.tasks.knowledge.grading.claims import plain, says_yes
@@ -27,6 +28,7 @@ from seal_jax.tasks.knowledge.grading.words import Text, read
 
 _FILE = importlib.resources.files("seal_jax.tasks.knowledge.grading").joinpath("points.json")
 _TABLE = json.loads(_FILE.read_text("utf-8"))
+Golds = str | Sequence[str]  # a gold answer, or several of which any counts
 INTERCEPT: float = _TABLE["intercept"]
 POINTS: dict[str, tuple[list[float], list[float]]] = _TABLE["points"]  # edges, points
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -41,13 +43,21 @@ def normalize(text: str) -> str:
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
-def exact_match(gold: str, prediction: str) -> bool:
-    """Return whether the two are equal after `normalize`."""
-    return normalize(gold) == normalize(prediction)
+def exact_match(gold: Golds, prediction: str) -> bool:
+    """Return whether the prediction equals a gold answer after `normalize`."""
+    return normalize(prediction) in map(normalize, _each(gold))
 
 
-def token_f1(gold: str, prediction: str) -> float:
-    """Return SQuAD's F1 between the two bags of words; two empty ones score 1."""
+def token_f1(gold: Golds, prediction: str) -> float:
+    """Return SQuAD's F1 with the nearest gold answer, of bags of words; two empty ones score 1."""
+    return max(_token_f1(one, prediction) for one in _each(gold))
+
+
+def _each(gold: Golds) -> tuple[str, ...]:
+    return (gold,) if isinstance(gold, str) else tuple(gold)
+
+
+def _token_f1(gold: str, prediction: str) -> float:
     gold_words, words = normalize(gold).split(), normalize(prediction).split()
     if not gold_words or not words:
         return float(gold_words == words)
@@ -55,13 +65,16 @@ def token_f1(gold: str, prediction: str) -> float:
     return 2 * shared / (len(gold_words) + len(words))
 
 
-def grade(question: str, gold: str, prediction: str) -> bool:
-    """Return whether `prediction` answers `question` as `gold` does.
+def grade(question: str, gold: Golds, prediction: str) -> bool:
+    """Return whether `prediction` answers `question` as a gold answer does.
 
     Raises:
-      ValueError: `gold` is empty, so nothing could be right.
+      ValueError: a gold answer is empty, or there is none, so nothing could be right.
     """
-    return grade_probability(question, gold, prediction) > 0.5
+    golds = _each(gold)
+    if not golds:
+        raise ValueError(f"there is no gold answer to {question!r}: nothing could be right")
+    return any(grade_probability(question, one, prediction) > 0.5 for one in golds)
 
 
 def grade_probability(question: str, gold: str, prediction: str) -> float:

@@ -106,6 +106,32 @@ TABLE = """
 + 44 BCE | 44 B.C. | in 44 BC | 44 before Christ
 - 44 AD | 44 | 44 CE | AD 44 | before 44 BC | 440 BC
 
+? When did the mill open?
+= 1923
++ It did not open until 1923. | as late as 1923 | 1923, not 1932 | 1923 rather than 1924
+- sometime after 1923 | before or after 1923 | at the latest by 1923 | 1932, not 1923 | 1922/1923
+= the 1960s
++ the sixties | the '60s | the 60s
+- the 1860s | the fifties | 1970
+
+? How long did the war last?
+= 30 years
++ thirty years | three decades | 360 months
+- over 30 years | up to 30 years | 30 months | 30 days
+
+? What is the interest rate?
+= 0.5 percent
++ half a percent | .5 % | 0,5 %
+- 5 percent | 50 % | .05 %
+
+? Did the king agree?
+= yes
++ The king agreed. | He did. | without doubt
+- The king did not agree. | He didn't. | the king never agreed
+= no
++ The king never agreed. | He didn't. | by no means
+- The king agreed. | no doubt he agreed | not only did he agree, he paid
+
 ? When did the bridge collapse?
 = January 7, 2015
 + 7 January 2015 | 2015-01-07 | January 7th, 2015 | Jan 7, 2015 | on the 7th of January 2015

@@ -2,8 +2,8 @@
 
     compare_amounts(question, '5.6 %', '56 %')  ->  Verdict('number', is_bare=True)
 
-A bare answer, which is a quantity and hardly more, is decided by its verdict. In a sentence the
-quantity stands among other facts, and the verdict is one feature of the fitted table.
+A bare answer, which is a quantity and hardly more than the question's words, is decided by its
+verdict. In any other the quantity stands among other facts: the fitted table decides.
 """
 
 import functools
@@ -13,6 +13,7 @@ from typing import NamedTuple
 from seal_jax.tasks.knowledge.grading.features import capitalized
 from seal_jax.tasks.knowledge.grading.numerals import split
 from seal_jax.tasks.knowledge.grading.quantities import (
+    BOUND_WORDS,
     MONTHS,
     Quantities,
     Quantity,
@@ -24,15 +25,22 @@ from seal_jax.tasks.knowledge.grading.words import LIGHT, NEGATIONS, STOP, stem
 
 SAME, OPEN = "same", "open"  # the other verdicts say what differs
 _FRAME = (
-    STOP | LIGHT | frozenset("answer total exactly precisely number year years yes equal".split())
+    STOP
+    | LIGHT
+    | BOUND_WORDS
+    | frozenset(
+        "answer total exactly precisely number year years yes equal sometime latest"
+        " earliest".split()
+    )
 )
 _CHOICE = frozenset("or and either perhaps maybe possibly , ; / ?".split())
 _ASKS_BOUND = frozenset(
     "least most minimum maximum up limit before after since until till exceed over under more less"
-    " fewer above below long by start starting started begin beginning began".split()
+    " fewer above below by start starting started begin beginning began".split()
 )
 _ASKS_SHARE = frozenset("percent percentage share proportion fraction rate portion part".split())
 _MONTH_STEMS = frozenset(map(stem, MONTHS))
+_MAX_BARE = 400  # characters; a longer answer is never bare
 _CENTURY = 3155760000
 _NEAR = Fraction(1, 8)  # of a gold that says about how many; the table decides
 _ROUNDED = Fraction(1, 64)  # 33 % for a third
@@ -91,9 +99,13 @@ def _asked_units(question: str) -> tuple[Unit, ...]:
 
 
 def compare_amounts(question: str, gold: str, answer: str) -> Verdict | None:
-    """Compare an answer with a gold that holds a quantity; None where one of them has none."""
+    """Compare an answer with a gold that holds a quantity.
+
+    Returns:
+      None where one of them has no quantity, or the answer is too long to be bare.
+    """
     asked = _read_asked(question, gold)
-    if not asked.gold.found:
+    if not asked.gold.found or len(answer) > _MAX_BARE:
         return None
     given = read_quantities(answer)
     if not given.found:

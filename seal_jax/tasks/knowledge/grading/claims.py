@@ -71,25 +71,12 @@ _ASKS_NAME = frozenset(
     "called call name names named term terms mean means known word words".split()
 )
 _RANKS = frozenset("younger second third fourth fifth sixth seventh eighth".split())
+_TRIGGERS = _DENIALS | _WRONG | HEDGES | RELATIONS | ROLES_BEFORE | IDENTITY_BEFORE
+_TRIGGERS |= IDENTITY_AFTER | _JOINTS | {pair[0] for pair in _DENYING_PAIRS} | {"city", "younger"}
 _TRIGGER = re.compile(
-    r"[/|?]|n't|\b(?:"
-    + "|".join(
-        sorted(
-            _DENIALS
-            | _JOINTS - set("/|")
-            | _WRONG
-            | HEDGES
-            | RELATIONS
-            | ROLES_BEFORE
-            | IDENTITY_BEFORE
-            | IDENTITY_AFTER
-            | {w for pair in _DENYING_PAIRS for w in pair}
-            | {"city", "younger"} - {"of"}
-        )
-    )
-    + r")\b",
-    re.IGNORECASE,
+    rf"[/|?]|n't|n’t|\b(?:{'|'.join(sorted(filter(str.isalpha, _TRIGGERS)))})", re.IGNORECASE
 )
+_NUMERAL = frozenset(("th", *map(str, range(1, 40))))  # of Louis XIV
 _ROMAN = re.compile(r"\b[IVX]+\b")
 _MAX_ITEM = 4  # words of an alternative
 _MAX_CHOICE = 16  # words and signs of an answer that chooses; a longer one tells a story
@@ -153,9 +140,9 @@ def misnames(key: Key, question: str, gold: str, raw: str) -> str | None:
     """
     if _names_another(key, raw):
         return "name"
-    if not (_TRIGGER.search(raw) or _ROMAN.search(raw) or _may_lack(gold)):
-        return None
     if not any(s in key.targets for s in read(raw).stems):
+        return None
+    if not (_TRIGGER.search(raw) or _ROMAN.search(raw) or _may_lack(gold)):
         return None
     tokens = _tokens(raw)
     stems = tuple(stem(token) if token[0].isalnum() else token for token in tokens)
@@ -172,7 +159,7 @@ def misnames(key: Key, question: str, gold: str, raw: str) -> str | None:
     reasons = []
     for start in sorted(i for i in places if i - 1 not in places):
         end = start
-        while end + 1 in places:
+        while end + 1 in places or text.at(end + 1) in text.golds & _NUMERAL:
             end += 1
         reason = (
             ("denial" if _is_denied(key, text, start, end) else None)
@@ -316,7 +303,7 @@ def _joins(key: Key, text: _Answer, place: int, step: int) -> bool:
             return bool(words) and not is_none and key.gold_stems.isdisjoint(words)
         if token == ",":
             is_list, num_words = True, 0
-        elif token in _OPENING or token in _CLOSING:
+        elif token in _OPENING or token in _CLOSING or (token == "and" and text.at(i + 1) == "/"):
             pass
         elif not is_list or not token[0].isalnum() or token in _ENDS_ITEM:
             return False

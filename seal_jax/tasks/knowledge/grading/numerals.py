@@ -21,6 +21,7 @@ del _DENOMINATORS["second"], _DENOMINATORS["seconds"], _DENOMINATORS["first"]
 _SCALES = SCALES | {f"{w}s": n for w, n in SCALES.items()} | {"dozen": 12, "crore": 10**7}
 _SCALES |= {"mn": 10**6, "mio": 10**6, "M": 10**6, "bn": 10**9, "tn": 10**12, "lakh": 10**5}
 _FIRST = frozenset(_SIZES) | frozenset(SCALES) | {"half", "quarter", "dozen", "a", "an"}
+_DECADES = {f"{w.removesuffix('y')}ies": n for w, n in TENS.items()}  # the sixties
 _GLUED_SCALES = {"k": 10**3, "b": 10**9}
 _MAX_EXPONENT = 40
 CURRENCIES = frozenset("$€£¥₹₽")
@@ -105,11 +106,14 @@ def _ordinal(found: re.Match[str]) -> str:
     """Return the number of Henry VIII or World War II, with the ending of an ordinal."""
     digits = [_ROMAN_DIGITS[c] for c in found.group()]
     pairs = zip(digits, [*digits[1:], 0], strict=True)
-    return f"{sum(-one if one < following else one for one, following in pairs)}th"
+    number = sum(-one if one < following else one for one, following in pairs)
+    return f"{number}th" if found.start() else str(number)
 
 
 def read_number(text: Words, i: int) -> Number | None:
     """Read the number that begins at word `i`, with what is added to it and what multiplies it."""
+    if size := _DECADES.get(text.at(i)):
+        return Number(Fraction(size), "decade", i + 1)
     if not text.is_digits(i) and text.at(i) not in _FIRST:
         return None
     number = _fraction(text, i)

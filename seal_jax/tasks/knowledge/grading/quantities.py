@@ -68,6 +68,8 @@ _BEFORE, _AFTER = _read_phrases("bounds_before"), _read_phrases("bounds_after")
 BOUND_WORDS = frozenset(word for phrase in (*_BEFORE, *_AFTER) for word in phrase)
 _BETWEEN = frozenset(_LISTS["between_bound_and_number"].split()) | CURRENCIES
 _POINTS = frozenset(tuple(phrase.split()) for phrase in _LISTS["bounds_of_points"])
+_UNTIL = (("until",), ("till",))
+_NOT = frozenset(("not", "never", "t"))  # the last one of didn't
 _MAX_BETWEEN = 8
 _ERAS = {"bc": "bc", "bce": "bc", "ad": "ad", "ce": "ad"}
 _TIMES = frozenset("h hr hour s sec second min minute day week month year".split())
@@ -131,6 +133,9 @@ def _quantity(
         quantity, end = _clock(words, i)
         return _bounded(words, quantity, end, before)
     value, form, (units, end) = number.value, number.form, read_unit(words, number.end)
+    if form == "fraction" and not units and (words.at(end) in ("a", "an", "of")):
+        more = read_unit(words, end + 1 + (words.at(end) == "of"))
+        form, (units, end) = ("cardinal", more) if more[0] else (form, (units, end))  # half a mile
     start = len(before)
     if _is_minus(words, i, before):
         value, start = _negative(value), start - 1
@@ -264,6 +269,8 @@ def _bound_before(quantity: Quantity, before: list[str]) -> tuple[str, int]:
     while start > max(0, len(before) - _MAX_BETWEEN):
         phrases = [tuple(before[max(0, start - n) : start]) for n in (3, 2, 1)]
         phrase = next((p for p in phrases if p in _BEFORE), None)
+        if phrase in _UNTIL and not _NOT.isdisjoint(before[:start]):
+            return "", start - 1  # it did not open until 1923
         if phrase and (phrase not in _POINTS or _is_point(quantity)):
             start = begin = start - len(phrase)
             if phrase == ("not", "until"):

@@ -113,6 +113,7 @@ _EVERYTHING = re.compile(
     r"|^\W*(?:anything|everything|everyone|everybody|all|any|whatever|anyone)\W*$"
     r"|\b(?:every|all|any) possible (?:answers?|options?|names?|words?)\b"
 )
+_POLAR = (("yes",), ("no",), ("true",), ("false",))
 _SEPARATOR = re.compile(r"[,;|/\n•]|\s-\s|\band\b|\bor\b|\d\.\s")
 _ALTERNATIVES = re.compile(r"\b(?:or|could|might|may|maybe|perhaps|possibly|either|one of|any)\b")
 
@@ -152,7 +153,9 @@ def rejection(question: str, gold: str, prediction: str) -> str | None:
         return "refusal"
     if _EVERYTHING.search(folded) and not _EVERYTHING.search(fold(gold[:MAX_CHARS])):
         return "everything"
-    if _is_echo(key, text, answer):
+    is_statement = answer[-1:] != "?" and text.words[:1] != key.question.words[:1]
+    states = key.is_yes_no and key.gold.words[:1] in _POLAR and is_statement
+    if _is_echo(key, text, answer) and not states:
         return "echo"
     if _is_list(key, text, folded):
         return "list"

@@ -290,6 +290,14 @@ def test_a_megabyte_is_wrong_and_quick(unit):
     assert time.perf_counter() - start < 2  # seconds; takes milliseconds
 
 
+@pytest.mark.parametrize("unit", ["1907 or ", "1 111 ", "half a ", "II ", "not ", "before ", "½"])
+@pytest.mark.parametrize("size", [350, 1900, 10**6])
+def test_many_numbers_are_wrong_and_quick(unit, size):
+    start = time.perf_counter()
+    assert not grade(*YEAR, unit * (size // len(unit)) + "1908")
+    assert time.perf_counter() - start < 2  # seconds; takes milliseconds
+
+
 def test_answer_part_drops_a_label_and_the_next_prompt():
     assert answer_part("The final answer is: Paris\nQuestion: Who?") == "Paris"
     assert answer_part("Paris\nIt is in France.") == "Paris\nIt is in France."

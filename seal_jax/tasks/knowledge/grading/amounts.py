@@ -104,9 +104,9 @@ def compare_amounts(question: str, gold: str, answer: str) -> Verdict | None:
     Returns:
       None where one of them has no quantity, or the answer is too long to be bare.
     """
-    asked = _read_asked(question, gold)
-    if not asked.gold.found or len(answer) > _MAX_BARE:
+    if len(answer) > _MAX_BARE or not read_quantities(gold).found:
         return None
+    asked = _read_asked(question, gold)
     given = read_quantities(answer)
     if not given.found:
         return None

@@ -119,6 +119,16 @@ TABLE = """
 + thirty years | three decades | 360 months
 - over 30 years | up to 30 years | 30 months | 30 days
 
+? In which language is it written?
+= C++
++ c++ | It is written in C++.
+- C | C#
+
+? Which vitamin is it?
+= vitamin A
++ vitamin a | Vitamin A.
+- vitamin | vitamin B
+
 ? What is the interest rate?
 = 0.5 percent
 + half a percent | .5 % | 0,5 %

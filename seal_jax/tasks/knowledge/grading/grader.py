@@ -32,7 +32,7 @@ Golds = str | Sequence[str]  # a gold answer, or several of which any counts
 INTERCEPT: float = _TABLE["intercept"]
 POINTS: dict[str, tuple[list[float], list[float]]] = _TABLE["points"]  # edges, points
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_SIGNS = re.compile(r"(?<=\w)[+#]+|\b[A-Z]\b(?=\s*$)")  # C++ is not C, hepatitis A not hepatitis
+_SIGNS = re.compile(r"(?<=\w)[+#]+(?!\w)|(?<=\s)[a-z](?=\W*$)")  # C++, hepatitis A
 _PARENTHESES = re.compile(r"\([^()]*\)")
 _SHORT_FORM = re.compile(r"\(([A-Z]{2,6})\)")
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
@@ -110,6 +110,10 @@ def settle(question: str, gold: str, prediction: str) -> float | None:
     differs = amounts is not None and amounts.is_bare and amounts.says not in (SAME, OPEN)
     if shown == gold or (_is_exact(gold, shown) and not differs):
         return 1.0
+    if _signs(gold) != _signs(shown):
+        bare_gold, bare = (normalize(_SIGNS.sub(" ", text.lower())) for text in (gold, shown))
+        if bare and bare_gold == bare:  # vitamin B for vitamin A
+            return 0.0
     is_same = amounts is not None and amounts.is_bare and amounts.says == SAME
     reason = rejection(question, gold, prediction)
     if is_same and reason in (None, "list", "alternatives"):  # '1 400 000', '2/3'
@@ -132,9 +136,13 @@ def _is_exact(gold: str, answer: str) -> bool:
     short_forms = _SHORT_FORM.findall(gold)
     readings = [gold, _PARENTHESES.sub(" ", gold), *short_forms] if "(" in gold else [gold]
     return bool(normalize(answer)) and any(
-        exact_match(reading, answer) and _SIGNS.findall(reading) == _SIGNS.findall(answer)
-        for reading in readings
+        exact_match(reading, answer) and _signs(reading) == _signs(answer) for reading in readings
     )
+
+
+def _signs(text: str) -> list[str]:
+    """Return the signs and the last letter that `normalize` drops."""
+    return _SIGNS.findall(text.lower())
 
 
 def _settle_yes_no(key: Key, answer: str) -> float | None:

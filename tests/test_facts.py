@@ -40,12 +40,12 @@ def test_everything_is_short_ascii():
     task = Facts(num_train=500, num_facts=6)
     for problem, exam in task.load("train"):
         assert len(exam.questions) == 6
-        assert all(answer in ATTRIBUTES[q.split()[1][:-1]] for q, answer in exam.questions)
+        assert all(answer in ATTRIBUTES[q.split()[1][:-1]] for q, answer, _ in exam.questions)
         texts = task.passage_only(problem).training_texts
-        texts += tuple(task.answer_prompt(problem, q) for q, _ in exam.questions)
+        texts += tuple(task.answer_prompt(problem, q) for q, *_ in exam.questions)
         assert all(text.isascii() and len(text) <= 64 for text in texts)
         assert " ".join(task.passage_only(problem).training_texts) == problem.passage
-        assert not any(q in task.edit_prompt(problem) for q, _ in exam.questions)
+        assert not any(q in task.edit_prompt(problem) for q, *_ in exam.questions)
 
 
 def test_lines_become_training_texts_before_the_passage():
@@ -114,4 +114,4 @@ def test_the_largest_task_is_found():
 def test_facts_are_read_back_from_their_passage():
     for problem, exam in Facts(num_facts=6).load("eval"):
         asked = [(f"{problem.title} {a}?", v) for a, v in facts_of(problem.passage)]
-        assert asked == [tuple(question) for question in exam.questions]
+        assert asked == [(q, answer) for q, answer, _ in exam.questions]

@@ -290,6 +290,14 @@ def test_a_megabyte_is_wrong_and_quick(unit):
     assert time.perf_counter() - start < 2  # seconds; takes milliseconds
 
 
+@pytest.mark.parametrize("unit", ["1907 or ", "1 111 ", "half a ", "II ", "not ", "before ", "½"])
+@pytest.mark.parametrize("size", [350, 1900, 10**6])
+def test_many_numbers_are_wrong_and_quick(unit, size):
+    start = time.perf_counter()
+    assert not grade(*YEAR, unit * (size // len(unit)) + "1908")
+    assert time.perf_counter() - start < 2  # seconds; takes milliseconds
+
+
 def test_answer_part_drops_a_label_and_the_next_prompt():
     assert answer_part("The final answer is: Paris\nQuestion: Who?") == "Paris"
     assert answer_part("Paris\nIt is in France.") == "Paris\nIt is in France."
@@ -339,6 +347,16 @@ def test_exact_match_and_f1_are_squads(gold, prediction, equal, f1):
     assert exact_match(gold, prediction) is equal
     assert token_f1(gold, prediction) == pytest.approx(f1)
     assert token_f1(prediction, gold) == pytest.approx(f1)
+
+
+def test_any_gold_answer_counts():
+    golds = ["Paris", "the City of Light"]
+    assert grade(CAPITAL[0], golds, "Paris") and grade(CAPITAL[0], golds, "The City of Light")
+    assert not grade(CAPITAL[0], golds, "Lyon")
+    assert exact_match(golds, "city of light") and not exact_match(golds, "light")
+    assert token_f1(golds, "Light") == 0.5 and token_f1(golds, "Paris") == 1
+    with pytest.raises(ValueError, match="no gold answer to 'Who'"):
+        grade("Who", [], "Ada")
 
 
 def test_normalize():

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from seal_jax.tasks.knowledge.passages import load_passages, load_problems, make_problem
+from seal_jax.tasks.knowledge.task import Knowledge
 from seal_jax.tasks.task import Exam, Problem, Question, join_shares
 
 LAKE = {
@@ -34,9 +35,16 @@ SQUAD = {
                     "qas": [
                         {"question": " With what? ", "id": "1", "answers": [{"text": "Milk"}]},
                         {"question": "Tea?", "answers": [], "is_impossible": True},
+                        {
+                            "question": "Sugar?",
+                            "answers": [{"text": "Milk"}],
+                            "plausible_answers": [{"text": "coffee"}],
+                            "is_impossible": True,
+                        },
                     ],
                 },
                 {"context": "No answers.", "qas": [{"question": "Tea?", "answers": []}]},
+                {"context": "No questions.", "qas": []},
             ],
         }
     ],
@@ -61,9 +69,13 @@ def rows(split: str) -> list[dict]:
 
 def read_back(split: str) -> list:
     return [
-        ("Old Town", f"{split} A.", [("q0?", "é0"), ("q2?", "é2")]),
-        ("New", f"{split} B.", [("q1?", "é1")]),
+        ("Old Town", f"{split} A.", [("q0?", "é0", ("other",)), ("q2?", "é2", ("other",))]),
+        ("New", f"{split} B.", [("q1?", "é1", ("other",))]),
     ]
+
+
+def _plain(question: Question) -> tuple:
+    return question[:2] if not question.others else (question.question, *question[1:])
 
 
 def brief(problems: list[tuple[Problem, Exam]]) -> list:
@@ -71,7 +83,7 @@ def brief(problems: list[tuple[Problem, Exam]]) -> list:
     ids = [problem.id for problem, _ in problems]
     assert len(set(ids)) == len(ids) and ids == [exam.problem_id for _, exam in problems]
     return [
-        (problem.title, problem.passage, [tuple(question) for question in exam.questions])
+        (problem.title, problem.passage, [_plain(question) for question in exam.questions])
         for problem, exam in problems
     ]
 
@@ -118,9 +130,13 @@ def test_json_with_splits_and_a_byte_order_mark(tmp_path):
     assert [p.title for p, _ in load_problems(path, "eval")] == ["Lake"]
 
 
-def test_squads_own_file(tmp_path):
+def test_squads_own_file(tmp_path, capsys):
     path = write(tmp_path / "train-v1.1.json", SQUAD)
     assert brief(load_problems(path, "eval")) == CAFE
+    assert capsys.readouterr().err == (
+        f"{path}, eval: passed over: 3 without an answer (questions),"
+        " 1 without a question (passages)\n"
+    )
     assert_shares_are_whole(path, "eval")
 
 
@@ -136,6 +152,24 @@ def test_duplicates_are_merged_in_order(tmp_path):
         ("Loch", LAKE["context"], [("How is it?", "deep")]),
     ]
     assert_shares_are_whole(path, "train")
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"answers": [{"text": "deep"}, {"text": " very deep "}, {"text": "deep"}]},
+        {"answers": {"text": ["deep", "very deep", "deep"], "answer_start": [0, 1, 0]}},
+        {"answers": ["deep", "very deep"], "is_impossible": False},
+        {"answer": "deep", "answers": ["deep", "very deep"], "is_impossible": None},
+    ],
+)
+def test_any_of_several_answers_counts(tmp_path, answers):
+    entry = {"question": "How is it?", **answers}
+    path = write(tmp_path / "my.json", [{**LAKE, "questions": [entry]}])
+    ((_, exam),) = load_problems(path, "train")
+    assert exam.questions == (Question("How is it?", "deep", ("very deep",)),)
+    for answer, is_right in (("deep", True), ("It is very deep.", True), ("shallow", False)):
+        assert Knowledge().grade(exam.questions[0], answer) is is_right
 
 
 def test_ids_are_stable_unique_and_plain():
@@ -185,9 +219,30 @@ def test_ids_are_stable_unique_and_plain():
             r"questions\[0\]: field 'answers' is an object with fields texts, expected",
         ),
         (
-            [{**LAKE, "questions": [{"question": "a?", "answers": ["x"]}]}],
-            r"questions\[0\].answers\[0\]: expected \{text\}, found text",
+            [{**LAKE, "questions": [{"question": "a?", "answers": [5]}]}],
+            r"questions\[0\].answers\[0\]: expected \{text\}, found int 5",
         ),
+        (
+            [{**LAKE, "questions": [{"question": "a?", "answers": {"text": ["x", None]}}]}],
+            r"questions\[0\].answers\[1\]: field 'text' is null, expected text",
+        ),
+        (
+            [{**LAKE, "questions": [{"question": "a?", "answers": ["x", " "]}]}],
+            r"questions\[0\].answers\[1\]: field 'text' is empty",
+        ),
+        (
+            [{**LAKE, "questions": [{"question": "a?", "answers": [float("nan")]}]}],
+            r"questions\[0\].answers\[0\]: expected \{text\}, found float nan",
+        ),
+        (
+            [{**LAKE, "questions": [{"question": "a?", "answers": [], "is_impossible": False}]}],
+            r"field 'answers' is empty and 'is_impossible' false: what is the answer to 'a\?'",
+        ),
+        (
+            [{**LAKE, "questions": [{"question": "a?", "answer": "x", "is_impossible": "no"}]}],
+            r"questions\[0\]: field 'is_impossible' is text, expected true or false",
+        ),
+        ([{**LAKE, "questions": [{"question": " ", "answer": "x"}]}], r"'question' is empty"),
         ([{"title": "a", "context": "b"}], r"\[0\]: no field 'questions'"),
         ({"data": 5}, r"my.json: data: expected a list, found int 5"),
         ({"data": [{"title": "a"}]}, r"data\[0\]: expected \{title, paragraphs\}"),

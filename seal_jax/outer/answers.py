@@ -120,7 +120,10 @@ def baseline_accuracy(stages: Stages, params: Params, batch: Batch) -> list[floa
 def gold_logp(
     stages: Stages, params: Params, adapters: Adapters, wave: Wave
 ) -> list[list[float] | None]:
-    """Return log p per token of the gold answers under each adapter; None if no reward asks."""
+    """Return log p per token of the gold answers under each adapter; None if no reward asks.
+
+    Of several gold answers to a question it is the first.
+    """
     if "log_likelihood" not in stages.settings.reward.weights:
         return [None] * len(wave.places)
     golds = [_gold_texts(stages, place.run) if place else [] for place in wave.places]
@@ -132,11 +135,9 @@ def _gold_texts(stages: Stages, run: InnerRun) -> list[Text]:
     # answer does not count.
     tokenizer, chat = stages.model.tokenizer, stages.settings.model.chat
     texts = []
-    for question, gold in run.exam.questions:
-        prompt = stages.task.answer_prompt(run.problem, question)
-        tokens, marked = tokenizer.encode_turn(
-            [(prompt, False)], gold if chat else f" {gold}", chat
-        )
+    for question in run.exam.questions:
+        asked, gold = stages.task.answer_prompt(run.problem, question.question), question.answer
+        tokens, marked = tokenizer.encode_turn([(asked, False)], gold if chat else f" {gold}", chat)
         texts.append(text_of(tokens[:-1], marked.index(True)))
     return texts
 

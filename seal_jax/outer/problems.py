@@ -76,7 +76,8 @@ def read_problems(task: Task, split: str) -> list[Pair]:
 def _problem_of(pair: Sequence) -> Pair:
     """Return a pair as it was before it was JSON."""
     problem, (problem_id, questions) = pair
-    return Problem(*problem), Exam(problem_id, tuple(Question(*one) for one in questions))
+    asked = (Question(question, answer, tuple(others)) for question, answer, others in questions)
+    return Problem(*problem), Exam(problem_id, tuple(asked))
 
 
 def take_problems(problems: Batch, number: int, count: int, label: str, folder: str) -> OuterStep:

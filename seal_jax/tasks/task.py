@@ -25,10 +25,11 @@ class Problem(NamedTuple):
 
 
 class Question(NamedTuple):
-    """One question about a problem and its gold answer."""
+    """One question about a problem and its gold answers, any of which counts as right."""
 
     question: str
     answer: str
+    others: tuple[str, ...] = ()  # further gold answers, none twice
 
 
 class Exam(NamedTuple):
@@ -164,7 +165,7 @@ def asks_itself(task: Task) -> TypeGuard[AbleTask]:
 def join_shares(shares: Iterable[Iterable[tuple[Problem, Exam]]]) -> list[tuple[Problem, Exam]]:
     """Return the problems of all shares in their order, each once and with all its questions.
 
-    A question that is repeated keeps its first answer.
+    A question that is repeated keeps its first answers.
     """
     problems: dict[str, Problem] = {}
     asked: dict[str, dict[str, Question]] = {}

@@ -7,7 +7,7 @@
 
 Every source is brought to items of one of two shapes, and items to problems:
 
-    grouped   {title, context, questions: [{question, answer}]}
+    grouped   {title, context, questions: [{question, answer}]}     or answers: [...], any counts
     rows      {title, context, question, answers: {text: [...]}}      one question each, as SQuAD
 
 Whoever brings their own file makes mistakes in it, so an error names the file, the index and the
@@ -17,6 +17,7 @@ field, and says what was expected.
 import hashlib
 import importlib.resources
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def load_problems(
     """Load the problems of a split with their exams, in the order in which the source has them.
 
     Passages that occur more than once become one problem with all their questions; a question that
-    is repeated keeps its first answer; SQuAD 2.0's questions without an answer are left out.
+    is repeated keeps its first answers. Questions without an answer (SQuAD 2.0 has them) and
+    SQuAD's paragraphs without a question are passed over: a line on stderr says how many.
 
     Args:
       source: 'builtin', 'json:PATH' (or a path ending in .json), 'hf:NAME_OR_PATH[:CONFIG]' or
@@ -65,7 +67,14 @@ def load_problems(
             f"unknown source {source!r}: expected 'builtin', 'json:PATH', "
             "'hf:NAME_OR_PATH[:CONFIG]' or 'tfds:NAME[@DATA_DIR]'"
         )
-    problems = _group(items)
+    problems, num_unanswerable, num_empty = _group(items)
+    if share[0] == 0 and (num_unanswerable or num_empty):
+        where = f"{source}, {split}" + (f", the first of {share[1]} parts" if share[1] > 1 else "")
+        print(
+            f"{where}: passed over: {num_unanswerable:,} without an answer (questions),"
+            f" {num_empty:,} without a question (passages)",
+            file=sys.stderr,
+        )
     if not problems and share == (0, 1):
         raise ValueError(f"{source}: the {split!r} split holds no problem with a question")
     return problems
@@ -102,14 +111,21 @@ def make_problem(title: str, passage: str) -> Problem:
     return Problem(f"{slug}-{digest}" if slug else digest, title, passage)
 
 
-def _group(items: Iterable[tuple[str, Any]]) -> list[tuple[Problem, Exam]]:
-    """Merge (where, item) pairs into problems, in the order in which they first appear."""
-    found = []
+def _group(items: Iterable[tuple[str, Any]]) -> tuple[list[tuple[Problem, Exam]], int, int]:
+    """Merge (where, item) pairs into problems, in the order in which they first appear.
+
+    Returns:
+      The problems, how many questions have no answer, and how many items have no question at all.
+    """
+    found, num_unanswerable, num_empty = [], 0, 0
     for where, item in items:
-        problem, questions = _problem(item, where), tuple(_questions(item, where))
-        if questions:
-            found.append((problem, Exam(problem.id, questions)))
-    return join_shares([found])
+        problem, questions = _problem(item, where), list(_questions(item, where))
+        answerable = tuple(question for question in questions if question is not None)
+        num_unanswerable += len(questions) - len(answerable)
+        num_empty += not questions
+        if answerable:
+            found.append((problem, Exam(problem.id, answerable)))
+    return join_shares([found]), num_unanswerable, num_empty
 
 
 def _problem(item: Any, where: str) -> Problem:
@@ -119,42 +135,67 @@ def _problem(item: Any, where: str) -> Problem:
     return make_problem(title, _text(item, "context", where))
 
 
-def _questions(item: Mapping[str, Any], where: str) -> Iterable[Question]:
-    """Yield the questions of a grouped item or of a row."""
-    if "questions" not in item:
+def _questions(item: Mapping[str, Any], where: str) -> Iterable[Question | None]:
+    """Yield the questions of a grouped item or of a row; None for one that has no answer."""
+    name = "qas" if "qas" in item else "questions"
+    if name not in item:
         if "question" not in item:
             raise ValueError(f"{where}: no field 'questions'; found {_describe(item)}")
-        yield from _question(item, where)
+        yield _question(item, where)
         return
-    questions = item["questions"]
+    questions = item[name]
     if isinstance(questions, Mapping):
-        questions = _records(questions, f"{where}.questions")
+        questions = _records(questions, f"{where}.{name}")
     if not isinstance(questions, (list, tuple)):
-        raise ValueError(f"{where}: field 'questions' is {_describe(questions)}, expected a list")
-    if not questions:
+        raise ValueError(f"{where}: field {name!r} is {_describe(questions)}, expected a list")
+    if not questions and name == "questions":  # SQuAD's own files have paragraphs without any
         raise ValueError(f"{where}: field 'questions' is empty, expected at least one question")
     for index, entry in enumerate(questions):
-        yield from _question(entry, f"{where}.questions[{index}]")
+        yield _question(entry, f"{where}.{name}[{index}]")
 
 
-def _question(entry: Any, where: str) -> Iterable[Question]:
-    """Yield the question of one entry, or nothing where SQuAD 2.0 says that it has no answer."""
+def _question(entry: Any, where: str) -> Question | None:
+    """Return the question of one entry, or None where it is said to have no answer.
+
+    SQuAD 2.0 says so with `is_impossible`, also beside plausible answers, which are wrong ones; the
+    libraries' copies of it say so with an empty list of answers alone.
+    """
     question = _text(_object(entry, where, "question, answer"), "question", where)
-    if "answers" not in entry:
-        yield Question(question, _text(entry, "answer", where))
-        return
-    answers = entry["answers"]
-    if isinstance(answers, Mapping):  # rows: {text: [...]}
-        texts = answers.get("text", answers)
-        answers = [{"text": text} for text in texts] if isinstance(texts, (list, tuple)) else texts
-    if not isinstance(answers, (list, tuple)):
+    is_impossible = entry.get("is_impossible")
+    if is_impossible not in (None, True, False):
         raise ValueError(
-            f"{where}: field 'answers' is {_describe(entry['answers'])}, "
-            f"expected {{text: [...]}} or [{{text}}]"
+            f"{where}: field 'is_impossible' is {_describe(is_impossible)}, expected true or false"
         )
-    if answers:
-        first = f"{where}.answers[0]"
-        yield Question(question, _text(_object(answers[0], first, "text"), "text", first))
+    if is_impossible:
+        return None
+    answers = [_text(entry, "answer", where)] if "answer" in entry or "answers" not in entry else []
+    if "answers" in entry:
+        answers += _answers(entry["answers"], where)
+        if not answers and is_impossible is not None:
+            raise ValueError(
+                f"{where}: field 'answers' is empty and 'is_impossible' false: what is the answer"
+                f" to {question!r}?"
+            )
+    first, *others = dict.fromkeys(answers) or [""]
+    return Question(question, first, tuple(others)) if first else None
+
+
+def _answers(answers: Any, where: str) -> list[str]:
+    """Return the texts of {text: [...]}, as rows have them, of [{text}] or of a list of texts."""
+    found = answers
+    if isinstance(answers, Mapping):
+        found = answers.get("text", answers)
+    if not isinstance(found, (list, tuple)):
+        raise ValueError(
+            f"{where}: field 'answers' is {_describe(answers)}, "
+            "expected {text: [...]} or [{text}]"
+        )
+    texts = []
+    for index, one in enumerate(found):
+        spot = f"{where}.answers[{index}]"
+        one = {"text": one} if isinstance(answers, Mapping) or isinstance(one, str) else one
+        texts.append(_text(_object(one, spot, "text"), "text", spot))
+    return texts
 
 
 def _object(value: Any, where: str, form: str, *fields: str) -> Mapping[str, Any]:
@@ -235,7 +276,7 @@ def _squad_items(data: Any, where: str) -> list[tuple[str, Any]]:
         for j, paragraph in enumerate(_list(article["paragraphs"], f"{there}.paragraphs")):
             spot = f"{there}.paragraphs[{j}]"
             _object(paragraph, spot, "context, qas", "qas")
-            item = {"title": title, "questions": paragraph["qas"]}
+            item = {"title": title, "qas": paragraph["qas"]}
             if "context" in paragraph:
                 item["context"] = paragraph["context"]
             items.append((spot, item))

@@ -139,7 +139,7 @@ class Knowledge:
 
     def grade(self, question: Question, prediction: str) -> bool:
         """Return the offline grader's verdict."""
-        return grade(question.question, question.answer, prediction)
+        return grade(question.question, (question.answer, *question.others), prediction)
 
     def _training_texts(self, problem: Problem, text: str) -> list[str] | str:
         """Return the training texts, or the reason why there are none."""

@@ -18,16 +18,23 @@ import json
 import math
 import re
 import string
+from collections.abc import Sequence
 
+from seal_jax.tasks.knowledge.grading.amounts import OPEN, SAME, compare_amounts
+from seal_jax.tasks.knowledge.grading.claims import plain, says_yes
 from seal_jax.tasks.knowledge.grading.features import Key, features, read_key
 from seal_jax.tasks.knowledge.grading.rules import MAX_CHARS, answer_part, rejection
-from seal_jax.tasks.knowledge.grading.words import NEGATIONS, Text, read
+from seal_jax.tasks.knowledge.grading.words import Text, read
 
 _FILE = importlib.resources.files("seal_jax.tasks.knowledge.grading").joinpath("points.json")
 _TABLE = json.loads(_FILE.read_text("utf-8"))
+Golds = str | Sequence[str]  # a gold answer, or several of which any counts
 INTERCEPT: float = _TABLE["intercept"]
 POINTS: dict[str, tuple[list[float], list[float]]] = _TABLE["points"]  # edges, points
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_SIGNS = re.compile(r"(?<=\w)[+#]+(?!\w)|(?<=\s)[a-z](?=\W*$)")  # C++, hepatitis A
+_PARENTHESES = re.compile(r"\([^()]*\)")
+_SHORT_FORM = re.compile(r"\(([A-Z]{2,6})\)")
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 
 
@@ -36,13 +43,21 @@ def normalize(text: str) -> str:
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
-def exact_match(gold: str, prediction: str) -> bool:
-    """Return whether the two are equal after `normalize`."""
-    return normalize(gold) == normalize(prediction)
+def exact_match(gold: Golds, prediction: str) -> bool:
+    """Return whether the prediction equals a gold answer after `normalize`."""
+    return normalize(prediction) in map(normalize, _each(gold))
 
 
-def token_f1(gold: str, prediction: str) -> float:
-    """Return SQuAD's F1 between the two bags of words; two empty ones score 1."""
+def token_f1(gold: Golds, prediction: str) -> float:
+    """Return SQuAD's F1 with the nearest gold answer, of bags of words; two empty ones score 1."""
+    return max(_token_f1(one, prediction) for one in _each(gold))
+
+
+def _each(gold: Golds) -> tuple[str, ...]:
+    return (gold,) if isinstance(gold, str) else tuple(gold)
+
+
+def _token_f1(gold: str, prediction: str) -> float:
     gold_words, words = normalize(gold).split(), normalize(prediction).split()
     if not gold_words or not words:
         return float(gold_words == words)
@@ -50,13 +65,16 @@ def token_f1(gold: str, prediction: str) -> float:
     return 2 * shared / (len(gold_words) + len(words))
 
 
-def grade(question: str, gold: str, prediction: str) -> bool:
-    """Return whether `prediction` answers `question` as `gold` does.
+def grade(question: str, gold: Golds, prediction: str) -> bool:
+    """Return whether `prediction` answers `question` as a gold answer does.
 
     Raises:
-      ValueError: `gold` is empty, so nothing could be right.
+      ValueError: a gold answer is empty, or there is none, so nothing could be right.
     """
-    return grade_probability(question, gold, prediction) > 0.5
+    golds = _each(gold)
+    if not golds:
+        raise ValueError(f"there is no gold answer to {question!r}: nothing could be right")
+    return any(grade_probability(question, one, prediction) > 0.5 for one in golds)
 
 
 def grade_probability(question: str, gold: str, prediction: str) -> float:
@@ -74,7 +92,8 @@ def grade_probability(question: str, gold: str, prediction: str) -> float:
 def measure(question: str, gold: str, prediction: str) -> dict[str, float]:
     """Return the features of a prediction that `settle` leaves open."""
     answer = answer_part(prediction)
-    return features(read_key(question[:MAX_CHARS], gold[:MAX_CHARS]), read(answer), answer)
+    key = read_key(question[:MAX_CHARS], gold[:MAX_CHARS])
+    return features(key, read(plain(answer)), answer)
 
 
 def settle(question: str, gold: str, prediction: str) -> float | None:
@@ -86,27 +105,56 @@ def settle(question: str, gold: str, prediction: str) -> float | None:
     if not gold.strip():
         raise ValueError(f"the gold answer to {question!r} is empty: nothing could be right")
     answer = answer_part(prediction)
-    if exact_match(gold, answer[:MAX_CHARS]) and (normalize(answer) or answer == gold.strip()):
+    shown, gold = answer[:MAX_CHARS], gold.strip()
+    amounts = compare_amounts(question[:MAX_CHARS], gold[:MAX_CHARS], shown)
+    differs = amounts is not None and amounts.is_bare and amounts.says not in (SAME, OPEN)
+    if shown == gold or (_is_exact(gold, shown) and not differs):
         return 1.0
-    if rejection(question, gold, prediction) is not None:
+    if _signs(gold) != _signs(shown):
+        bare_gold, bare = (normalize(_SIGNS.sub(" ", text.lower())) for text in (gold, shown))
+        if bare and bare_gold == bare:  # vitamin B for vitamin A
+            return 0.0
+    is_same = amounts is not None and amounts.is_bare and amounts.says == SAME
+    reason = rejection(question, gold, prediction)
+    if is_same and reason in (None, "list", "alternatives"):  # '1 400 000', '2/3'
+        return 1.0
+    if reason is not None or differs:
         return 0.0
     key = read_key(question[:MAX_CHARS], gold[:MAX_CHARS])
     if not key.targets:  # a gold of symbols only
         return 0.0
-    text = read(answer)
-    if key.gold.words[0] in ("yes", "no"):
-        return _settle_yes_no(key, text)
-    return 1.0 if _is_family_name(key, text) else None
+    if key.gold.words[0] in ("yes", "no", "true", "false"):
+        return _settle_yes_no(key, answer)
+    return 1.0 if _is_family_name(key, read(answer)) else None
 
 
-def _settle_yes_no(key: Key, text: Text) -> float | None:
+def _is_exact(gold: str, answer: str) -> bool:
+    """Return whether the two are equal after `normalize`, but for what it drops and what matters.
+
+    A gold may explain itself in parentheses: 'Human Immunodeficiency Virus (HIV)' is 'HIV', too.
+    """
+    short_forms = _SHORT_FORM.findall(gold)
+    readings = [gold, _PARENTHESES.sub(" ", gold), *short_forms] if "(" in gold else [gold]
+    return bool(normalize(answer)) and any(
+        exact_match(reading, answer) and _signs(reading) == _signs(answer) for reading in readings
+    )
+
+
+def _signs(text: str) -> list[str]:
+    """Return the signs and the last letter that `normalize` drops."""
+    return _SIGNS.findall(text.lower())
+
+
+def _settle_yes_no(key: Key, answer: str) -> float | None:
     """Return 1 or 0 where the polarity alone decides: the gold begins with yes or no."""
-    expected = key.gold.words[0]
+    expected = key.gold.words[0] in ("yes", "true")
+    says = says_yes(key, answer)
     if len(key.gold.words) == 1:
-        return float(_says_yes(key, text) == (expected == "yes"))
-    if text.words[0] in ("yes", "no") and text.words[0] != expected:
+        return float(says is expected)
+    words = read(answer).words
+    if words[0] in ("yes", "no") and says is not expected:
         return 0.0
-    return 1.0 if text.words == (expected,) else None
+    return 1.0 if words == key.gold.words[:1] else None
 
 
 def _is_family_name(key: Key, text: Text) -> bool:
@@ -114,17 +162,3 @@ def _is_family_name(key: Key, text: Text) -> bool:
     asks_who = not {"who", "whom", "whose"}.isdisjoint(key.question.words)
     is_name = len(key.names) == len(key.gold.words) and len(key.items) == 1
     return asks_who and is_name and text.stems == key.gold.stems[-1:]
-
-
-def _says_yes(key: Key, text: Text) -> bool | None:
-    """Return the polarity of an answer to a yes-no question, or None where it has none."""
-    if {"yes", "no"} <= set(text.words):
-        return None
-    if text.words[0] in ("yes", "yeah", "yep", "true", "correct"):
-        return True
-    if text.words[0] in ("no", "nope", "false", "incorrect"):
-        return False
-    about = len(key.question_content.intersection(text.stems))
-    if 2 * about < len(key.question_content):
-        return None
-    return NEGATIONS.isdisjoint(text.words)

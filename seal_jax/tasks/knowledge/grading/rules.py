@@ -8,8 +8,9 @@ the gold answer itself is not applied. All patterns run in linear time.
 import collections
 import re
 
+from seal_jax.tasks.knowledge.grading.claims import misnames, plain
 from seal_jax.tasks.knowledge.grading.features import Key, longest_run, read_key
-from seal_jax.tasks.knowledge.grading.words import NEGATIONS, STOP, Text, fold, is_number, read
+from seal_jax.tasks.knowledge.grading.words import STOP, Text, fold, is_number, read
 
 MAX_CHARS = 2000  # of an answer; a longer one is a dump, not an answer
 MAX_WORDS = 200
@@ -104,9 +105,6 @@ _INSTRUCTION = re.compile(
     )
     + r"|\[/?inst\]|<\|\w{1,20}\|>|<</?sys>>|</?system>"
 )
-_DENIALS = frozenset("not isnt wasnt arent werent never except neither nor".split())
-_ALL_BUT = {(w, "but") for w in "anyone anything anybody all everyone everything nobody".split()}
-_TO_BE = frozenset("is was are were".split())
 _ASSENT = frozenset("yes correct right true accepted accept pass passed ok".split())
 _EVERYTHING = re.compile(
     r"\b(?:all|any|each|every one|either|both|none) of the (?:above|options|choices|listed)\b"
@@ -115,6 +113,7 @@ _EVERYTHING = re.compile(
     r"|^\W*(?:anything|everything|everyone|everybody|all|any|whatever|anyone)\W*$"
     r"|\b(?:every|all|any) possible (?:answers?|options?|names?|words?)\b"
 )
+_POLAR = (("yes",), ("no",), ("true",), ("false",))
 _SEPARATOR = re.compile(r"[,;|/\n•]|\s-\s|\band\b|\bor\b|\d\.\s")
 _ALTERNATIVES = re.compile(r"\b(?:or|could|might|may|maybe|perhaps|possibly|either|one of|any)\b")
 
@@ -134,12 +133,13 @@ def rejection(question: str, gold: str, prediction: str) -> str | None:
     """Return the rule that makes `prediction` wrong whatever the gold is, or None.
 
     Returns:
-      'empty', 'too long', 'instruction', 'refusal', 'everything', 'echo', 'denial' or 'list'.
+      'empty', 'too long', 'instruction', 'refusal', 'everything', 'echo', 'list', or what
+      `misnames` returns.
     """
     answer = answer_part(prediction)
     if len(answer) > MAX_CHARS or len(answer.split()) > MAX_WORDS:
         return "too long"
-    text = read(answer)
+    text = read(plain(answer))
     if not text.words:
         return "empty"
     key = read_key(question[:MAX_CHARS], gold[:MAX_CHARS])
@@ -153,11 +153,13 @@ def rejection(question: str, gold: str, prediction: str) -> str | None:
         return "refusal"
     if _EVERYTHING.search(folded) and not _EVERYTHING.search(fold(gold[:MAX_CHARS])):
         return "everything"
-    if _is_echo(key, text, answer):
+    is_statement = answer[-1:] != "?" and text.words[:1] != key.question.words[:1]
+    states = key.is_yes_no and key.gold.words[:1] in _POLAR and is_statement
+    if _is_echo(key, text, answer) and not states:
         return "echo"
-    if _is_denial(key, text):
-        return "denial"
-    return "list" if _is_list(key, text, folded) else None
+    if _is_list(key, text, folded):
+        return "list"
+    return misnames(key, question, gold[:MAX_CHARS], answer)
 
 
 def _refuses(folded: str) -> bool:
@@ -182,23 +184,6 @@ def _is_echo(key: Key, text: Text, answer: str) -> bool:
     names_both = "or" in text.words and key.question_stems.issuperset(key.content)
     run = longest_run(key.question.stems, text.stems)
     return not left and (names_both or run >= 0.7 * len(text.stems))
-
-
-def _is_denial(key: Key, text: Text) -> bool:
-    """Return whether `text` names the gold only to deny it: 'not X', 'X is not'."""
-    if key.is_negative or not NEGATIONS.isdisjoint(key.question.words):
-        return False
-    words = text.words
-    places = [i for i, s in enumerate(text.stems) if s in key.targets]
-    starts = [i for i in places if i - 1 not in places]
-    ends = [i for i in places if i + 1 not in places]
-    return bool(places) and all(
-        not _DENIALS.isdisjoint(words[max(0, start - 2) : start])
-        or words[start - 2 : start] in _ALL_BUT
-        or not _DENIALS.isdisjoint(words[end + 1 : end + 2])
-        or (words[end + 2 : end + 3] == ("not",) and words[end + 1] in _TO_BE)
-        for start, end in zip(starts, ends, strict=True)
-    )
 
 
 def _lists_numbers(key: Key, text: Text) -> bool:

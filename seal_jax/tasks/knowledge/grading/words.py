@@ -24,6 +24,11 @@ def _words(name: str) -> list[str]:
 STOP = frozenset(_words("stop"))
 LIGHT = frozenset(_words("light"))  # they qualify an answer without being it
 NEGATIONS = frozenset(_words("negations"))
+RELATIONS = frozenset(_words("relations"))
+IDENTITY_BEFORE = frozenset(_words("identity_before"))
+ROLES_BEFORE = frozenset(_words("roles_before"))
+IDENTITY_AFTER = frozenset(_words("identity_after"))
+HEDGES = frozenset(_words("hedges"))
 YES_NO_STARTS = frozenset(_words("yes_no_starts"))
 ONES = {w: i for i, w in enumerate(_words("ones"))}
 ONES |= {w: i for i, w in enumerate(_words("ordinals"), 1)}
@@ -32,9 +37,11 @@ SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
 EXPANSIONS = {short: tuple(long.split()) for short, long in _LEXICON["expansions"].items()}
 # Each group of synonyms counts as its first word.
 CANONICAL = {word: group.split()[0] for group in _LEXICON["synonyms"] for word in group.split()}
+_INFLECTIONS = frozenset("s es n an ian ean ese ish i ic er".split())  # of a name
 _SUFFIXES = dict(pair.split(":") for pair in _words("suffixes"))  # and what takes their place
 
 _WORD = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d+\.\d+|\d+(?:st|nd|rd|th|s)\b|\d+|[^\W\d_]+|[%$€£]")
+_ROMAN = re.compile("[ivx]+")
 _DOTTED = re.compile(r"\b(?:[a-z]\.){2,}")
 _AMERICA = re.compile(r"\bUS(?:A\b|\b)|\bU\.S\.(?:A\.)?")
 _POSSESSIVE = re.compile(r"'s?\b|'")
@@ -131,6 +138,10 @@ def read(text: str) -> Text:
     return Text(tuple(words), tuple(map(stem, words)))
 
 
+REGIONS = frozenset(map(stem, ("africa", "asia", "europe")))
+COUNTRIES = frozenset(map(stem, _words("countries")))
+
+
 def trigrams(word: str) -> set[str]:
     """Return the runs of three letters in `word`, its ends marked."""
     padded = f"^{word}$"
@@ -139,13 +150,32 @@ def trigrams(word: str) -> set[str]:
 
 @functools.lru_cache(maxsize=1 << 17)
 def similarity(a: str, b: str) -> float:
-    """Return how alike two stems are, in [0, 1]; numbers are equal or nothing."""
+    """Return how alike two stems are, in [0, 1]; numbers and countries are equal or nothing."""
     if a == b:
         return 1.0
-    if is_number(a) or is_number(b):
+    if is_number(a) or is_number(b) or (a in COUNTRIES and b in COUNTRIES):
+        return 0.0
+    if _ROMAN.fullmatch(a) and _ROMAN.fullmatch(b):
         return 0.0
     shared = len(os.path.commonprefix((a, b)))
     prefix = shared / max(len(a), len(b)) if shared >= 4 else 0.0
     start = 0.9 * shared / min(len(a), len(b)) if shared >= 5 else 0.0
     left, right = trigrams(a), trigrams(b)
     return max(2 * len(left & right) / (len(left) + len(right)), prefix, start)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def is_same_name(a: str, b: str) -> bool:
+    """Return whether the stems of two names are of one: a people and its land, or a typo.
+
+    A name that only begins as another does is another: Victor, Victoria.
+    """
+    if a == b or not similarity(a, b):
+        return a == b
+    short, long = sorted((a, b), key=len)
+    if long.startswith(short):
+        rest = long[len(short) :]
+        return rest in _INFLECTIONS or (rest == "ia" and len(short) > 6)  # Yugoslav, Yugoslavia
+    start = len(os.path.commonprefix((short, long)))
+    end = len(os.path.commonprefix((short[start:][::-1], long[start:][::-1])))
+    return len(short) > 5 and len(long) - start - end < 2 + (len(short) > 8)

@@ -143,6 +143,9 @@ TABLE = """
 - The king agreed. | no doubt he agreed | not only did he agree, he paid
 
 ? When did the bridge collapse?
+= March 1999
++ in March 1999 | Mar 1999
+- May 1999 | in May 1999 | March 1998 | May of 1999
 = January 7, 2015
 + 7 January 2015 | 2015-01-07 | January 7th, 2015 | Jan 7, 2015 | on the 7th of January 2015
 + 1/7/2015

@@ -112,6 +112,8 @@ def compare_amounts(question: str, gold: str, answer: str) -> Verdict | None:
         return None
     frame = _FRAME | MONTHS.keys() if given.months else _FRAME
     is_bare = all(stem(w) in asked.stems for w in given.others if w.isalpha() and w not in frame)
+    if asked.gold.months and given.months and not asked.gold.months & given.months:
+        return Verdict("number", is_bare)
     if len(asked.gold.found) > 1:
         return Verdict(_compare_many(asked, given, is_bare), is_bare)
     gold_quantity = asked.gold.found[0]
@@ -158,8 +160,6 @@ def _among_others(asked: _Asked, given: Quantities, verdicts: list[str]) -> str:
 
 def _compare_many(asked: _Asked, given: Quantities, is_bare: bool) -> str:
     """Compare an answer with a gold of several quantities, such as a date."""
-    if asked.gold.months and given.months and not asked.gold.months & given.months:
-        return "number"
     missing, wrong = set(asked.gold.found), []
     for quantity in given.found:
         verdicts = [_compare(asked, one, quantity) for one in asked.gold.found]

@@ -231,8 +231,8 @@ def test_ids_are_stable_unique_and_plain():
             r"questions\[0\].answers\[1\]: field 'text' is empty",
         ),
         (
-            [{**LAKE, "questions": [{"question": "a?", "answers": [float("nan")]}]}],
-            r"questions\[0\].answers\[0\]: expected \{text\}, found float nan",
+            [{**LAKE, "questions": [{"question": "a?", "answers": [5]}]}],
+            r"questions\[0\].answers\[0\]: expected \{text\}, found int 5",
         ),
         (
             [{**LAKE, "questions": [{"question": "a?", "answers": [], "is_impossible": False}]}],

@@ -185,7 +185,8 @@ def _clock(words: Words, i: int) -> tuple[Quantity, int]:
 
 def _names_month(words: Words, i: int, end: int, months: set[int]) -> bool:
     """Return whether a month stands beside the number, and remember it."""
-    near = (words.at(i - 1), words.at(end), words.at(end + 1) if words.at(end) == "of" else "")
+    before = i - 2 if words.at(i - 1) == "of" else i - 1  # May of 1999
+    near = words.at(before), words.at(end + (words.at(end) == "of"))
     named = {MONTHS[word] for word in near if word in MONTHS}
     months |= named
     return bool(named)

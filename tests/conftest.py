@@ -3,9 +3,12 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the tests' time is the compiler's, and half of that is spent in LLVM's optimizations.
+# Most of the tests' time is the compiler's: LLVM's optimizations and, of each fusion, a passage
+# through MLIR would be most of that. XLA's older emitters of the same fusions do without MLIR. And
+# a program is so small that to split it for several cores costs more than it saves.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
     + os.environ.get("XLA_FLAGS", "")  # the last one of a kind counts
 )
 
@@ -24,6 +27,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("seal_jax", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("seal_jax")
 
+# Tracing makes many objects that live on, and the garbage collector would look at all of them, and
+# at what the imports made, again and again.
+gc.set_threshold(10_000, 20, 20)
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TINY = ModelConfig(
     vocab_size=64,
@@ -35,6 +42,12 @@ TINY = ModelConfig(
     mlp_dim=48,
     max_length=256,
 )
+
+
+def pytest_collection_finish():
+    """Leave what the imports made out of every garbage collection: it lives to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,5 +16,11 @@ extras=(test ${PEERS:+peers})
 [[ " $* " != *aot* ]] || extras+=(tpu)
 bash launch/install.sh "${extras[@]}"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+# Where Python may not write bytecode beside the sources, each of a hundred processes would parse all
+# of JAX again.
+if [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]]; then
+  unset PYTHONDONTWRITEBYTECODE
+  export PYTHONPYCACHEPREFIX=$PWD/.venv/bytecode
+fi
 # Two workers, each with whole files: much of the time is one compiler's.
 exec .venv/bin/python -m pytest -n 2 --dist loadfile --durations=10 "$@"

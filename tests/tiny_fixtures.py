@@ -1,5 +1,7 @@
 """A pytest plugin: a finished run of the tiny config, runs in this process, and a small disk."""
 
+import fcntl
+import os
 import shutil
 import subprocess
 import tarfile
@@ -13,20 +15,32 @@ from seal_jax.config import setup
 from seal_jax.hosts.start_jax import start_jax
 
 
+def _shared_folder(tmp_path_factory):
+    """Return a folder that all of pytest's workers have."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory):
     """Let all runs of a session, in whatever process, share compiled programs."""
+    folder = _shared_folder(tmp_path_factory) / "compiled"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
         yield
 
 
 @pytest.fixture(scope="session")
 def finished(compiled, tmp_path_factory):
-    """Return the folder of a finished, uninterrupted run. Only read it."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    run_process(*train_arguments(folder))
-    return folder
+    """Return the folder of a finished, uninterrupted run. Only read it: all workers do."""
+    folder = _shared_folder(tmp_path_factory) / "finished"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if not (folder / "run" / "summary.json").exists():
+            run_process(*train_arguments(folder / "run"))
+    return folder / "run"
 
 
 @pytest.fixture

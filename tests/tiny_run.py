@@ -6,6 +6,7 @@ finds its disk full where $FILL says. The fixtures are in tiny_fixtures.py.
 """
 
 import functools
+import gc
 import importlib.machinery
 import os
 import signal
@@ -65,6 +66,7 @@ def fill_disk(file: str, left: int = 100_000) -> None:
 
 
 def main() -> int:
+    gc.set_threshold(50_000, 50, 50)  # of what tracing makes, little is garbage
     hide_torch()
     from seal_jax.commands.main import main as seal_jax
 

@@ -15,6 +15,10 @@ LOGITS = [1.0, -0.5, 2.0, 0.0, 1.5, -2.0, 0.5, -1.0]
 CHI_SQUARE = {0: 0.0, 1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5, 6: 22.5, 7: 24.3}  # 1 in 1000
 
 
+# Of so many rows that the compiler's work is less than what it saves.
+many_draws = jax.jit(draw, compiler_options={"xla_backend_optimization_level": 1})
+
+
 def draws(logits, num_draws, seed=0, **options):
     """Return tokens drawn from the same logits with different keys, and how often each came."""
     options, tables = dict(options), {}
@@ -23,7 +27,7 @@ def draws(logits, num_draws, seed=0, **options):
             tables[name] = np.tile(np.array(options.pop(name), bool), (num_draws, 1))
     tiled = np.tile(np.array(logits, np.float32), (num_draws, 1))
     keys = jax.random.split(jax.random.key(seed), num_draws)
-    drawn, _ = jax.jit(draw)(tiled, keys, make_settings(num_draws, **options), **tables)
+    drawn, _ = many_draws(tiled, keys, make_settings(num_draws, **options), **tables)
     drawn = np.asarray(drawn)
     assert drawn.dtype == np.int32
     return drawn, np.bincount(drawn, minlength=len(logits))

@@ -93,6 +93,7 @@ def test_parse_takes_any_text(text):
         ("red\nblue", True),
         ("blue red", False),
         ("reddish", False),
+        ("re", False),
         ("", False),
         ("?!", False),
     ],

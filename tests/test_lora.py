@@ -130,6 +130,9 @@ def test_shapes_and_dtypes(tiny):
     assert shapes.scale == (3,)
     assert {x.dtype for x in jax.tree.leaves(adapters)} == {jnp.dtype(jnp.float32)}
     assert lora.count(adapters) == L * 4 * (D + KH + D + F)
+    for target in (adapters.weights["attn"]["v_proj"], adapters.weights["mlp"]["up_proj"]):
+        assert 0.9 * D**-0.5 < jnp.abs(target["a"]).max() <= D**-0.5  # by what goes in
+        assert not target["b"].any()
 
 
 def test_stack_and_take_are_inverse(tiny):

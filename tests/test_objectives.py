@@ -84,6 +84,10 @@ def test_reinforce_subtracts_its_baseline():
     found = advantages_of("reinforce", REWARDS, baseline="running")  # the first step
     np.testing.assert_allclose(found, REWARDS - mean, atol=1e-6)
     np.testing.assert_array_equal(advantages_of("reinforce", REWARDS, baseline="none"), REWARDS)
+    # What nobody could grade is left out of the mean, too.
+    np.testing.assert_array_equal(
+        advantages_of("reinforce", [[1, NAN, 3]], ALL[:1]), [[-1, NAN, 1]]
+    )
 
 
 def test_rloo_compares_with_the_others_of_the_problem():

@@ -114,6 +114,11 @@ def test_unequal_and_missing_seeds():
     assert found["variance_between"] == pytest.approx(1.0, rel=0.15)
 
 
+def test_variances_of_few_seeds_are_unbiased():
+    found = reliability([[[0, 2], [4, 6]]])  # by hand: 4 / 2 within; (16 - 2) / 2 between
+    assert (found["variance_within"], found["variance_between"]) == (2, 7)
+
+
 def test_what_cannot_be_told_is_left_out():
     assert reliability([]) == {}
     assert reliability([[[], []]]) == {}

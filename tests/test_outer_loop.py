@@ -59,7 +59,7 @@ def test_ppo_goes_on_from_its_checkpoint_with_value_head_and_past(one_device, tm
     assert {edit["advantage"] for edit in edits} == {edit["reward"] for edit in edits}
     for name in ("checkpoints/2", "adapters/policy-1"):
         shutil.rmtree(tmp_path / "run" / name)
-    with pytest.warns(UserWarning, match=r"checkpoints of .* were written and are not there: \[2\]"):
+    with pytest.warns(UserWarning, match=r"were written and are not there: \[2\]"):
         again, edits_again = run(tmp_path / "run", *overrides)
     assert without_times(again) == without_times(rows) and edits_again == edits
 

@@ -221,7 +221,12 @@ def make_optimizer(
             return factory(learning_rate, **kwargs)
 
     def clipped(learning_rate: jax.Array) -> optax.GradientTransformation:
-        tx = optax.with_extra_args_support(optimizer(learning_rate))
+        made: Any = optimizer(learning_rate)
+        if not (hasattr(made, "init") and hasattr(made, "update")):
+            raise TypeError(
+                f"it returns {type(made).__name__}, expected an optax.GradientTransformation"
+            )
+        tx = optax.with_extra_args_support(made)
         if grad_clip is None:
             return tx
         return optax.chain(optax.clip_by_global_norm(grad_clip), tx)
@@ -240,17 +245,19 @@ def optimizer_of(section: InnerSettings | OuterSettings) -> Optimizer:
 
 
 def accumulate(
-    tx: optax.GradientTransformation, num_steps: int, all_steps: jax.Array | int
+    tx: optax.GradientTransformation, num_steps: int, ends: jax.Array | bool
 ) -> optax.GradientTransformation:
-    """Return `tx` on the means over `num_steps` steps, and over those left of `all_steps`.
+    """Return `tx` on the means over a group of steps; between them its updates are 0.
 
-    The means are of gradients and, where it asks for them, of losses.
+    The means are of gradients and, where it asks for them, of losses. A step that is not finite
+    counts for nothing, but may end a group.
+
+    Args:
+      num_steps: that make a group; with 1 this is `tx` itself.
+      ends: bool[], whether a group ends with the step.
     """
     if num_steps == 1:
         return tx
-
-    def group_size(num_updates: jax.Array) -> jax.Array:
-        return jnp.minimum(num_steps, jnp.maximum(all_steps - num_updates * num_steps, 1))
 
     # MultiSteps takes means of gradients alone, so the loss becomes one of them.
     def init_pair(params: Any) -> Any:
@@ -262,18 +269,30 @@ def accumulate(
         return (moves, loss), state
 
     pair = optax.GradientTransformationExtraArgs(init_pair, update_pair)
-    # It is only ever given an array.
-    steps: Any = optax.MultiSteps(pair, group_size)  # ty: ignore[invalid-argument-type]
 
     def init(params: Any) -> Any:
-        return steps.init((params, jnp.float32(0)))
+        return optax.MultiSteps(pair, 1).init((params, jnp.float32(0)))
 
     def update_one(updates: Any, state: Any, params: Any = None, **asked: Any) -> tuple[Any, Any]:
-        pair = updates, asked["value"]
-        (moves, _), state = steps.update(pair, state, (params, jnp.float32(0)))
-        return moves, state
+        given, means, count = (updates, asked["value"]), state.acc_grads, state.mini_step
+        good = all_finite(given)
+        given = jax.tree.map(lambda x, mean: jnp.where(good, x, mean.astype(x.dtype)), given, means)
+        length = jnp.where(ends, count + 1, count + 2)
+        steps: Any = optax.MultiSteps(pair, lambda _: length)
+        (moves, _), new = steps.update(given, state, (params, jnp.float32(0)))
+        counts = good | (jnp.asarray(ends) & (count > 0))
+        new = jax.tree.map(lambda x, old: jnp.where(counts, x, old), new, state)
+        return jax.tree.map(lambda x: jnp.where(counts, x, 0), moves), new
 
     return optax.GradientTransformationExtraArgs(init, update_one)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Return whether every number of a pytree is finite, bool[]."""
+    finite = jnp.bool_(True)
+    for x in jax.tree.leaves(tree):
+        finite &= jnp.isfinite(x).all()
+    return finite
 
 
 def scheduled_rate(

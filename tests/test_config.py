@@ -82,6 +82,8 @@ def test_every_key_refuses_nan_infinity_and_another_type(key):
         ("inner.optax_kwargs", {"mask": len}, ["a dict of finite numbers"]),
         ("inner.optimizer", "adamw", ["a named function"]),
         ("inner.optimizer", functools.partial(max, 1), ["a named function"]),
+        ("inner.optimizer", lambda rate: rate, ["found by its name"]),
+        ("inner.optimizer", functools.wraps(math.sqrt)(lambda rate: rate), ["found by its name"]),
         ("inner.grad_clip", -1.0, ["(0, inf)"]),
         ("sample.temperature", -0.1, ["[0, 10]"]),
         ("sample.top_p", 1.5, ["(0, 1]"]),
@@ -268,6 +270,22 @@ def test_json_round_trip_keeps_types_and_functions(tmp_path):
     assert again.inner.targets == ("k_proj",)
     assert again.inner.optimizer is config.inner.optimizer
     assert json.loads(text)["inner"]["optimizer"] == "seal_jax_config_experiment:make"
+
+
+def test_a_function_is_stored_by_the_name_that_was_given(tmp_path, monkeypatch):
+    (tmp_path / "own_optimizers.py").write_text(
+        "import functools, math\n"
+        "partial = functools.partial(math.fmod, 7)\n"
+        "renamed = functools.wraps(math.sqrt)(lambda rate: 2 * rate)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = _write(tmp_path)
+    texts = []
+    for name, value in (("partial", 7 % 4), ("renamed", 8)):
+        config = load_config(path, [f"inner.optimizer=own_optimizers:{name}"])
+        texts.append(config_lib.to_json(config))
+        assert config_lib.from_json(texts[-1]).inner.optimizer(4) == value
+    assert config_lib.diff(*texts).startswith('inner.optimizer: "own_optimizers:partial" -> ')
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,10 @@ def long_ones(params):
     return jax.tree.map(lambda x: x.shape[-1] > 4, params)
 
 
+def only_a(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "a", params)
+
+
 def both(rate):
     return {"long": optax.sgd(rate), "short": optax.adam(rate)}
 
@@ -107,7 +111,9 @@ MADE = {
     "clip_by_block_rms": then(optax.clip_by_block_rms, 0.1),
     "clip_by_global_norm": then(optax.clip_by_global_norm, 0.1),
     "conditionally_mask": around(optax.conditionally_mask, should_transform_fn=late),
-    "conditionally_transform": around(optax.conditionally_transform, should_transform_fn=late),
+    "conditionally_transform": then(
+        optax.conditionally_transform, optax.scale_by_adam(), should_transform_fn=late
+    ),
     "ema": then(optax.ema, 0.9),
     "flatten": around(optax.flatten),
     "freeze": lambda rate: optax.chain(optax.freeze(long_ones), optax.sgd(rate)),
@@ -120,7 +126,7 @@ MADE = {
     "keep_params_nonnegative": lambda rate: optax.chain(
         optax.sgd(rate), optax.keep_params_nonnegative()
     ),
-    "masked": around(optax.masked, mask=long_ones),
+    "masked": then(optax.masked, optax.scale_by_adam(), mask=long_ones),
     "multi_transform": lambda rate: optax.multi_transform(both(rate), by_shape),
     "named_chain": lambda rate: optax.named_chain(
         ("adam", optax.scale_by_adam()), ("", RATE(rate))
@@ -152,7 +158,9 @@ MADE = {
     "scale_by_stddev": then(optax.scale_by_stddev),
     "scale_by_trust_ratio": then(optax.scale_by_trust_ratio),
     "scale_by_yogi": then(optax.scale_by_yogi),
-    "selective_transform": around(optax.selective_transform, freeze_mask=long_ones),
+    "selective_transform": around(
+        optax.selective_transform, freeze_mask={"attn": {"q_proj": {"a": True, "b": False}}}
+    ),
     "snapshot": then(optax.snapshot, "norm", optax.tree.norm),
     "stateless": then(optax.stateless, lambda updates, params: updates),
     "stateless_with_tree_map": then(
@@ -169,7 +177,9 @@ MADE = {
     "contrib.scale_by_acprop": then(contrib.scale_by_acprop),
     "contrib.scale_by_ademamix": then(contrib.scale_by_ademamix),
     "contrib.scale_by_adopt": then(contrib.scale_by_adopt),
-    "contrib.scale_by_cocob": then(contrib.scale_by_cocob),
+    "contrib.scale_by_cocob": lambda rate: optax.chain(
+        contrib.scale_by_cocob(), RATE(rate, flip_sign=False)
+    ),
     "contrib.scale_by_muon": then(
         contrib.scale_by_muon,
         weight_dimension_numbers=lambda params: jax.tree.map(
@@ -280,16 +290,22 @@ def plain_loop(name, a, num_steps):
     return weights, state
 
 
-def population(optimizer):
-    """Return the adapters after all steps, as the inner loop trains them side by side."""
-    setup = inner.InnerSetup(TINY, optimizer)
+def population(optimizer, accumulation=1, broken=()):
+    """Return the adapters after all steps, as the inner loop trains them side by side.
+
+    Args:
+      broken: steps whose losses and gradients are nan.
+    """
+    setup = inner.InnerSetup(TINY, optimizer, accumulation=accumulation)
     lanes = [[a for a in range(3) if i < STEPS[a]] for i in range(max(STEPS))]
     lanes = jnp.int32([used + [-1] * (3 - len(used)) for used in lanes])
     batch = inner.InnerBatch(*[None] * 7, jnp.asarray(RATES), jnp.int32(STEPS), None)
 
-    def step(state, lanes):
+    def step(state, given):
+        lanes, is_broken = given
         weights = jax.tree.map(lambda x: x[jnp.maximum(lanes, 0)], state.adapters.weights)
-        losses, grads = jax.vmap(jax.value_and_grad(loss_of))(weights)
+        found = jax.vmap(jax.value_and_grad(loss_of))(weights)
+        losses, grads = jax.tree.map(lambda x: jnp.where(is_broken, jnp.nan, x), found)
         carry = inner.Carry(state.adapters.weights, state.opt_state, state.step, losses)
         one = partial(inner.update_lane, setup, batch._replace(lanes=lanes), grads)
         carry = jax.lax.fori_loop(0, (lanes >= 0).sum(), one, carry)
@@ -299,11 +315,12 @@ def population(optimizer):
     @jax.jit
     def run(adapters):
         state = inner.start_state(setup, adapters, jnp.asarray(RATES))
-        state, losses = jax.lax.scan(step, state, lanes)
+        is_broken = jnp.array([i in broken for i in range(len(lanes))])
+        state, losses = jax.lax.scan(step, state, (lanes, is_broken))
         return inner.evaluated(setup, state.adapters, state.opt_state), losses
 
     adapters, losses = run(Adapters(FIRST, np.ones(3, np.float32)))
-    assert np.isfinite(losses).all()
+    assert (np.isnan(losses) == np.isin(np.arange(len(losses)), broken)[:, None]).all()
     return jax.device_get(adapters.weights)
 
 
@@ -350,15 +367,51 @@ def test_accumulation_takes_the_mean_of_losses_too():
         zeros = {"value": jnp.float32(0), "grad": jnp.float32(0)}
         return optax.GradientTransformationExtraArgs(lambda _: zeros, update)
 
-    tx, weights = accumulate(spy(), 2, 3), jnp.float32(0)
-    state, seen = tx.init(weights), []
-    for loss in (1.0, 3.0, 5.0):  # the third is a group of its own
+    state, weights, seen = accumulate(spy(), 2, True).init(jnp.float32(0)), jnp.float32(0), []
+    # The third is a group of its own. Of the next two one counts; of the last two none does.
+    nan = float("nan")
+    for i, loss in enumerate((1.0, 3.0, 5.0, nan, 7.0, 9.0, nan, nan, nan)):
+        ends = i in (1, 2, 4, 6, 8)
+        tx = accumulate(spy(), 2, ends)
         move, state = update(tx, jnp.float32(10 * loss), state, weights, jnp.float32(loss))
         seen.append((float(move), *map(float, state.inner_opt_state.values())))
-    assert seen == [(0.0, 0.0, 0.0), (20.0, 20.0, 2.0), (50.0, 50.0, 5.0)]
+    assert seen == [
+        *((0.0, 0.0, 0.0), (20.0, 20.0, 2.0)),
+        (50.0, 50.0, 5.0),
+        *((0.0, 50.0, 5.0), (70.0, 70.0, 7.0)),
+        *((0.0, 70.0, 7.0), (90.0, 90.0, 9.0)),
+        *((0.0, 90.0, 9.0), (0.0, 90.0, 9.0)),
+    ]
+
+
+@pytest.mark.parametrize("broken", [(), (0,), (1, 2), (2, 4)])
+def test_a_group_is_the_mean_of_its_good_steps(broken):
+    found = population(make_optimizer(optax_name="sgd", grad_clip=None), 5, broken)
+    for a in range(3):
+        grads = optax.tree.sub(take(FIRST, a), GOAL)
+        expected = jax.tree.map(lambda w, g: w - RATES[a] * g, take(FIRST, a), grads)  # noqa: B023
+        for one, other in zip(*map(jax.tree.leaves, (take(found, a), expected)), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 # --- what is refused ---
+
+
+def frozen(rate):
+    """Freeze the embedding, which has its name at the second level of what is trained."""
+
+    def label(params):
+        names = jax.tree_util.tree_map_with_path(lambda path, _: path[1].key, params)
+        return jax.tree.map(lambda name: "still" if name == "embed" else "moves", names)
+
+    return optax.partition({"moves": optax.adamw(rate), "still": optax.set_to_zero()}, label)
+
+
+def by_rank(rate):
+    return optax.partition(
+        {"matrix": optax.adamw(rate), "vector": optax.sgd(rate)},
+        lambda params: jax.tree.map(lambda x: "matrix" if x.shape[-1] > 4 else "vector", params),
+    )
 
 
 def checked(*overrides, **functions):
@@ -388,11 +441,22 @@ def test_what_cannot_train_adapters_is_refused(name):
         ("inner", MADE["contrib.reduce_on_plateau"]),
         ("inner", lambda rate: optax.MultiSteps(optax.sgd(rate), 4).gradient_transformation()),
         ("outer", MADE["contrib.schedule_free"]),
-        ("outer", optax.lbfgs),
+        pytest.param("outer", optax.lbfgs, marks=pytest.mark.long),
     ],
 )
 def test_what_trains_is_let_through(section, made):
     checked(**{section: made})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [*NAMED, *MADE])
+def test_what_trains_as_a_plain_loop_does_is_let_through(name):
+    if name == "selective_transform":
+        checked("inner.targets=q_proj", inner=MADE[name])  # its mask is for these
+    elif name in NAMED:
+        checked(f"inner.optax_name={name}", f"inner.optax_kwargs={NAMED[name]}")
+    else:
+        checked(inner=MADE[name])
 
 
 @pytest.mark.parametrize(
@@ -405,7 +469,11 @@ def test_what_trains_is_let_through(section, made):
         (lambda rate: optax.sgd(float(rate)), "ConcretizationTypeError"),
         (lambda rate: optax.sgd(rate) if rate > 0 else optax.identity(), "TracerBool"),
         (lambda rate: optax.stateless(lambda g, w: jax.tree.map(lambda x: x[0], g)), "update of"),
-        (lambda rate: optax.sgd, "AttributeError"),
+        (lambda rate: None, "returns NoneType, expected an optax.Grad"),
+        (lambda rate: optax.sgd(-rate), "climbs"),
+        (around(optax.masked, mask=only_a), "climbs"),  # adds the other gradients as they are
+        (lambda rate: optax.chain(optax.scale_by_adam(), optax.scale(rate)), "climbs"),
+        (lambda rate: optax.sgd(optax.warmup_cosine_decay_schedule(0, rate, 3, 9)), "is traced"),
         (contrib.muon, "dimension_numbers"),
     ],
 )
@@ -434,6 +502,30 @@ def test_a_mistake_is_named(overrides, words):
         checked(*overrides)
     for word in words:
         assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "made, overrides, reason",
+    [
+        # What is tried is what the loop trains: the policy, and a value head beside it.
+        (frozen, ["outer.update=full"], None),
+        (by_rank, ["outer.objective=ppo"], "IndexError"),
+        # A new state in each outer step, which has one batch; or one for the whole run.
+        (around(lambda sgd: optax.MultiSteps(sgd, 8)), [], "outer step makes 2 updates"),
+        (around(lambda sgd: optax.MultiSteps(sgd, 8)), ["outer.update=full"], None),
+        # In bfloat16 its 0.999 is 1.
+        (
+            lambda rate: optax.inject_hyperparams(optax.adamw)(learning_rate=rate),
+            ["outer.update=full", "model.dtype=bfloat16"],
+            "not finite",
+        ),
+    ],
+)
+def test_it_is_tried_as_the_run_would_use_it(made, overrides, reason):
+    if reason is None:
+        return checked(*overrides, outer=made)
+    with pytest.raises(ValueError, match=reason):
+        checked(*overrides, outer=made)
 
 
 def test_no_weight_decay_suits_an_optimizer_that_has_none():

@@ -1,13 +1,12 @@
 """Optimizers tried on a few numbers, before a model is loaded or a folder is claimed.
 
 What seal_jax/optim.py says of an optimizer cannot be read off a function, so it takes some steps on
-a small quadratic: with its learning rate, and with a rate of 0 after the same start.
+a small quadratic: with some learning rate, and with a rate of 0 after the same start.
 """
 
 import json
-from collections.abc import Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +18,22 @@ from optax import contrib
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.transformer import init_params
-from seal_jax.optim import Optimizer, accumulate, evaluation_point, make_optimizer, nodes_of, update
+from seal_jax.objectives import make_objective
+from seal_jax.optim import (
+    Optimizer,
+    accumulate,
+    all_finite,
+    evaluation_point,
+    make_optimizer,
+    nodes_of,
+    update,
+)
+from seal_jax.outer.policy_step import with_head
 from seal_jax.types import InnerSettings, OuterSettings, Params, Settings
 
 # Some optimizers move only every so many steps.
-_NUM_STEPS = 32
-# With a larger rate, one that is good elsewhere may leave the range of numbers here.
-_LARGEST_RATE = 0.01
+_NUM_STEPS = 128
+_RATE = 0.01  # with which any should get down here
 _SIZES = ModelConfig(
     vocab_size=8,
     num_layers=2,
@@ -46,10 +54,12 @@ class _Case(NamedTuple):
     optimizer: Optimizer | None
     optax_name: str
     optax_kwargs: str  # as JSON
-    learning_rate: float
     update: str  # 'full', or 'lora'
     targets: tuple[str, ...]
+    has_values: bool  # beside what is trained there is a value head
+    dtype: str  # of what is trained
     accumulation: int
+    most_steps: int  # that one state can see
     warmup: bool
     has_value_fn: bool
 
@@ -61,13 +71,18 @@ def check_optimizers(settings: Settings) -> None:
       ValueError: one names no optimizer of optax, or takes no such arguments; it fails; its updates
         are zero, not finite or the same at any learning rate; it needs what its loop has not.
     """
-    inner, outer = settings.inner, settings.outer
-    warms_up = inner.warmup_steps > 0
-    for case in (
-        _case("inner", inner, ("lora", inner.targets, inner.accumulation, warms_up, False)),
-        _case("outer", outer, (outer.update, outer.targets, 1, False, True)),
-    ):
-        _check(case)
+    inner, outer, edits = settings.inner, settings.outer, settings.sample.num_edits
+    accumulation, warms_up = inner.accumulation, inner.warmup_steps > 0
+    lora = ("lora", inner.targets, False, "float32")
+    _check(_case("inner", inner, (*lora, accumulation, _NUM_STEPS, warms_up, False)))
+    objective = make_objective(outer.objective, **outer.objective_kwargs)
+    kind = (outer.update, outer.targets, objective.gae is not None)
+    batches = -(-outer.problems_per_step * edits // outer.batch_size) * outer.num_epochs
+    if outer.update == "full":  # one state for the whole run
+        kind, batches = (*kind, settings.model.dtype), _NUM_STEPS
+    else:
+        kind = (*kind, "float32")
+    _check(_case("outer", outer, (*kind, 1, min(batches, _NUM_STEPS), False, True)))
 
 
 def _case(name: str, section: InnerSettings | OuterSettings, rest: tuple) -> _Case:
@@ -75,8 +90,7 @@ def _case(name: str, section: InnerSettings | OuterSettings, rest: tuple) -> _Ca
     called = f"{name}.optax_name = {section.optax_name!r} with {kwargs}"
     if optimizer is not None:
         called = f"{name}.optimizer = {optimizer.__module__}:{optimizer.__qualname__}"
-    rate = min(section.learning_rate, _LARGEST_RATE)
-    return _Case(name, called, optimizer, section.optax_name, kwargs, rate, *rest)
+    return _Case(name, called, optimizer, section.optax_name, kwargs, *rest)
 
 
 @cache
@@ -88,12 +102,17 @@ def _check(case: _Case) -> None:
         )
     except ValueError as error:
         raise ValueError(f"{case.section}.{error}") from error
-    params = _filled(_full_like()) if case.update == "full" else _adapter_like(case.targets)
+    params = _trained_like(case)
     try:
         complaint = _unfit(optimizer, params) or _fault(case, optimizer, params)
     except Exception as error:  # it is anybody's code
-        what = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{case.called}: it fails: {type(error).__name__}: {what}") from error
+        what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if isinstance(error, jax.errors.JAXTypeError):
+            what += (
+                " The learning rate is traced: the schedule's value now, and no number of Python's."
+                f" Schedules are {case.section}.schedule and warmup_steps"
+            )
+        raise ValueError(f"{case.called}: it fails: {what}") from error
     if complaint:
         raise ValueError(f"{case.called}: {complaint}")
 
@@ -123,16 +142,26 @@ def _unfit(optimizer: Optimizer, params: Params) -> str:
 
 def _fault(case: _Case, optimizer: Optimizer, params: Params) -> str:
     """Say what is wrong with the updates; '' if nothing is."""
-    moves, finite = _try(case, optimizer, params)
+    moves, finite, losses = _try(case, optimizer, params)
     if not finite[0]:
         return "what it makes of finite gradients is not finite"
     if not moves[0].any():
-        return "it trains nothing: all its updates are 0"
+        return f"it trains nothing: all its updates are 0, in {_NUM_STEPS} steps"
+    if not moves[0, : case.most_steps].any():
+        return (
+            f"it trains nothing: an outer step makes {case.most_steps} updates at most, each time"
+            " from a new state, and so many are 0"
+        )
     if np.array_equal(moves[0], moves[1]):
         return (
             "the learning rate does not reach its updates: they are the same with"
-            f" {case.learning_rate:g} and with 0, so {case.section}.learning_rate and"
+            f" {_RATE} and with 0, so {case.section}.learning_rate and"
             f" {case.section}.schedule have no effect"
+        )
+    if losses[1] > 1.001 * losses[0]:
+        return (
+            f"it climbs: the loss of a small problem goes from {losses[0]:g} to {losses[1]:g}."
+            " Updates are added, so they have to go against the gradient"
         )
     if case.warmup and not finite[1]:
         return (
@@ -142,51 +171,58 @@ def _fault(case: _Case, optimizer: Optimizer, params: Params) -> str:
     return ""
 
 
-def _try(case: _Case, optimizer: Optimizer, params: Params) -> tuple[np.ndarray, np.ndarray]:
-    """Return the updates f32[2 steps n] at the rate and at 0, and whether they are finite."""
+def _try(
+    case: _Case, optimizer: Optimizer, params: Params
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return updates f32[2 steps n] at the rate and at 0, whether they are finite, and losses.
+
+    The losses f32[2] are those before and after all steps at the rate.
+    """
     start, goal = params, jax.tree.map(lambda x: -0.5 * x[::-1] if x.ndim else 2 * x, params)
+    goal = jax.tree.map(lambda x, w: jnp.asarray(x, w.dtype), goal, params)
 
     def loss_of(params: Params) -> jax.Array:
-        return 0.5 * optax.tree.norm(optax.tree.sub(params, goal), squared=True)
+        return 0.5 * optax.tree.norm(optax.tree.sub(params, goal), squared=True).astype(jnp.float32)
 
-    def step(rate: jax.Array, carry: tuple, _: None) -> tuple[tuple, jax.Array]:
+    def step(rate: jax.Array, carry: tuple, i: jax.Array) -> tuple[tuple, jax.Array]:
         params, state = carry
         loss, grads = jax.value_and_grad(loss_of)(params)
-        tx = accumulate(optimizer(rate), case.accumulation, _NUM_STEPS)
+        tx = accumulate(optimizer(rate), case.accumulation, (i + 1) % case.accumulation == 0)
         value_fn = loss_of if case.has_value_fn else None
         updates, new = update(tx, grads, state, params, loss, value_fn)
         new = jax.tree.map(lambda old, x: jnp.asarray(x).astype(old.dtype), state, new)
         params = jax.tree.map(lambda w, u: w + u.astype(w.dtype), params, updates)
-        return (params, new), ravel_pytree(updates)[0]
+        return (params, new), ravel_pytree(updates)[0].astype(jnp.float32)
 
-    def run(rate_now: jax.Array, first_rate: jax.Array) -> tuple[jax.Array, jax.Array]:
-        state = accumulate(optimizer(first_rate), case.accumulation, 1).init(start)
+    def run(rate: jax.Array, first_rate: jax.Array) -> tuple[jax.Array, ...]:
+        state = accumulate(optimizer(first_rate), case.accumulation, True).init(start)
         state = jax.tree.map(jnp.asarray, state)
-        steps = partial(step, rate_now)
-        (params, state), moves = jax.lax.scan(steps, (start, state), None, _NUM_STEPS)
-        last, _ = ravel_pytree(evaluation_point(state, params))
-        return moves, jnp.isfinite(moves).all() & jnp.isfinite(last).all()
+        steps = jnp.arange(_NUM_STEPS)
+        (params, state), moves = jax.lax.scan(partial(step, rate), (start, state), steps)
+        last = evaluation_point(state, params)
+        return moves, jnp.isfinite(moves).all() & all_finite(last), loss_of(last)
 
-    rates = jnp.float32([case.learning_rate, 0.0])
+    rates = jnp.float32([_RATE, 0.0])
     both = jax.jit(lambda rates: jax.lax.map(lambda now: run(now, rates[0]), rates))
-    moves, finite = both(rates)
-    return np.asarray(moves), np.asarray(finite)
+    moves, finite, losses = jax.device_get(both(rates))
+    return moves, finite, np.array([loss_of(start), losses[0]])
 
 
-def _full_like() -> Params:
-    return jax.eval_shape(partial(init_params, _SIZES), jax.random.key(0))
+def _trained_like(case: _Case) -> Params:
+    """Return numbers in the shape of what the loop trains, but small."""
+    if case.update == "full":
+        shapes = jax.eval_shape(partial(init_params, _SIZES), jax.random.key(0))
+    else:
+        sizes = {"rank": 3, "alpha": 3.0, "targets": case.targets}
+        adapter = jax.eval_shape(partial(lora.init_adapter, _SIZES, **sizes), jax.random.key(0))
+        shapes = jax.eval_shape(partial(lora.take, index=0), adapter).weights
+    params = jax.tree.map(lambda x: _numbers(x.shape).astype(case.dtype), shapes)
+    if case.section == "inner":
+        return params
+    head = {"kernel": _numbers((_SIZES.embed_dim,)), "bias": _numbers(())}
+    return with_head(params, head if case.has_values else None)
 
 
-def _adapter_like(targets: Sequence[str]) -> Params:
-    sizes = {"rank": 3, "alpha": 3.0, "targets": targets}
-    shapes = jax.eval_shape(partial(lora.init_adapter, _SIZES, **sizes), jax.random.key(0))
-    return _filled(jax.eval_shape(partial(lora.take, index=0), shapes).weights)
-
-
-def _filled(shapes: Any) -> Params:
-    """Return arrays of these shapes with numbers in [-1, 1], none of them 0."""
-
-    def one(shape: jax.ShapeDtypeStruct) -> np.ndarray:
-        return np.sin(1.0 + np.arange(np.prod(shape.shape))).astype(np.float32).reshape(shape.shape)
-
-    return jax.tree.map(one, shapes)
+def _numbers(shape: tuple[int, ...]) -> np.ndarray:
+    """Return numbers in [-1, 1], none of them 0."""
+    return np.sin(1.0 + np.arange(np.prod(shape))).astype(np.float32).reshape(shape)

@@ -6,6 +6,7 @@ test keeps them equal. Imports no jax.
 """
 
 import ast
+import functools
 import importlib
 import math
 from collections.abc import Callable, Mapping
@@ -59,13 +60,49 @@ def _import_name(text: str) -> Callable | None:
     module_name, _, qualname = text.partition(":")
     if not qualname:
         raise ValueError(f"{text!r} is not 'module:name'")
+    value = _find(module_name, qualname)
+    if (getattr(value, "__module__", None), getattr(value, "__qualname__", "")) == (
+        module_name,
+        qualname,
+    ):
+        return value
+    return _under_name(module_name, qualname)
+
+
+def _find(module_name: str, qualname: str) -> Any:
     try:
         value: Any = importlib.import_module(module_name)
         for name in qualname.split("."):
             value = getattr(value, name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import {text!r}: {error}") from error
+        where = f"{module_name}:{qualname}"
+        raise ValueError(f"cannot import {where!r}: {error}") from error
     return value
+
+
+@functools.cache
+def _under_name(module_name: str, qualname: str) -> Callable:
+    """Return a function that is found under a name of its own: by which a config is stored.
+
+    Partial functions and methods have no such name, and wrapped functions another one's.
+    """
+    value = _find(module_name, qualname)
+    if not callable(value):
+        raise ValueError(f"'{module_name}:{qualname}' is no function: {type(value).__name__}")
+
+    def function(*arguments: Any) -> Any:
+        return value(*arguments)
+
+    function.__module__, function.__qualname__ = module_name, qualname
+    return function
+
+
+def _imports_back(value: Any) -> bool:
+    """Return whether a function is what its name says, so that a stored config has it again."""
+    try:
+        return _import_name(f"{value.__module__}:{value.__qualname__}") is value
+    except (AttributeError, ValueError):
+        return False
 
 
 # --- what a value may be ---
@@ -148,8 +185,8 @@ _KEYWORDS = Allowed(  # of a library that checks them itself
     ast.literal_eval,
 )
 _FUNCTION = Allowed(
-    "None or a named function of the learning rate",
-    lambda v: v is None or (callable(v) and hasattr(v, "__qualname__")),
+    "None or a named function of the learning rate that is found by its name, as module:name",
+    lambda v: v is None or (callable(v) and _imports_back(v)),
     _import_name,
 )
 PLAIN = Allowed(

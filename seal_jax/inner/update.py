@@ -30,6 +30,7 @@ from seal_jax.models.transformer import Packed, hidden_states
 from seal_jax.optim import (
     Optimizer,
     accumulate,
+    all_finite,
     evaluation_point,
     has_evaluation_point,
     scheduled_rate,
@@ -204,12 +205,14 @@ def update_lane(
     rate = scheduled_rate(
         setup.schedule, batch.learning_rate[a], done, num_updates, setup.warmup_steps
     )
-    tx = accumulate(setup.optimizer(rate), accumulation, batch.num_steps[a])
+    steps = carry.steps[a] + 1
+    ends = (steps % accumulation == 0) | (steps == batch.num_steps[a])
+    tx = accumulate(setup.optimizer(rate), accumulation, ends)
     updates, new_state = update(tx, take(grads, u), opt_state, weights, carry.losses[u])
     new = jax.tree.map(lambda w, change: w + change.astype(w.dtype), weights, updates)
-    finite = jnp.isfinite(carry.losses[u])
-    for x in jax.tree.leaves(new):
-        finite &= jnp.isfinite(x).all()
+    finite = all_finite(new)
+    if accumulation == 1:  # else the step may still end a group
+        finite &= jnp.isfinite(carry.losses[u])
 
     # A branch: a choice between new and old would read and write both.
     stacks = jax.lax.cond(
@@ -251,7 +254,7 @@ def start_state(setup: InnerSetup, adapters: Adapters, learning_rate: jax.Array)
     """Return the state before the first step; learning_rate f32[A] is each adapter's."""
 
     def init(rate: jax.Array, weights: Params) -> Any:
-        return accumulate(setup.optimizer(rate), setup.accumulation, 1).init(weights)
+        return accumulate(setup.optimizer(rate), setup.accumulation, True).init(weights)
 
     opt_state = jax.vmap(init)(learning_rate, adapters.weights)
     # The caller keeps its adapters, and the steps donate theirs: nothing is shared.

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait for each other at full speed
 # Most of the tests' time is the compiler's: LLVM's optimizations and, of each fusion, a passage
 # through MLIR would be most of that. XLA's older emitters of the same fusions do without MLIR. And
 # a program is so small that to split it for several cores costs more than it saves.

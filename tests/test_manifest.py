@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -175,6 +176,25 @@ def test_a_run_goes_on_without_what_it_makes_again_and_with_nothing_that_is_dama
     (folder / "edits.jsonl").unlink()
     with pytest.raises(ValueError, match="edits.jsonl was written and is not there.*Put it back"):
         manifest.refuse_damaged(folder)
+
+
+def test_a_checkpoint_or_an_adapter_is_known_by_its_hash_until_it_is_made_again(folder):
+    one, two, adapter = (folder / name for name in ("checkpoints/1", "checkpoints/2", "adapters/a"))
+    for path in (one, two, adapter):
+        (path / "position").mkdir(parents=True)
+        files.write_json(path / "position" / "metadata", {"hash": path.name})
+    assert manifest.refuted(two, "other") == ""  # not entered yet
+    manifest.update(folder, settled=True)
+    for path in (one, two, adapter):
+        assert manifest.refuted(path, path.name) == ""
+        assert "is not the one" in manifest.refuted(path, "other")
+    shutil.rmtree(two)
+    manifest.update(folder)
+    manifest.forget_checkpoints(folder, above=1)
+    assert manifest.losses(folder).keys() == {"checkpoints/2"}
+    assert manifest.refuted(two, "other") == "" and manifest.refuted(one, "other")
+    manifest.forget(folder, ["adapters/a"])
+    assert manifest.refuted(adapter, "other") == ""
 
 
 def test_only_names_of_a_run_are_entered(folder):

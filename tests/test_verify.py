@@ -10,6 +10,8 @@ from tiny_run import run_process, train_arguments
 
 from seal_jax.commands import main as cli
 from seal_jax.hosts import files, manifest
+from seal_jax.runs.adapters import load_adapter
+from seal_jax.runs.checkpoint import CheckpointError
 from seal_jax.runs.verify import verify_run
 from seal_jax.sources import load_model
 
@@ -174,3 +176,40 @@ def test_what_is_damaged_is_not_used(finished, one_device, tmp_path, capsys):
     (run / "manifest.json").unlink()  # as the message says: take what is there
     (run / "checkpoints" / "1").rename(run / "checkpoints" / "2")
     assert cli.main(train_arguments(run)) == 0
+
+
+def replace(old, new):
+    shutil.rmtree(new)
+    shutil.copytree(old, new)
+
+
+def swap(folder, one, other):
+    (folder / one).rename(folder / "kept")
+    (folder / other).rename(folder / one)
+    (folder / "kept").rename(folder / other)
+
+
+def test_what_is_whole_and_of_another_place_is_named_and_not_used(finished, tmp_path):
+    """Its own hashes verify, but it is another step's, another arm's, or another adapter."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    replace(run / "random" / "checkpoints" / "2", run / "checkpoints" / "2")
+    swap(run / "random" / "checkpoints", "1", "2")
+    swap(run / "adapters", "policy-0", "policy-1")
+    replace(finished / "adapters" / "policy-1", run / "random" / "adapters" / "policy-1")
+    _, damaged = verify_run(str(run))
+    other = "is not the one that the run wrote there"
+    assert dict(complaint.split(": ", 1) for complaint in damaged) == {
+        "checkpoints/2": other,
+        "random/checkpoints/1": "ValueError: it was saved as 2, not as 1",
+        "random/checkpoints/2": "ValueError: it was saved as 1, not as 2",
+        "adapters/policy-0": "ValueError: it was saved as policy-1, not as policy-0",
+        "adapters/policy-1": "ValueError: it was saved as policy-0, not as policy-1",
+        "random/adapters/policy-1": other,
+    }
+    with pytest.warns(UserWarning, match=f"damaged checkpoint .*/2: {other}"):
+        config = load_model(str(run)).config  # the policy after step 1
+    for folder in (run, run / "random"):
+        with pytest.raises(CheckpointError, match="damaged: .*policy-1: "):
+            load_adapter(str(folder), "policy-1", config)
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="no good checkpoint"):
+        load_model(str(run / "random"))

@@ -77,8 +77,7 @@ def save_adapter(
     position = {"rank": rank, "targets": sorted(pairs), "parents": parents}
     path = os.path.join(folder, "adapters", adapter_id)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    if os.path.exists(path):  # of a step that is made again
-        manifest.forget(folder, [f"adapters/{adapter_id}"])
+    manifest.forget(folder, [f"adapters/{adapter_id}"])  # of a step that is made again
     checkpoint.save_alone(path, {"adapters": to_host(adapters)}, position)
 
 

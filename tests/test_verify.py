@@ -12,7 +12,7 @@ from seal_jax.commands import main as cli
 from seal_jax.hosts import files, manifest
 from seal_jax.runs.adapters import load_adapter
 from seal_jax.runs.checkpoint import CheckpointError
-from seal_jax.runs.verify import verify_run
+from seal_jax.runs.verify import unknown, verify_run
 from seal_jax.sources import load_model
 
 pytest_plugins = ["tiny_fixtures"]
@@ -213,3 +213,17 @@ def test_what_is_whole_and_of_another_place_is_named_and_not_used(finished, tmp_
             load_adapter(str(folder), "policy-1", config)
     with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="no good checkpoint"):
         load_model(str(run / "random"))
+
+
+def test_stray_files_are_neither_adapters_nor_checkpoints(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in ("adapters/notes.txt", "adapters/.DS_Store", "checkpoints/notes", "checkpoints/7"):
+        (run / name).write_text("of the user")
+    (run / "adapters" / ".Trash").mkdir()
+    good, damaged = verify_run(str(run))
+    assert not damaged and not any("notes" in name or "7" in name for name in good)
+    load_model(str(run))
+    assert "(here" not in unknown(str(run))
+    assert cli.main(["export", str(run), "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert "policy-1" in listed and "notes" not in listed and "Trash" not in listed

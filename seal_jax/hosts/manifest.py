@@ -244,9 +244,8 @@ def _is_remade(folder: str | os.PathLike, name: str) -> bool:
 
 
 def _checkpoint_steps(folder: str | os.PathLike) -> frozenset[int]:
-    path = Path(folder, "checkpoints")
-    names = os.listdir(path) if path.is_dir() else ()
-    return frozenset(int(name) for name in names if name.isdigit())
+    paths = Path(folder, "checkpoints").glob("[0-9]*")
+    return frozenset(int(path.name) for path in paths if path.name.isdecimal() and path.is_dir())
 
 
 def _checkpoint(step: int) -> str:
@@ -289,9 +288,9 @@ def _written(folder: Path) -> Iterator[Path]:
 def _folders(folder: Path) -> Iterator[str]:
     if (folder / "random" / MANIFEST).exists():
         yield "random"
-    for path in folder.glob("adapters/*"):
-        if ".orbax-checkpoint-tmp" not in path.name:  # half written
-            yield path.relative_to(folder).as_posix()
+    for path in folder.glob(f"adapters/[!.]*/{_RECORD}"):
+        if ".orbax-checkpoint-tmp" not in path.parts[-3]:  # half written
+            yield f"adapters/{path.parts[-3]}"
 
 
 def _is_ledger(name: str) -> bool:

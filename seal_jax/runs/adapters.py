@@ -109,8 +109,7 @@ def _template(config: ModelConfig, position: checkpoint.Position) -> dict[str, A
 
 def list_adapters(folder: str) -> list[str]:
     """Return the ids of a run's adapters, those of the policy first, in the order of the steps."""
-    path = os.path.join(folder, "adapters")
-    names = os.listdir(path) if os.path.isdir(path) else []
+    names = [path.name for path in Path(folder, "adapters").glob("[!.]*") if path.is_dir()]
 
     def order(name: str) -> tuple[bool, int, str]:
         step = re.search(r"\d+", name)

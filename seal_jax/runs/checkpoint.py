@@ -224,7 +224,7 @@ def _verify(restore: Restore, path: str | os.PathLike) -> str:
 
 def _steps(folder: str | os.PathLike) -> list[Path]:
     # A kill leaves unfinished ones, whose names have more than digits.
-    return [path for path in Path(folder).glob("*") if path.name.isdigit()]
+    return [path for path in Path(folder).glob("*") if path.name.isdecimal() and path.is_dir()]
 
 
 def tree_hash(pytree: PyTree) -> str:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from seal_jax.hosts import files, manifest
+from seal_jax.hosts.replacing import remove_folder
 
 
 def write_some(folder):
@@ -18,7 +19,8 @@ def write_some(folder):
     for step in range(2):
         files.write_json(folder / f"judged_{step}.json", {"scores": [step]})
         files.append_json(folder / f"pending_{step}.jsonl", {"name": step})
-        adapter.mkdir(parents=True, exist_ok=True)
+        (adapter / "position").mkdir(parents=True, exist_ok=True)
+        files.write_json(adapter / "position" / "metadata", {"hash": "h"})
         manifest.update(folder)
         for name in ("metrics.jsonl", "edits.jsonl"):
             files.append_json(folder / name, {"step": step})
@@ -29,7 +31,7 @@ def write_some(folder):
     files.truncate_after(folder / "edits.jsonl", 0)  # as a run does that goes on
     files.write_json(folder / "config.json", {"manifest": "manifest.json", "placement": 2})
     manifest.forget(folder, ["adapters/0-a-0-0"])
-    adapter.rmdir()
+    remove_folder(adapter)
     files.append_json(folder / "edits.jsonl", {"step": 1, "again": True})
     manifest.update(folder)
 
@@ -75,6 +77,20 @@ def test_a_kill_at_any_moment_makes_it_tell_of_no_loss(tmp_path, monkeypatch):
     os.unlink(folder / manifest.MANIFEST)
     manifest.begin(folder)  # read anew from its first byte, a ledger has the same checksum
     assert manifest.read_manifest(folder) == write_again
+
+
+def test_a_folder_whose_removal_is_killed_is_gone_under_its_name(tmp_path, monkeypatch):
+    (tmp_path / "adapter" / "position").mkdir(parents=True)
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rmdir", kill)
+        remove_folder(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    remove_folder(tmp_path / "adapter")  # and what is left of it goes with the next one
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.fixture

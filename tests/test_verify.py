@@ -227,3 +227,15 @@ def test_stray_files_are_neither_adapters_nor_checkpoints(finished, tmp_path, ca
     assert cli.main(["export", str(run), "--list"]) == 0
     listed = capsys.readouterr().out
     assert "policy-1" in listed and "notes" not in listed and "Trash" not in listed
+
+
+def test_an_adapter_that_a_kill_left_unfinished_is_no_damage(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    left = run / "adapters" / "1-left-0-0"
+    shutil.copytree(run / "adapters" / "policy-1", left)
+    shutil.rmtree(left / "position")
+    assert cli.main(["verify", str(run)]) == 0
+    assert "unfinished  adapters/1-left-0-0: left by a kill" in capsys.readouterr().out
+    shutil.rmtree(run / "adapters" / "policy-1" / "position")  # in the manifest: it was whole
+    assert cli.main(["verify", str(run)]) == 2
+    assert "DAMAGED  adapters/policy-1: ValueError: position/ is not" in capsys.readouterr().out

@@ -203,6 +203,18 @@ def not_entered(folder: str | os.PathLike) -> list[str]:
     return names + [*map(_checkpoint, sorted(_checkpoint_steps(folder) - found.checkpoints))]
 
 
+def is_unfinished(folder: str | os.PathLike, name: str) -> bool:
+    """Return whether an adapter was never whole, as far as the manifest knows.
+
+    Args:
+      name: adapters/ID.
+    """
+    found = read_manifest(folder)
+    return (
+        found is not None and name not in found.folders and not Path(folder, name, _RECORD).exists()
+    )
+
+
 def refuse_damaged(root: str | os.PathLike, reads: tuple[str, ...] = ("",)) -> None:
     """Refuse a run whose files are not what it wrote.
 

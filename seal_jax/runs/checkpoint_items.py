@@ -71,7 +71,10 @@ def read_record(restore: Restore, path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       ValueError: its hash does not verify, or it is another one than the folder's name says.
     """
-    items = restore(args=ocp.args.Composite(**{_JSON_ITEM: ocp.args.JsonRestore()}))
+    try:
+        items = restore(args=ocp.args.Composite(**{_JSON_ITEM: ocp.args.JsonRestore()}))
+    except KeyError:
+        raise ValueError(f"{_JSON_ITEM}/ is not there") from None
     item = items[_JSON_ITEM]
     if hash_json(item["record"]) != item["hash"]:
         raise ValueError(f"{_JSON_ITEM}/metadata: its hash does not verify")

@@ -6,7 +6,14 @@ from pathlib import Path
 
 from seal_jax.hosts.console import progress
 from seal_jax.hosts.files import read_jsonl, read_object
-from seal_jax.hosts.manifest import MANIFEST, Entry, losses, not_entered, read_manifest
+from seal_jax.hosts.manifest import (
+    MANIFEST,
+    Entry,
+    is_unfinished,
+    losses,
+    not_entered,
+    read_manifest,
+)
 from seal_jax.runs import checkpoint
 from seal_jax.runs.adapters import list_adapters
 from seal_jax.runs.folder import find_run
@@ -28,6 +35,18 @@ def verify_run(path: str) -> tuple[list[str], list[str]]:
             place = (file / str(step)).relative_to(root).as_posix()
             (damaged if why else good).append(f"{place}: {why}" if why else place)
     return good, damaged
+
+
+def unfinished(path: str) -> list[str]:
+    """Return the adapters that a kill left half written or half deleted, and no run uses."""
+    root = _root_of(path)
+    return [
+        f"{(folder / 'adapters' / adapter).relative_to(root)}: left by a kill, and not used: it is"
+        " made again where it is wanted"
+        for folder in (root, root / "random")
+        for adapter in list_adapters(str(folder))
+        if _is_unfinished(folder, adapter)
+    ]
 
 
 def unknown(path: str) -> str:
@@ -79,7 +98,12 @@ def _checks(root: Path) -> Iterator[tuple[Path, Callable[[], dict]]]:
             yield steps, partial(checkpoint.verify, steps)
         for adapter in list_adapters(str(folder)):
             path = folder / "adapters" / adapter
-            yield path, lambda path=path: {"": checkpoint.verify_alone(path)}
+            if not _is_unfinished(folder, adapter):
+                yield path, lambda path=path: {"": checkpoint.verify_alone(path)}
+
+
+def _is_unfinished(folder: Path, adapter: str) -> bool:
+    return _entries(folder) is not None and is_unfinished(folder, f"adapters/{adapter}")
 
 
 def _check(path: Path, why: str) -> dict[str, str]:

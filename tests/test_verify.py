@@ -12,6 +12,7 @@ from seal_jax.commands import main as cli
 from seal_jax.hosts import files, manifest
 from seal_jax.runs.adapters import load_adapter
 from seal_jax.runs.checkpoint import CheckpointError
+from seal_jax.runs.leaf_records import hash_json
 from seal_jax.runs.verify import unknown, verify_run
 from seal_jax.sources import load_model
 
@@ -43,8 +44,6 @@ def test_what_is_damaged_is_named(finished, tmp_path, capsys):
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
     (run / "metrics.jsonl").write_text("no JSON\n")
-    with (run / "edits.jsonl").open("a") as file:
-        file.write('{"step": 1, "pro')  # a kill tears a last line; the next append drops it
     shutil.rmtree(run / "adapters" / "policy-1" / "adapters")
     good, damaged = verify_run(str(run))
     assert len(damaged) == 3 and "edits.jsonl" in good and "checkpoints/1" in good
@@ -227,6 +226,32 @@ def test_stray_files_are_neither_adapters_nor_checkpoints(finished, tmp_path, ca
     assert cli.main(["export", str(run), "--list"]) == 0
     listed = capsys.readouterr().out
     assert "policy-1" in listed and "notes" not in listed and "Trash" not in listed
+
+
+def test_what_was_added_to_a_finished_run_is_named(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    files.append_json(run / "edits.jsonl", {"step": 9, "problem": "p", "edit": 0})
+    files.append_json(run / "random" / "metrics.jsonl", {"step": 9})
+    files.append_json(run / "eval_fake.jsonl", {"step": 9})
+    (run / "model" / "added.json").write_text("{}")
+    shutil.copytree(run / "checkpoints" / "2", run / "checkpoints" / "3")
+    item = run / "checkpoints" / "3" / "position" / "metadata"
+    record = json.loads(item.read_text())["record"] | {"name": "3"}  # another run's third step
+    item.write_text(json.dumps({"record": record, "hash": hash_json(record)}))
+    names = ("edits.jsonl", "eval_fake.jsonl", "model/added.json", "random/metrics.jsonl")
+    _, damaged = verify_run(str(run))
+    late = "was added after the run had ended"
+    assert damaged == [f"{name}: {late}" for name in (*names[:3], "checkpoints/3", names[3])]
+    assert "(here" not in unknown(str(run))
+    with pytest.warns(UserWarning, match=f"checkpoint .*/3: {late}"):
+        load_model(str(run))
+    (run / "summary.json").unlink()  # as if it had been killed before its end
+    manifest.forget(run, ["summary.json"])
+    with (run / "edits.jsonl").open("a") as file:
+        file.write('{"step": 1, "pro')  # a kill tears a last line; the next append drops it
+    good, damaged = verify_run(str(run))
+    assert not damaged and {*names, "checkpoints/3"} <= {*good, "model/added.json"}
+    assert "(here: model/added.json, " in unknown(str(run))
 
 
 def test_an_adapter_that_a_kill_left_unfinished_is_no_damage(finished, tmp_path, capsys):

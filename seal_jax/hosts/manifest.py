@@ -34,6 +34,8 @@ _FILES = (
 )
 _REMADE = (MANIFEST, "summary.", "eval_", "pending_", "adapters/", "checkpoints/", "random")
 _ABSENT = "was written and is not there"
+_LATE = "was added after the run had ended"
+_SUMMARY = ("summary.json", "summary.md", "config.json", "policy.json")  # written anew by `eval`
 _RECORD = "position/metadata"  # of a checkpoint or an adapter: JSON with its hash
 
 
@@ -145,8 +147,24 @@ def refuted(path: str | os.PathLike, found: str) -> str:
     """
     path = Path(path).absolute()
     manifest = read_manifest(path.parent.parent)
-    expected = None if manifest is None else manifest.hashes.get(f"{path.parent.name}/{path.name}")
-    return "" if expected in (None, found) else "is not the one that the run wrote there"
+    name = f"{path.parent.name}/{path.name}"
+    expected = None if manifest is None else manifest.hashes.get(name)
+    if expected not in (None, found):
+        return "is not the one that the run wrote there"
+    return added(path.parent.parent).get(name, "")
+
+
+def added(folder: str | os.PathLike) -> dict[str, str]:
+    """Return what was added to a folder after its run had ended, by name, and that it was.
+
+    Raises:
+      ValueError: the manifest is damaged.
+    """
+    folder = Path(folder).absolute()
+    roots = [folder, folder.parent] if folder.name == "random" else [folder]
+    if not any(found and "summary.json" in found.files for found in map(read_manifest, roots)):
+        return {}
+    return {name: _LATE for name in not_entered(folder) if name not in _SUMMARY}
 
 
 def shorten(path: str | os.PathLike, content: bytes) -> None:

@@ -9,6 +9,7 @@ from seal_jax.hosts.files import read_jsonl, read_object
 from seal_jax.hosts.manifest import (
     MANIFEST,
     Entry,
+    added,
     is_unfinished,
     losses,
     not_entered,
@@ -58,7 +59,7 @@ def unknown(path: str) -> str:
             "Not known: whether a file was changed, cut or deleted such that the rest can be read:"
             f" there is no {MANIFEST} to compare with."
         )
-    late = [folder / name for folder in folders for name in not_entered(folder)]
+    late = [f / name for f in folders for name in not_entered(f) if name not in added(f)]
     names = ", ".join(path.relative_to(root).as_posix() for path in late)
     return (
         f"Not known: what a killed run wrote after the last entry of {MANIFEST}"
@@ -89,7 +90,7 @@ def _entries(folder: Path) -> dict[str, Entry] | None:
 def _checks(root: Path) -> Iterator[tuple[Path, Callable[[], dict]]]:
     """Yield each path, and a function that returns what is wrong there, by step or by ''."""
     for folder in (root, root / "random"):
-        lost = losses(folder)
+        lost = _late(folder) | losses(folder)
         found = {path.name for path in folder.glob("[!.]*.json*")}
         for name in sorted({*found, *(_entries(folder) or ()), *lost}):
             yield folder / name, partial(_check, folder / name, lost.get(name, ""))
@@ -100,6 +101,16 @@ def _checks(root: Path) -> Iterator[tuple[Path, Callable[[], dict]]]:
             path = folder / "adapters" / adapter
             if not _is_unfinished(folder, adapter):
                 yield path, lambda path=path: {"": checkpoint.verify_alone(path)}
+
+
+def _late(folder: Path) -> dict[str, str]:
+    """Return what of the files was added; of checkpoints and adapters, whoever reads them says."""
+    try:
+        found = added(folder)
+    except ValueError:
+        return {}  # of a damaged manifest, which is named by itself
+    kinds = ("adapters/", "checkpoints/")
+    return {name: why for name, why in found.items() if not name.startswith(kinds)}
 
 
 def _is_unfinished(folder: Path, adapter: str) -> bool:

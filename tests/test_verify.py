@@ -264,3 +264,21 @@ def test_an_adapter_that_a_kill_left_unfinished_is_no_damage(finished, tmp_path,
     shutil.rmtree(run / "adapters" / "policy-1" / "position")  # in the manifest: it was whole
     assert cli.main(["verify", str(run)]) == 2
     assert "DAMAGED  adapters/policy-1: ValueError: position/ is not" in capsys.readouterr().out
+
+
+def test_an_evaluation_and_a_training_run_write_into_no_folder_of_the_other(
+    finished, one_device, tmp_path, capsys
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = (run / "summary.json").read_bytes()
+    evaluation = ["eval", *train_arguments(run)[1:], "--policy", str(run)]
+    assert cli.main(evaluation) == 2
+    assert f"{run} is the folder of a training run (it has checkpoints)" in capsys.readouterr().err
+    assert (run / "summary.json").read_bytes() == before and not (run / "policy.json").exists()
+    for name in ("checkpoints", "adapters", "random"):
+        shutil.rmtree(run / name)
+    for name in ("metrics.jsonl", "edits.jsonl", "manifest.json"):
+        (run / name).unlink()
+    files.write_json(run / "policy.json", {"policy": str(finished)})
+    assert cli.main(train_arguments(run)) == 2  # it would say that it is done, too
+    assert f"{run} is the folder of an evaluation (it has policy" in capsys.readouterr().err

@@ -164,6 +164,25 @@ def test_a_manifest_that_is_damaged_or_lost_is_missed(folder):
     assert manifest.losses(folder) == {}
 
 
+def test_a_manifest_that_cannot_be_read_is_damaged(folder):
+    path = folder / "manifest.json"
+    path.unlink()
+    path.symlink_to(path)
+    assert "damaged: OSError: Too many levels" in manifest.losses(folder)["manifest.json"]
+    path.unlink()
+    path.mkdir()
+    assert manifest.losses(folder).keys() == {"manifest.json"}
+    for read in (manifest.read_manifest, manifest.update, manifest.lost_checkpoints):
+        with pytest.raises(ValueError, match="manifest.json: damaged: IsADirectoryError: Is a dir"):
+            read(folder)
+    with pytest.raises(ValueError, match="manifest.json damaged: IsADirectoryError"):
+        manifest.refuse_damaged(folder)
+    path.rmdir()
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    assert manifest.losses(folder) == {}  # nothing says that there was one
+
+
 def test_a_run_goes_on_without_what_it_makes_again_and_with_nothing_that_is_damaged(folder, capsys):
     for name in ("summary.json", "eval_own.jsonl", "pending_3.jsonl"):
         files.append_json(folder / name, {})

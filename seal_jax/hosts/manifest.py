@@ -62,7 +62,7 @@ def read_manifest(folder: str | os.PathLike) -> Manifest | None:
       ValueError: it is damaged.
     """
     path = Path(folder, MANIFEST)
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         content = json.loads(path.read_bytes())
@@ -72,8 +72,9 @@ def read_manifest(folder: str | os.PathLike) -> Manifest | None:
         files = {n: Entry(e["bytes"], int(e["crc32"], 16)) for n, e in content["files"].items()}
         steps = frozenset(content["checkpoints"])
         return Manifest(files, frozenset(content["folders"]), steps, content.get("hashes", {}))
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path}: damaged: {type(error).__name__}: {why}") from error
 
 
 def begin(folder: str | os.PathLike) -> None:
@@ -305,7 +306,7 @@ def _is_missed(folder: Path) -> bool:
     Where there is nothing but config.json, the run was killed before that.
     """
     found = {path.name for path in folder.glob("[!.]*")} | {LOCK}
-    if not found > {"config.json", LOCK}:
+    if not found > {"config.json", LOCK} or not (folder / "config.json").is_file():
         return False
     return f'"{KEY}": "{MANIFEST}"'.encode() in (folder / "config.json").read_bytes()
 

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from seal_jax import keys
 from seal_jax.config.setup import configured_objective, make_stages, make_update, settings_of
-from seal_jax.config.workdir import check_workdir, claim_workdir
+from seal_jax.config.workdir import check_workdir, claim_workdir, refuse_other_kind
 from seal_jax.hosts import manifest
 from seal_jax.hosts.console import say
 from seal_jax.hosts.exchange import ask_first
@@ -80,6 +80,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         fit the config.
     """
     ask_first("workdir", lambda: check_workdir(config, workdir))
+    ask_first("workdir", lambda: refuse_other_kind(workdir, evaluates=False))
     with hold(workdir):
         return train_alone(config, workdir)
 

@@ -18,7 +18,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from seal_jax.runs import checkpoint
+from seal_jax.runs import checkpoint, checkpoint_items
 from seal_jax.runs.checkpoint import CheckpointError, make_manager, restore, save, tree_hash, wait
 
 pytest_plugins = ["tiny_fixtures"]
@@ -294,7 +294,7 @@ def test_damage_of_any_file_is_never_used(tmp_path, damage):
 
 def _save_wrong_hash(manager, step):
     """Save a step with one leaf's hash off by one: what a silent bit flip looks like."""
-    describe = checkpoint.describe
+    describe = checkpoint_items.describe
 
     def lie(path, leaf):
         description = describe(path, leaf)
@@ -303,7 +303,7 @@ def _save_wrong_hash(manager, step):
         return description
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "describe", lie)
+        patch.setattr(checkpoint_items, "describe", lie)
         save(manager, step, {"policy": _params()}, {"step": step})
     wait(manager)
 
@@ -407,7 +407,7 @@ def test_tree_hash_sees_every_bit_path_and_dtype():
 KILLED = """
 import sys
 import jax.numpy as jnp
-from seal_jax.runs import checkpoint
+from seal_jax.runs import checkpoint, checkpoint_items
 manager = checkpoint.make_manager(sys.argv[1], keep=2)
 for step in range(1, 1000):
     tree = {str(i): jnp.full((64, 64), step * 100.0 + i) for i in range(8)}

@@ -310,10 +310,14 @@ def test_a_damaged_adapter_is_refused(finished, one_device, tmp_path, capsys):
 
 def test_a_store_that_is_not_of_the_policy_is_found_out(finished, one_device, tmp_path, capsys):
     """An adapter that is whole, but not the one that was merged: the logits tell."""
-    mixed = shutil.copytree(finished, tmp_path / "run")
+    mixed, to = shutil.copytree(finished, tmp_path / "run"), ["--to", tmp_path / "out"]
     shutil.rmtree(mixed / "adapters" / "policy-1")
     shutil.copytree(finished / "adapters" / "policy-0", mixed / "adapters" / "policy-1")
-    message = fail(capsys, mixed, "--to", tmp_path / "out")
+    assert "policy-1: ValueError: it was saved as policy-0" in fail(capsys, mixed, *to)
+    (mixed / "manifest.json").unlink()
+    adapter, parents = adapters.load_adapter(str(mixed), "policy-0", load_model(BASE).config)
+    adapters.save_adapter(str(mixed), "policy-1", adapter, [*parents, "policy-0"])
+    message = fail(capsys, mixed, *to)
     assert "computes other logits" in message and "Nothing was exported" in message
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

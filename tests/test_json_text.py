@@ -11,7 +11,7 @@ from seal_jax.commands.eval import claim_policy
 from seal_jax.commands.view import run_predictions
 from seal_jax.config import load_config
 from seal_jax.config.workdir import check_workdir
-from seal_jax.hosts.files import read_json, read_jsonl, truncate_after
+from seal_jax.hosts.files import read_json, read_jsonl, read_object, truncate_after
 from seal_jax.models.config import config_from_hf
 from seal_jax.models.tensor_file import read_header
 from seal_jax.models.tokenizer_folder import load_tokenizer
@@ -136,3 +136,13 @@ def test_what_is_no_file_is_named(tmp_path):
         load_passages(f"{tmp_path}{os.sep}")
     with pytest.raises(FileNotFoundError, match="none.json: no such file"):
         load_passages(str(tmp_path / "none.json"))
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("{}")
+    for name, words in {
+        "loop": "loop: cannot be read: Too many levels of symbolic links",
+        "file/a.json": "file/a.json: cannot be read: Not a directory",
+        "a" * 300: "aaa: cannot be read: File name too long",
+        "a\0b": "no file has a zero byte in its name",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            read_object(f"{tmp_path}/{name}")

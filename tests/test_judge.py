@@ -210,11 +210,31 @@ def test_a_request_that_is_refused_is_an_error_at_once(server, status, monkeypat
         "http://h:99999/v1",
         "http://h/v1\r\nX: y",
         "http://h/ v1",
+        "http://h:/v1",
+        "http://./v1",
+        "http://..../v1",
+        "http://a..b/v1",
+        "http://.h/v1",
+        "http://h%20b/v1",
+        f"http://{'h' * 64}.org/v1",
     ],
 )
 def test_a_url_of_another_kind_is_refused(url):
     with pytest.raises(ValueError, match=f"judge_url = {re.escape(repr(url))}: needs http"):
         judge(Judge(url=url, model="m"), PASSAGE, "notes")
+
+
+def test_hosts_of_every_kind_pass():
+    for host in (
+        "h",
+        "h:8000",
+        "my_judge-1.example.org.",
+        "10.0.0.1:80",
+        "[::1]:8000",
+        "[fe80::1]",
+    ):
+        check_url(f"http://{host}/v1")
+        check_url(f"https://{host}")
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
 from seal_jax.hosts import files, manifest
+from seal_jax.hosts.replacing import remove_folder
 
 
 def write_some(folder):
@@ -17,7 +19,8 @@ def write_some(folder):
     for step in range(2):
         files.write_json(folder / f"judged_{step}.json", {"scores": [step]})
         files.append_json(folder / f"pending_{step}.jsonl", {"name": step})
-        adapter.mkdir(parents=True, exist_ok=True)
+        (adapter / "position").mkdir(parents=True, exist_ok=True)
+        files.write_json(adapter / "position" / "metadata", {"hash": "h"})
         manifest.update(folder)
         for name in ("metrics.jsonl", "edits.jsonl"):
             files.append_json(folder / name, {"step": step})
@@ -28,7 +31,7 @@ def write_some(folder):
     files.truncate_after(folder / "edits.jsonl", 0)  # as a run does that goes on
     files.write_json(folder / "config.json", {"manifest": "manifest.json", "placement": 2})
     manifest.forget(folder, ["adapters/0-a-0-0"])
-    adapter.rmdir()
+    remove_folder(adapter)
     files.append_json(folder / "edits.jsonl", {"step": 1, "again": True})
     manifest.update(folder)
 
@@ -74,6 +77,20 @@ def test_a_kill_at_any_moment_makes_it_tell_of_no_loss(tmp_path, monkeypatch):
     os.unlink(folder / manifest.MANIFEST)
     manifest.begin(folder)  # read anew from its first byte, a ledger has the same checksum
     assert manifest.read_manifest(folder) == write_again
+
+
+def test_a_folder_whose_removal_is_killed_is_gone_under_its_name(tmp_path, monkeypatch):
+    (tmp_path / "adapter" / "position").mkdir(parents=True)
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rmdir", kill)
+        remove_folder(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    remove_folder(tmp_path / "adapter")  # and what is left of it goes with the next one
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -147,6 +164,25 @@ def test_a_manifest_that_is_damaged_or_lost_is_missed(folder):
     assert manifest.losses(folder) == {}
 
 
+def test_a_manifest_that_cannot_be_read_is_damaged(folder):
+    path = folder / "manifest.json"
+    path.unlink()
+    path.symlink_to(path)
+    assert "damaged: OSError: Too many levels" in manifest.losses(folder)["manifest.json"]
+    path.unlink()
+    path.mkdir()
+    assert manifest.losses(folder).keys() == {"manifest.json"}
+    for read in (manifest.read_manifest, manifest.update, manifest.lost_checkpoints):
+        with pytest.raises(ValueError, match="manifest.json: damaged: IsADirectoryError: Is a dir"):
+            read(folder)
+    with pytest.raises(ValueError, match="manifest.json damaged: IsADirectoryError"):
+        manifest.refuse_damaged(folder)
+    path.rmdir()
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    assert manifest.losses(folder) == {}  # nothing says that there was one
+
+
 def test_a_run_goes_on_without_what_it_makes_again_and_with_nothing_that_is_damaged(folder, capsys):
     for name in ("summary.json", "eval_own.jsonl", "pending_3.jsonl"):
         files.append_json(folder / name, {})
@@ -175,6 +211,25 @@ def test_a_run_goes_on_without_what_it_makes_again_and_with_nothing_that_is_dama
     (folder / "edits.jsonl").unlink()
     with pytest.raises(ValueError, match="edits.jsonl was written and is not there.*Put it back"):
         manifest.refuse_damaged(folder)
+
+
+def test_a_checkpoint_or_an_adapter_is_known_by_its_hash_until_it_is_made_again(folder):
+    one, two, adapter = (folder / name for name in ("checkpoints/1", "checkpoints/2", "adapters/a"))
+    for path in (one, two, adapter):
+        (path / "position").mkdir(parents=True)
+        files.write_json(path / "position" / "metadata", {"hash": path.name})
+    assert manifest.refuted(two, "other") == ""  # not entered yet
+    manifest.update(folder, settled=True)
+    for path in (one, two, adapter):
+        assert manifest.refuted(path, path.name) == ""
+        assert "is not the one" in manifest.refuted(path, "other")
+    shutil.rmtree(two)
+    manifest.update(folder)
+    manifest.forget_checkpoints(folder, above=1)
+    assert manifest.losses(folder).keys() == {"checkpoints/2"}
+    assert manifest.refuted(two, "other") == "" and manifest.refuted(one, "other")
+    manifest.forget(folder, ["adapters/a"])
+    assert manifest.refuted(adapter, "other") == ""
 
 
 def test_only_names_of_a_run_are_entered(folder):

@@ -13,6 +13,9 @@ FILES = {
     "a file above it": ("file/a.json", "cannot write in .*file: Not a directory"),
     "a folder": ("folder", "expected a file to write"),
     "a folder with a slash": ("folder/", "expected a file to write"),
+    "a new file with a slash": ("new/", "expected a file to write"),
+    "a file with a slash": ("file/", "expected a file to write"),
+    "a file with a point": ("new/.", "expected a file to write"),
     "a broken link": ("link/a.json", "cannot write in .*link: No such file"),
     "a name too long": ("a" * 300, "File name too long"),
     "nobody may write": ("/proc/a.json", "cannot write in /proc"),
@@ -53,10 +56,16 @@ def test_a_folder_that_cannot_be_made(here, path, words):
         check_output(path, "--to", folder=True)
 
 
+def test_a_zero_byte_is_no_part_of_a_path(here):
+    for folder in (False, True):
+        with pytest.raises(ValueError, match=r"--out 'a\\x00b': no path has a zero byte"):
+            check_output("a\0b", "--out", folder)
+
+
 def test_what_can_be_written_passes(here):
     for path in ("new", "file", "folder/new", os.devnull, here / "new"):
         check_output(path, "--json")
-    for path in ("new", "new/below", "folder", "folder/a/b", ".", here):
+    for path in ("new", "new/", "new/.", "new/below", "folder", "folder/a/b", ".", here):
         check_output(path, "--to", folder=True)
 
 

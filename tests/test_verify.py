@@ -10,7 +10,10 @@ from tiny_run import run_process, train_arguments
 
 from seal_jax.commands import main as cli
 from seal_jax.hosts import files, manifest
-from seal_jax.runs.verify import verify_run
+from seal_jax.runs.adapters import load_adapter
+from seal_jax.runs.checkpoint import CheckpointError
+from seal_jax.runs.leaf_records import hash_json
+from seal_jax.runs.verify import unknown, verify_run
 from seal_jax.sources import load_model
 
 pytest_plugins = ["tiny_fixtures"]
@@ -41,8 +44,6 @@ def test_what_is_damaged_is_named(finished, tmp_path, capsys):
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
     (run / "metrics.jsonl").write_text("no JSON\n")
-    with (run / "edits.jsonl").open("a") as file:
-        file.write('{"step": 1, "pro')  # a kill tears a last line; the next append drops it
     shutil.rmtree(run / "adapters" / "policy-1" / "adapters")
     good, damaged = verify_run(str(run))
     assert len(damaged) == 3 and "edits.jsonl" in good and "checkpoints/1" in good
@@ -174,3 +175,110 @@ def test_what_is_damaged_is_not_used(finished, one_device, tmp_path, capsys):
     (run / "manifest.json").unlink()  # as the message says: take what is there
     (run / "checkpoints" / "1").rename(run / "checkpoints" / "2")
     assert cli.main(train_arguments(run)) == 0
+
+
+def replace(old, new):
+    shutil.rmtree(new)
+    shutil.copytree(old, new)
+
+
+def swap(folder, one, other):
+    (folder / one).rename(folder / "kept")
+    (folder / other).rename(folder / one)
+    (folder / "kept").rename(folder / other)
+
+
+def test_what_is_whole_and_of_another_place_is_named_and_not_used(finished, tmp_path):
+    """Its own hashes verify, but it is another step's, another arm's, or another adapter."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    replace(run / "random" / "checkpoints" / "2", run / "checkpoints" / "2")
+    swap(run / "random" / "checkpoints", "1", "2")
+    swap(run / "adapters", "policy-0", "policy-1")
+    replace(finished / "adapters" / "policy-1", run / "random" / "adapters" / "policy-1")
+    _, damaged = verify_run(str(run))
+    other = "is not the one that the run wrote there"
+    assert dict(complaint.split(": ", 1) for complaint in damaged) == {
+        "checkpoints/2": other,
+        "random/checkpoints/1": "ValueError: it was saved as 2, not as 1",
+        "random/checkpoints/2": "ValueError: it was saved as 1, not as 2",
+        "adapters/policy-0": "ValueError: it was saved as policy-1, not as policy-0",
+        "adapters/policy-1": "ValueError: it was saved as policy-0, not as policy-1",
+        "random/adapters/policy-1": other,
+    }
+    with pytest.warns(UserWarning, match=f"damaged checkpoint .*/2: {other}"):
+        config = load_model(str(run)).config  # the policy after step 1
+    for folder in (run, run / "random"):
+        with pytest.raises(CheckpointError, match="damaged: .*policy-1: "):
+            load_adapter(str(folder), "policy-1", config)
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="no good checkpoint"):
+        load_model(str(run / "random"))
+
+
+def test_stray_files_are_neither_adapters_nor_checkpoints(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in ("adapters/notes.txt", "adapters/.DS_Store", "checkpoints/notes", "checkpoints/7"):
+        (run / name).write_text("of the user")
+    (run / "adapters" / ".Trash").mkdir()
+    good, damaged = verify_run(str(run))
+    assert not damaged and not any("notes" in name or "7" in name for name in good)
+    load_model(str(run))
+    assert "(here" not in unknown(str(run))
+    assert cli.main(["export", str(run), "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert "policy-1" in listed and "notes" not in listed and "Trash" not in listed
+
+
+def test_what_was_added_to_a_finished_run_is_named(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    files.append_json(run / "edits.jsonl", {"step": 9, "problem": "p", "edit": 0})
+    files.append_json(run / "random" / "metrics.jsonl", {"step": 9})
+    files.append_json(run / "eval_fake.jsonl", {"step": 9})
+    (run / "model" / "added.json").write_text("{}")
+    shutil.copytree(run / "checkpoints" / "2", run / "checkpoints" / "3")
+    item = run / "checkpoints" / "3" / "position" / "metadata"
+    record = json.loads(item.read_text())["record"] | {"name": "3"}  # another run's third step
+    item.write_text(json.dumps({"record": record, "hash": hash_json(record)}))
+    names = ("edits.jsonl", "eval_fake.jsonl", "model/added.json", "random/metrics.jsonl")
+    _, damaged = verify_run(str(run))
+    late = "was added after the run had ended"
+    assert damaged == [f"{name}: {late}" for name in (*names[:3], "checkpoints/3", names[3])]
+    assert "(here" not in unknown(str(run))
+    with pytest.warns(UserWarning, match=f"checkpoint .*/3: {late}"):
+        load_model(str(run))
+    (run / "summary.json").unlink()  # as if it had been killed before its end
+    manifest.forget(run, ["summary.json"])
+    with (run / "edits.jsonl").open("a") as file:
+        file.write('{"step": 1, "pro')  # a kill tears a last line; the next append drops it
+    good, damaged = verify_run(str(run))
+    assert not damaged and {*names, "checkpoints/3"} <= {*good, "model/added.json"}
+    assert "(here: model/added.json, " in unknown(str(run))
+
+
+def test_an_adapter_that_a_kill_left_unfinished_is_no_damage(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    left = run / "adapters" / "1-left-0-0"
+    shutil.copytree(run / "adapters" / "policy-1", left)
+    shutil.rmtree(left / "position")
+    assert cli.main(["verify", str(run)]) == 0
+    assert "unfinished  adapters/1-left-0-0: left by a kill" in capsys.readouterr().out
+    shutil.rmtree(run / "adapters" / "policy-1" / "position")  # in the manifest: it was whole
+    assert cli.main(["verify", str(run)]) == 2
+    assert "DAMAGED  adapters/policy-1: ValueError: position/ is not" in capsys.readouterr().out
+
+
+def test_an_evaluation_and_a_training_run_write_into_no_folder_of_the_other(
+    finished, one_device, tmp_path, capsys
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = (run / "summary.json").read_bytes()
+    evaluation = ["eval", *train_arguments(run)[1:], "--policy", str(run)]
+    assert cli.main(evaluation) == 2
+    assert f"{run} is the folder of a training run (it has checkpoints)" in capsys.readouterr().err
+    assert (run / "summary.json").read_bytes() == before and not (run / "policy.json").exists()
+    for name in ("checkpoints", "adapters", "random"):
+        shutil.rmtree(run / name)
+    for name in ("metrics.jsonl", "edits.jsonl", "manifest.json"):
+        (run / name).unlink()
+    files.write_json(run / "policy.json", {"policy": str(finished)})
+    assert cli.main(train_arguments(run)) == 2  # it would say that it is done, too
+    assert f"{run} is the folder of an evaluation (it has policy" in capsys.readouterr().err

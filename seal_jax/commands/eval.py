@@ -42,7 +42,7 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> None:
     import jax
 
     from seal_jax.config.setup import make_stages, policy_params, settings_of
-    from seal_jax.config.workdir import check_workdir, claim_workdir
+    from seal_jax.config.workdir import check_workdir, claim_workdir, refuse_other_kind
     from seal_jax.hosts.exchange import ask_first
     from seal_jax.hosts.folder_lock import hold
     from seal_jax.outer.comparison import compare
@@ -51,6 +51,7 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> None:
     from seal_jax.train import evaluate
 
     ask_first("workdir", lambda: check_workdir(config, workdir))
+    ask_first("workdir", lambda: refuse_other_kind(workdir, evaluates=True))
     with hold(workdir):
         stages = make_stages(settings_of(config))
         _, held_out = split_problems(stages.settings, stages.task)

@@ -20,11 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     start(only_cpu=True)  # what is read need not fit into a device
-    from seal_jax.runs.verify import unknown, verify_run
+    from seal_jax.runs.verify import unfinished, unknown, verify_run
 
     good, damaged = verify_run(arguments.run)
     for name in good:
         print(f"good     {name}")
+    for name in unfinished(arguments.run):
+        print(f"unfinished  {name}")
     for complaint in damaged:
         print(f"DAMAGED  {complaint}")
     print(unknown(arguments.run))

@@ -42,6 +42,32 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
         raise ValueError(f"{workdir} is not empty and has no config.json: choose another --workdir")
 
 
+def refuse_other_kind(workdir: str, evaluates: bool) -> None:
+    """Refuse the folder of a training run for an evaluation, and the other way round.
+
+    Either would write its own eval_*.jsonl and summary over the other's.
+
+    Raises:
+      ValueError: it is one.
+    """
+    of_eval = os.path.lexists(os.path.join(workdir, "policy.json"))
+    of_train = [
+        name
+        for name in ("checkpoints", "metrics.jsonl", "edits.jsonl", "random")
+        if os.path.lexists(os.path.join(workdir, name))
+    ]
+    if evaluates and of_train and not of_eval:
+        raise ValueError(
+            f"{workdir} is the folder of a training run (it has {of_train[0]}), whose results an"
+            " evaluation would replace: choose another --workdir"
+        )
+    if of_eval and not evaluates:
+        raise ValueError(
+            f"{workdir} is the folder of an evaluation (it has policy.json), whose results a"
+            " training run would replace: choose another --workdir"
+        )
+
+
 def _is_left(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _LEFT)
 
@@ -81,4 +107,5 @@ def is_done(config: ConfigDict, workdir: str) -> bool:
       ValueError: the folder belongs to another config.
     """
     ask_first("workdir", lambda: check_workdir(config, workdir))
+    ask_first("workdir", lambda: refuse_other_kind(workdir, evaluates=False))
     return ask_first("is done", lambda: os.path.exists(os.path.join(workdir, "summary.json")))

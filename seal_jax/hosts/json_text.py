@@ -18,9 +18,11 @@ def read_text(path: str | os.PathLike) -> str:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is a folder, or not UTF-8.
+      ValueError: it is a folder or cannot be read, or is not UTF-8.
     """
     where = os.fspath(path)
+    if "\0" in where:
+        raise ValueError(f"{where!r}: no file has a zero byte in its name")
     try:
         return Path(path).read_text("utf-8-sig")
     except FileNotFoundError:
@@ -29,6 +31,8 @@ def read_text(path: str | os.PathLike) -> str:
         raise ValueError(f"{where}: not UTF-8 text, at byte {error.start}") from None
     except IsADirectoryError:
         raise ValueError(f"{where}: a folder, expected a file") from None
+    except OSError as error:
+        raise ValueError(f"{where}: cannot be read: {error.strerror}") from error
 
 
 def read_value(path: str | os.PathLike) -> Any:

@@ -1,7 +1,8 @@
 """The manifest of a run's folder: what the run has written there, with sizes and checksums.
 
   {"files": {"edits.jsonl": {"bytes": 2948, "crc32": "1c291ca3"}, "model/config.json": ...},
-   "folders": ["adapters/policy-0", "random"], "checkpoints": [1, 2], "crc32": of all this}
+   "folders": ["adapters/policy-0", "random"], "checkpoints": [1, 2],
+   "hashes": {"adapters/policy-0": "8f...", "checkpoints/2": ...}, "crc32": of all this}
 
 An entry changes where the run writes, and nowhere else: so what is lost or damaged stays told. New
 files are written first and entered then; what is replaced, cut or removed leaves the manifest
@@ -9,8 +10,8 @@ first. So a kill at any moment leaves a folder that has all that its manifest sa
 more. A line-by-line file (.jsonl) may be longer than its entry: its first bytes count.
 
 A CRC-32 can be carried on from the end of an entry, so that no line is read twice. Checkpoints and
-adapters have hashes of their own; the manifest only says which there are. RUN/random has its own
-manifest.
+adapters have hashes of their own; the manifest says which there are, and by their hash that each is
+the one that was written there. RUN/random has its own manifest.
 """
 
 import json
@@ -33,6 +34,9 @@ _FILES = (
 )
 _REMADE = (MANIFEST, "summary.", "eval_", "pending_", "adapters/", "checkpoints/", "random")
 _ABSENT = "was written and is not there"
+_LATE = "was added after the run had ended"
+_SUMMARY = ("summary.json", "summary.md", "config.json", "policy.json")  # written anew by `eval`
+_RECORD = "position/metadata"  # of a checkpoint or an adapter: JSON with its hash
 
 
 class Entry(NamedTuple):
@@ -48,6 +52,7 @@ class Manifest(NamedTuple):
     files: dict[str, Entry]
     folders: frozenset[str]
     checkpoints: frozenset[int]
+    hashes: dict[str, str]  # of checkpoints and adapters; older manifests have none
 
 
 def read_manifest(folder: str | os.PathLike) -> Manifest | None:
@@ -57,7 +62,7 @@ def read_manifest(folder: str | os.PathLike) -> Manifest | None:
       ValueError: it is damaged.
     """
     path = Path(folder, MANIFEST)
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         content = json.loads(path.read_bytes())
@@ -65,16 +70,18 @@ def read_manifest(folder: str | os.PathLike) -> Manifest | None:
         if checksum != _hex(zlib.crc32(_dump(content).encode())):
             raise ValueError("its checksum does not verify")
         files = {n: Entry(e["bytes"], int(e["crc32"], 16)) for n, e in content["files"].items()}
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged: {type(error).__name__}: {error}") from error
-    return Manifest(files, frozenset(content["folders"]), frozenset(content["checkpoints"]))
+        steps = frozenset(content["checkpoints"])
+        return Manifest(files, frozenset(content["folders"]), steps, content.get("hashes", {}))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path}: damaged: {type(error).__name__}: {why}") from error
 
 
 def begin(folder: str | os.PathLike) -> None:
     """Give a folder a manifest, of what is there, unless it has one; make the folder if need be."""
     os.makedirs(folder, exist_ok=True)
     if is_first() and not Path(folder, MANIFEST).exists():
-        _write(folder, Manifest({}, frozenset(), frozenset()))
+        _write(folder, Manifest({}, frozenset(), frozenset(), {}))
         update(folder, settled=True)
 
 
@@ -99,18 +106,66 @@ def update(folder: str | os.PathLike, settled: bool = False) -> None:
     steps = steps if settled else frozenset(sorted(steps)[-1:])
     if not _made_room(steps, before):
         steps |= before.checkpoints
-    after = Manifest(files, before.folders | set(_folders(Path(folder))), steps)
+    folders = before.folders | set(_folders(Path(folder)))
+    hashes = {}
+    for name in [*folders, *map(_checkpoint, steps)]:
+        if found := before.hashes.get(name) or _hash_in(Path(folder, name)):
+            hashes[name] = found
+    after = Manifest(files, folders, steps, hashes)
     if after != before:
         _write(folder, after)
 
 
 def forget(folder: str | os.PathLike, names: Iterable[str]) -> None:
-    """Take files or folders out of the manifest, before they are replaced or removed."""
+    """Take files or folders out of the manifest, before they are replaced or removed.
+
+    Of a checkpoint only its hash goes: that it is lost stays told until it is made again.
+    """
     found = read_manifest(folder) if is_first() else None
     gone = set(names)
-    if found is not None and not gone.isdisjoint({*found.files, *found.folders}):
+    if found is not None and not gone.isdisjoint({*found.files, *found.folders, *found.hashes}):
         files = {name: entry for name, entry in found.files.items() if name not in gone}
-        _write(folder, found._replace(files=files, folders=found.folders - gone))
+        hashes = {name: value for name, value in found.hashes.items() if name not in gone}
+        _write(folder, Manifest(files, found.folders - gone, found.checkpoints, hashes))
+
+
+def forget_checkpoints(folder: str | os.PathLike, above: int) -> None:
+    """Take the hashes of checkpoints out of the manifest before their steps are made again."""
+    found = read_manifest(folder) if is_first() else None
+    steps = () if found is None else found.checkpoints
+    forget(folder, [_checkpoint(step) for step in steps if step > above])
+
+
+def refuted(path: str | os.PathLike, found: str) -> str:
+    """Return why a checkpoint or an adapter is not the one that the run wrote there, or ''.
+
+    Args:
+      path: FOLDER/checkpoints/STEP or FOLDER/adapters/ID, as they are called in the manifest.
+      found: its hash.
+
+    Raises:
+      ValueError: the manifest is damaged.
+    """
+    path = Path(path).absolute()
+    manifest = read_manifest(path.parent.parent)
+    name = f"{path.parent.name}/{path.name}"
+    expected = None if manifest is None else manifest.hashes.get(name)
+    if expected not in (None, found):
+        return "is not the one that the run wrote there"
+    return added(path.parent.parent).get(name, "")
+
+
+def added(folder: str | os.PathLike) -> dict[str, str]:
+    """Return what was added to a folder after its run had ended, by name, and that it was.
+
+    Raises:
+      ValueError: the manifest is damaged.
+    """
+    folder = Path(folder).absolute()
+    roots = [folder, folder.parent] if folder.name == "random" else [folder]
+    if not any(found and "summary.json" in found.files for found in map(read_manifest, roots)):
+        return {}
+    return {name: _LATE for name in not_entered(folder) if name not in _SUMMARY}
 
 
 def shorten(path: str | os.PathLike, content: bytes) -> None:
@@ -137,7 +192,7 @@ def losses(folder: str | os.PathLike) -> dict[str, str]:
     lost |= {name: _ABSENT for name in found.folders if not Path(folder, name).is_dir()}
     if "random" in found.folders and not Path(folder, "random", MANIFEST).exists():
         lost[f"random/{MANIFEST}"] = _ABSENT
-    lost |= {f"checkpoints/{step}": _ABSENT for step in lost_checkpoints(folder)}
+    lost |= {_checkpoint(step): _ABSENT for step in lost_checkpoints(folder)}
     return {name: why for name, why in sorted(lost.items()) if why}
 
 
@@ -164,9 +219,19 @@ def not_entered(folder: str | os.PathLike) -> list[str]:
         if entry is None or path.stat().st_size > entry.num_bytes:
             names.append(name)
     names += sorted(set(_folders(Path(folder))) - found.folders)
-    return names + [
-        f"checkpoints/{step}" for step in sorted(_checkpoint_steps(folder) - found.checkpoints)
-    ]
+    return names + [*map(_checkpoint, sorted(_checkpoint_steps(folder) - found.checkpoints))]
+
+
+def is_unfinished(folder: str | os.PathLike, name: str) -> bool:
+    """Return whether an adapter was never whole, as far as the manifest knows.
+
+    Args:
+      name: adapters/ID.
+    """
+    found = read_manifest(folder)
+    return (
+        found is not None and name not in found.folders and not Path(folder, name, _RECORD).exists()
+    )
 
 
 def refuse_damaged(root: str | os.PathLike, reads: tuple[str, ...] = ("",)) -> None:
@@ -210,9 +275,21 @@ def _is_remade(folder: str | os.PathLike, name: str) -> bool:
 
 
 def _checkpoint_steps(folder: str | os.PathLike) -> frozenset[int]:
-    path = Path(folder, "checkpoints")
-    names = os.listdir(path) if path.is_dir() else ()
-    return frozenset(int(name) for name in names if name.isdigit())
+    paths = Path(folder, "checkpoints").glob("[0-9]*")
+    return frozenset(int(path.name) for path in paths if path.name.isdecimal() and path.is_dir())
+
+
+def _checkpoint(step: int) -> str:
+    return f"checkpoints/{step}"
+
+
+def _hash_in(path: Path) -> str | None:
+    """Return the hash of a checkpoint or an adapter as it says itself; None if it does not."""
+    try:
+        found = json.loads((path / _RECORD).read_bytes())["hash"]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return None  # whoever reads it will say what is wrong
+    return found if isinstance(found, str) else None
 
 
 def _made_room(steps: frozenset[int], found: Manifest) -> bool:
@@ -229,7 +306,7 @@ def _is_missed(folder: Path) -> bool:
     Where there is nothing but config.json, the run was killed before that.
     """
     found = {path.name for path in folder.glob("[!.]*")} | {LOCK}
-    if not found > {"config.json", LOCK}:
+    if not found > {"config.json", LOCK} or not (folder / "config.json").is_file():
         return False
     return f'"{KEY}": "{MANIFEST}"'.encode() in (folder / "config.json").read_bytes()
 
@@ -242,9 +319,9 @@ def _written(folder: Path) -> Iterator[Path]:
 def _folders(folder: Path) -> Iterator[str]:
     if (folder / "random" / MANIFEST).exists():
         yield "random"
-    for path in folder.glob("adapters/*"):
-        if ".orbax-checkpoint-tmp" not in path.name:  # half written
-            yield path.relative_to(folder).as_posix()
+    for path in folder.glob(f"adapters/[!.]*/{_RECORD}"):
+        if ".orbax-checkpoint-tmp" not in path.parts[-3]:  # half written
+            yield f"adapters/{path.parts[-3]}"
 
 
 def _is_ledger(name: str) -> bool:
@@ -283,6 +360,7 @@ def _write(folder: str | os.PathLike, manifest: Manifest) -> None:
         },
         "folders": sorted(manifest.folders),
         "checkpoints": sorted(manifest.checkpoints),
+        "hashes": manifest.hashes,
     }
     checksum = _hex(zlib.crc32(_dump(content).encode()))
     replace_text(Path(folder, MANIFEST), _dump({**content, "crc32": checksum}) + "\n")

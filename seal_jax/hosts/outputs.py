@@ -14,14 +14,19 @@ def check_output(path: str | os.PathLike, option: str, folder: bool = False) -> 
       option: of the command line, which names the path.
     """
     where, target = f"{option} {os.fspath(path)}", Path(path).absolute()
+    if "\0" in where:
+        raise ValueError(f"{option} {os.fspath(path)!r}: no path has a zero byte")
+    if not os.fspath(path):
+        raise ValueError(f"{where}: expected a {'folder' if folder else 'file'} to write")
+    means_folder = os.path.basename(path) in ("", ".")  # a/ and a/.
     try:
         os.lstat(target)
-        there = bool(os.fspath(path))
+        there = True
     except (FileNotFoundError, NotADirectoryError):
         there = False
     except OSError as error:
         raise ValueError(f"{where}: {error.strerror}") from error
-    if not os.fspath(path) or (there and target.is_dir() != folder):
+    if (means_folder and not folder) or (there and target.is_dir() != folder):
         raise ValueError(f"{where}: expected a {'folder' if folder else 'file'} to write")
     if there and not folder:
         if not os.access(target, os.W_OK):

@@ -44,6 +44,16 @@ def replacing(path: str | os.PathLike) -> Generator[Path]:
         os.close(folder)
 
 
+def remove_folder(path: str | os.PathLike) -> None:
+    """Delete a folder, if it is there: after a kill at any moment it is whole, or absent."""
+    path = Path(path).absolute()
+    temporary = path.with_name(f".{path.name}.tmp")
+    _delete(temporary)  # of a killed process
+    if path.exists():
+        path.rename(temporary)
+        _delete(temporary)
+
+
 def _delete(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

@@ -10,6 +10,7 @@ import functools
 import http
 import json
 import os
+import re
 import secrets
 import ssl
 import time
@@ -39,6 +40,7 @@ _RULES = (
     + "\nAnswer with one JSON object with these keys and integer values, and nothing else."
 )
 _REFUSED = (*range(300, 400), 400, 401, 403, 404, 405, 407)  # asking again would not help
+_HOST = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"  # the last point stands for the root
 _MOST_BYTES = 2**20  # of an answer's body, decompressed; a verdict is some hundred
 
 
@@ -96,7 +98,9 @@ def check_url(url: str) -> None:
     """Raise ValueError unless it can be a judge's; a password in it is not repeated."""
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        good = parts.scheme in ("http", "https") and parts.port != 0 and parts.netloc[-1:] != ":"
+        host = parts.hostname or ""  # a name, an IPv4 address, or an IPv6 one of brackets
+        good = good and (":" in host or re.fullmatch(_HOST, host) is not None)
     except ValueError:  # brackets, or a port that is none
         good = False
     secret = any(mark in url for mark in "@?#")

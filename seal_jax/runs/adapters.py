@@ -9,7 +9,6 @@ into the policy before it: base model + parents + adapter is the adapted model.
 
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Sequence
 from functools import partial
@@ -22,6 +21,7 @@ import numpy as np
 from seal_jax.hosts import manifest
 from seal_jax.hosts.exchange import is_first
 from seal_jax.hosts.files import read_jsonl
+from seal_jax.hosts.replacing import remove_folder
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
 from seal_jax.runs import checkpoint
@@ -77,8 +77,7 @@ def save_adapter(
     position = {"rank": rank, "targets": sorted(pairs), "parents": parents}
     path = os.path.join(folder, "adapters", adapter_id)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    if os.path.exists(path):  # of a step that is made again
-        manifest.forget(folder, [f"adapters/{adapter_id}"])
+    delete_adapters(folder, [adapter_id])  # of a step that is made again
     checkpoint.save_alone(path, {"adapters": to_host(adapters)}, position)
 
 
@@ -110,8 +109,7 @@ def _template(config: ModelConfig, position: checkpoint.Position) -> dict[str, A
 
 def list_adapters(folder: str) -> list[str]:
     """Return the ids of a run's adapters, those of the policy first, in the order of the steps."""
-    path = os.path.join(folder, "adapters")
-    names = os.listdir(path) if os.path.isdir(path) else []
+    names = [path.name for path in Path(folder, "adapters").glob("[!.]*") if path.is_dir()]
 
     def order(name: str) -> tuple[bool, int, str]:
         step = re.search(r"\d+", name)
@@ -154,6 +152,4 @@ def delete_adapters(folder: str, adapter_ids: Sequence[str]) -> None:
     """Delete those of the adapters that are there; on several processes the first one does."""
     manifest.forget(folder, [f"adapters/{adapter_id}" for adapter_id in adapter_ids])
     for adapter_id in adapter_ids if is_first() else ():
-        path = os.path.join(folder, "adapters", adapter_id)
-        if os.path.exists(path):
-            shutil.rmtree(path)
+        remove_folder(os.path.join(folder, "adapters", adapter_id))

@@ -11,7 +11,6 @@ that Orbax refuses. A step is restored only if all of that agrees; else the one 
     wait(manager)
 """
 
-import json
 import os
 import time
 import warnings
@@ -28,27 +27,27 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from seal_jax.hosts.files import check_room
-from seal_jax.hosts.manifest import lost_checkpoints
+from seal_jax.hosts.manifest import lost_checkpoints, refuted
+from seal_jax.runs.checkpoint_items import (
+    Position,
+    Restore,
+    items_of,
+    read_leaves,
+    read_record,
+    with_file,
+)
 from seal_jax.runs.leaf_records import (
-    Leaf,
     PyTree,
-    Record,
     damaged_value,
-    decode,
     describe,
     difference,
     flatten,
     hash_json,
-    target_of,
     template_of,
     with_hash,
 )
 
-Position = dict[str, Any]
 Value = TypeVar("Value")
-Restore = Callable[..., Any]  # Orbax's restore(args=...) of one step or folder
-
-_JSON_ITEM = "position"
 
 
 class CheckpointError(ValueError):
@@ -112,13 +111,14 @@ def save(
       ValueError: `position` is not JSON, by a NaN for example, or a leaf cannot be saved.
       OSError: the disk has no room for it; the steps before stay.
     """
-    items = _items(pytrees, position, f"step {step}")
+    items = items_of(pytrees, position, str(step), f"step {step}")
     needed = sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(pytrees)) + 1_000_000
     check_room(str(manager.directory), needed, "a checkpoint")
     value = None if value is None or np.isnan(value) else float(value)
     if not manager.save(step, args=items, metrics=with_hash(value)):
         raise CheckpointError(
-            f"step {step} was not saved: {manager.directory} has steps {manager.all_steps()}"
+            f"step {step} was not saved: {manager.directory} has steps {manager.all_steps()}, and"
+            " a new one must be above them"
         )
 
 
@@ -165,7 +165,7 @@ def save_alone(path: str | os.PathLike, pytrees: Mapping[str, PyTree], position:
     Raises:
       ValueError: as `save`.
     """
-    items = _items(pytrees, position, os.fspath(path))
+    items = items_of(pytrees, position, os.path.basename(path), os.fspath(path))
     with _open_alone() as checkpointer:
         checkpointer.save(_absolute(path), args=items, force=True)
 
@@ -183,7 +183,7 @@ def restore_alone(
     """
     with _open_alone() as checkpointer:
         try:
-            return _restore_items(partial(checkpointer.restore, _absolute(path)), templates)
+            return _restore_items(partial(checkpointer.restore, _absolute(path)), path, templates)
         except _Damaged as damage:
             raise CheckpointError(f"damaged: {os.fspath(path)}: {damage}") from damage
 
@@ -194,7 +194,7 @@ def verify(folder: str | os.PathLike) -> dict[int, str]:
     No model is needed: shapes and dtypes are those that were saved.
     """
     return {
-        int(path.name): damaged_value(path) or _with_file(verify_alone(path), path)
+        int(path.name): damaged_value(path) or with_file(verify_alone(path), path)
         for path in _steps(folder)
     }
 
@@ -202,25 +202,29 @@ def verify(folder: str | os.PathLike) -> dict[int, str]:
 def verify_alone(path: str | os.PathLike) -> str:
     """Return what is damaged of what `save_alone` saved, or ''."""
     with _open_alone() as checkpointer:
-        return _verify(partial(checkpointer.restore, _absolute(path)))
+        return _verify(partial(checkpointer.restore, _absolute(path)), path)
 
 
-def _verify(restore: Restore) -> str:
+def _verify(restore: Restore, path: str | os.PathLike) -> str:
     try:
-        records = _read(lambda: _restore_record(restore))["leaves"]
+        record = _read(lambda: read_record(restore, path))
+        records = record["leaves"]
         templates = {
             name: {path: template_of(record) for path, record in leaves.items()}
             for name, leaves in records.items()
         }
-        _read(lambda: _restore_leaves(restore, records, templates))
+        _read(lambda: read_leaves(restore, records, templates))
     except _Damaged as damage:
         return str(damage)
-    return ""
+    try:
+        return refuted(path, hash_json(record))
+    except ValueError:
+        return ""  # of a damaged manifest, which is named by itself
 
 
 def _steps(folder: str | os.PathLike) -> list[Path]:
     # A kill leaves unfinished ones, whose names have more than digits.
-    return [path for path in Path(folder).glob("*") if path.name.isdigit()]
+    return [path for path in Path(folder).glob("*") if path.name.isdecimal() and path.is_dir()]
 
 
 def tree_hash(pytree: PyTree) -> str:
@@ -246,30 +250,6 @@ def _absolute(path: str | os.PathLike) -> str:
     return path if "://" in path else os.path.abspath(path)
 
 
-def _items(pytrees: Mapping[str, PyTree], position: Position, where: str) -> ocp.args.Composite:
-    """Return what Orbax is to write: the JSON item, and the leaves of every pytree."""
-    if _JSON_ITEM in pytrees:
-        raise ValueError(f"{_JSON_ITEM!r} is the name of the JSON item, not of a pytree")
-    try:
-        record = json.loads(json.dumps({"position": position}, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"position of {where} is not JSON: {error}") from error
-    flat = {name: flatten(tree) for name, tree in pytrees.items()}
-    record["leaves"] = {
-        name: {path: describe(f"{name}{path}", leaf) for path, leaf in leaves.items()}
-        for name, leaves in flat.items()
-    }
-    items: dict[str, Any] = {
-        _JSON_ITEM: ocp.args.JsonSave({"record": record, "hash": hash_json(record)})
-    }
-    for name, leaves in flat.items():
-        records = record["leaves"][name]
-        arrays = {path: leaf for path, leaf in leaves.items() if "value" not in records[path]}
-        if arrays:
-            items[name] = ocp.args.StandardSave(arrays)
-    return ocp.args.Composite(**items)
-
-
 def _restore(
     manager: ocp.CheckpointManager,
     templates: Mapping[str, PyTree],
@@ -285,11 +265,11 @@ def _restore(
         warnings.warn(complaint, stacklevel=3)
     damaged = []
     for candidate in steps if step is None else [step]:
+        path = manager.directory / str(candidate)
         try:
-            found = _restore_items(partial(manager.restore, candidate), lambda _: templates)
+            found = _restore_items(partial(manager.restore, candidate), path, lambda _: templates)
         except _Damaged as damage:
-            path = manager.directory / str(candidate)
-            complaint = _with_file(str(damage), path)
+            complaint = with_file(str(damage), path)
             warnings.warn(f"damaged checkpoint {path}: {complaint}", stacklevel=3)
             damaged.append(candidate)
             continue
@@ -303,16 +283,20 @@ def _restore(
 
 
 def _restore_items(
-    restore: Restore, make_templates: Callable[[Position], Mapping[str, PyTree]]
+    restore: Restore,
+    path: str | os.PathLike,
+    make_templates: Callable[[Position], Mapping[str, PyTree]],
 ) -> tuple[dict[str, PyTree], Position]:
-    """Return the pytrees and the position; raise _Damaged where a hash does not verify."""
-    record = _read(lambda: _restore_record(restore))
+    """Return the pytrees and the position; raise _Damaged where it is not what was saved there."""
+    record = _read(lambda: read_record(restore, path))
+    if complaint := refuted(path, hash_json(record)):
+        raise _Damaged(complaint)
     templates = make_templates(record["position"])
     flat = {name: flatten(template) for name, template in templates.items()}
     for name, leaves in flat.items():
         if found := difference(record["leaves"].get(name, {}), leaves):
             raise CheckpointError(f"{name}{found}")
-    leaves = _read(lambda: _restore_leaves(restore, record["leaves"], flat))
+    leaves = _read(lambda: read_leaves(restore, record["leaves"], flat))
     pytrees = {
         name: jax.tree.unflatten(jax.tree.structure(template), leaves[name])
         for name, template in templates.items()
@@ -339,53 +323,6 @@ def _read(read: Callable[[], Value]) -> Value:
     if complaint:
         raise _Damaged(complaint)
     return value
-
-
-def _with_file(complaint: str, step: os.PathLike) -> str:
-    """Return a complaint about a step's folder with the file in it: of JSON, Orbax names none."""
-    if not complaint.startswith("JSONDecodeError"):
-        return complaint
-    for path in sorted(path for path in Path(step).rglob("*") if path.is_file()):
-        text = path.read_bytes()
-        if text.startswith(b"{"):  # all of Orbax's JSON files are objects
-            try:
-                json.loads(text)
-            except ValueError:
-                return f"{complaint} in {path}"
-    return complaint
-
-
-def _restore_record(restore: Restore) -> dict[str, Any]:
-    items = restore(args=ocp.args.Composite(**{_JSON_ITEM: ocp.args.JsonRestore()}))
-    item = items[_JSON_ITEM]
-    if hash_json(item["record"]) != item["hash"]:
-        raise ValueError(f"{_JSON_ITEM}/metadata: its hash does not verify")
-    return item["record"]
-
-
-def _restore_leaves(
-    restore: Restore,
-    records: Mapping[str, Mapping[str, Record]],
-    templates: Mapping[str, Mapping[str, Leaf]],
-) -> dict[str, list[Leaf]]:
-    """Return each pytree's leaves in order; raise ValueError if a hash does not verify."""
-    items = {}
-    for name, flat in templates.items():
-        targets = {
-            path: target_of(t) for path, t in flat.items() if "value" not in records[name][path]
-        }
-        if targets:
-            items[name] = ocp.args.StandardRestore(targets)
-    arrays = restore(args=ocp.args.Composite(**items)) if items else {}
-    leaves: dict[str, list[Leaf]] = {name: [] for name in templates}
-    for name, flat in templates.items():
-        for path, template in flat.items():
-            record = records[name][path]
-            leaf = decode(record, template) if "value" in record else arrays[name][path]
-            if describe(path, leaf)["hash"] != record["hash"]:
-                raise ValueError(f"leaf {name}{path}: its hash does not verify")
-            leaves[name].append(leaf)
-    return leaves
 
 
 def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:

@@ -93,6 +93,7 @@ def restore_state(
     next_step = restored[2]["next_step"] if restored else 0
     for name in ("metrics.jsonl", "edits.jsonl"):
         truncate_after(os.path.join(folder, name), next_step - 1)
+    manifest.forget_checkpoints(folder, above=next_step)
     if restored is None:
         return state, Past()
     _, trees, position = restored

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from seal_jax.hosts.console import progress
 from seal_jax.hosts.files import read_jsonl, read_object
-from seal_jax.hosts.manifest import MANIFEST, Entry, losses, not_entered, read_manifest
+from seal_jax.hosts.manifest import (
+    MANIFEST,
+    Entry,
+    added,
+    is_unfinished,
+    losses,
+    not_entered,
+    read_manifest,
+)
 from seal_jax.runs import checkpoint
 from seal_jax.runs.adapters import list_adapters
 from seal_jax.runs.folder import find_run
@@ -30,6 +38,18 @@ def verify_run(path: str) -> tuple[list[str], list[str]]:
     return good, damaged
 
 
+def unfinished(path: str) -> list[str]:
+    """Return the adapters that a kill left half written or half deleted, and no run uses."""
+    root = _root_of(path)
+    return [
+        f"{(folder / 'adapters' / adapter).relative_to(root)}: left by a kill, and not used: it is"
+        " made again where it is wanted"
+        for folder in (root, root / "random")
+        for adapter in list_adapters(str(folder))
+        if _is_unfinished(folder, adapter)
+    ]
+
+
 def unknown(path: str) -> str:
     """Return a sentence on what `verify_run` cannot know of a run."""
     root = _root_of(path)
@@ -39,7 +59,7 @@ def unknown(path: str) -> str:
             "Not known: whether a file was changed, cut or deleted such that the rest can be read:"
             f" there is no {MANIFEST} to compare with."
         )
-    late = [folder / name for folder in folders for name in not_entered(folder)]
+    late = [f / name for f in folders for name in not_entered(f) if name not in added(f)]
     names = ", ".join(path.relative_to(root).as_posix() for path in late)
     return (
         f"Not known: what a killed run wrote after the last entry of {MANIFEST}"
@@ -70,7 +90,7 @@ def _entries(folder: Path) -> dict[str, Entry] | None:
 def _checks(root: Path) -> Iterator[tuple[Path, Callable[[], dict]]]:
     """Yield each path, and a function that returns what is wrong there, by step or by ''."""
     for folder in (root, root / "random"):
-        lost = losses(folder)
+        lost = _late(folder) | losses(folder)
         found = {path.name for path in folder.glob("[!.]*.json*")}
         for name in sorted({*found, *(_entries(folder) or ()), *lost}):
             yield folder / name, partial(_check, folder / name, lost.get(name, ""))
@@ -79,7 +99,22 @@ def _checks(root: Path) -> Iterator[tuple[Path, Callable[[], dict]]]:
             yield steps, partial(checkpoint.verify, steps)
         for adapter in list_adapters(str(folder)):
             path = folder / "adapters" / adapter
-            yield path, lambda path=path: {"": checkpoint.verify_alone(path)}
+            if not _is_unfinished(folder, adapter):
+                yield path, lambda path=path: {"": checkpoint.verify_alone(path)}
+
+
+def _late(folder: Path) -> dict[str, str]:
+    """Return what of the files was added; of checkpoints and adapters, whoever reads them says."""
+    try:
+        found = added(folder)
+    except ValueError:
+        return {}  # of a damaged manifest, which is named by itself
+    kinds = ("adapters/", "checkpoints/")
+    return {name: why for name, why in found.items() if not name.startswith(kinds)}
+
+
+def _is_unfinished(folder: Path, adapter: str) -> bool:
+    return _entries(folder) is not None and is_unfinished(folder, f"adapters/{adapter}")
 
 
 def _check(path: Path, why: str) -> dict[str, str]:

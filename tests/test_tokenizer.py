@@ -191,7 +191,7 @@ def test_template_that_strips():
         ("{{ messages[0]['role'] }}", "exactly once"),
         ("{{ messages[0]['content'] * 2 }}", "exactly once"),
         ("{{ messages[0]['content'] | upper }}", "exactly once"),
-        ("{{ messages[0]['content'] | replace('Hello', '') }}", "cannot be split"),
+        ("{{ messages[0]['content'] | replace('Hello', '') }}", "changes the text 'Hello 1'"),
     ],
 )
 def test_unusable_chat_templates(template, message):
@@ -251,6 +251,70 @@ def test_a_turn_is_what_transformers_makes(name):
     assert tokenizer.decode(said).split() == ["do[[5]]#"] or name == "no header"
     if name != "generation":  # whose tail depends on how many messages there are
         assert ids[: len(prompt)] == prompt
+
+
+# How families drop spaces of what is said, beside spaces of their own.
+TRIMS = {
+    "spaces of its own": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}"
+        "{{ ' ' + m.content | trim + ' <|im_end|>' }}{% endif %}{% endfor %}"
+    ),
+    "both": (
+        "{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}{% else %}"
+        "{{ ' ' + m.content.strip() + ' <|im_end|>' }}{% endif %}{% endfor %}"
+    ),
+    "left": TEMPLATE.replace("m['content']", "m['content'].lstrip()"),
+    "right": TEMPLATE.replace("m['content']", "m['content'].rstrip()"),
+    "newlines": TEMPLATE.replace("m['content']", "m['content'].lstrip('\\n')"),
+}
+
+
+@pytest.mark.parametrize("name", TRIMS)
+def test_spaces_are_dropped_as_transformers_does(name):
+    fast = tiny_fast(TRIMS[name])
+    tokenizer = HFTokenizer(fast)
+    for message, answer in (("a 1", "b"), (" a\n", "\n\nb \n"), ("\n a a", " b"), (" \n", "")):
+        user, said = {"role": "user", "content": message}, {"role": "assistant", "content": answer}
+        asked = fast.apply_chat_template([user], add_generation_prompt=True, return_dict=False)
+        assert tokenizer.encode_prompt(message, chat=True) == asked
+        whole = fast.apply_chat_template([user, said], return_dict=False)
+        parts = [(message[:2], False), (message[2:], True)]
+        ids, marked = tokenizer.encode_turn(parts, answer, chat=True)
+        assert whole[: len(ids)] == ids and ids[-1] == fast.convert_tokens_to_ids("<|im_end|>")
+        in_prompt = [i for i, mark in zip(asked, marked, strict=False) if mark]
+        assert tokenizer.decode(in_prompt).strip() == message[2:].strip()
+
+
+CHANGES = {
+    "{{ c | tojson }}": 'a "b"',
+    "{{ c | replace('\n', ' ') }}": "a\nb",
+    "{{ c | replace('7', '') }}": "a 7",
+    "{{ c | capitalize }}": "aB",
+    "{{ c.strip('x') }}": "xa",
+    "{% if c | length > 30 %}Long: {% endif %}{{ c }}": "a" * 31,
+    "{% if '/no_think' in c %}{{ c }} !{% else %}{{ c }}{% endif %}": "a /no_think",
+    "{{ c.split('</think>')[-1] }}": "a</think>b",
+}
+
+
+@pytest.mark.parametrize("shown", CHANGES)
+def test_a_template_that_changes_a_text_is_refused(shown):
+    said = "{{ m['content'] }}"
+    for role in ("user", "assistant"):
+        changed = "{% set c = m.content %}" + shown
+        template = TEMPLATE.replace(
+            said, f"{{% if m.role == '{role}' %}}{changed}{{% else %}}{said}{{% endif %}}"
+        )
+        tokenizer = HFTokenizer(tiny_fast(template)).with_template("org/model", {})
+        turn = [CHANGES[shown], "b"] if role == "user" else ["b", CHANGES[shown]]
+        with pytest.raises(ValueError, match="org/model: (its|the) chat template (chan|does not)"):
+            tokenizer.encode_turn([(turn[0], False)], turn[1], chat=True)
+        if role == "user":
+            with pytest.raises(ValueError, match="org/model: (its|the) chat template"):
+                tokenizer.encode_prompt(turn[0], chat=True)
+        assert tokenizer.encode(CHANGES[shown])
 
 
 def test_an_end_of_a_turn_is_where_generation_stops():

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from seal_jax.models.chat_template import (
+    Answered,
     Asked,
     ChatTemplate,
     answered,
@@ -21,6 +22,8 @@ from seal_jax.models.chat_template import (
     check_arguments,
     default_template,
     render,
+    shown_answer,
+    shown_message,
 )
 from seal_jax.models.thoughts import Thoughts, find_tags, state_of
 
@@ -29,6 +32,9 @@ END_TOKENS = (
     *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
     *("<end_of_turn>", "<eos>", "</s>"),
 )
+
+# What a template's tokens are compared with transformers' on.
+_CHECKED = ("Hello 1", " 'Aé'\n", '\n\n"b"  ')
 
 
 class TokenBeyondModel(ValueError):
@@ -108,7 +114,6 @@ class _Around(NamedTuple):
     before: str
     after: str
     tail: list[int]
-    strips: bool  # whether the message's own spaces are dropped
     context: str  # the plain text that ends it, behind its last special token
 
 
@@ -119,7 +124,6 @@ class _Turn(NamedTuple):
     between: str  # the template's text between prompt and answer
     behind: str  # plain text behind the answer, before what ends it
     end: int | None  # the token that ends it; None where the template has no token for that
-    strips: bool  # whether the answer's own spaces are dropped
 
 
 class HFTokenizer:
@@ -175,7 +179,7 @@ class HFTokenizer:
         if not chat:
             return self.encode(text)
         around = self._around_asked
-        message = text.strip() if around.strips else text
+        message = shown_message(self._chat_template(), self._asked, text)
         plain = self._plain(around.before + message + around.after)
         return self._known(around.head + plain + around.tail)
 
@@ -186,13 +190,12 @@ class HFTokenizer:
         message = "".join(text for text, _ in parts)
         marks = [is_marked for text, is_marked in parts for _ in text]
         if chat:
-            around = self._turn.around
+            around, template, whole = self._turn.around, self._chat_template(), message
+            answer = shown_answer(template, self._asked, self._answered, message, answer)
+            message = shown_message(template, self._asked, message)
+            marks = marks[whole.find(message) :]
         else:
-            head = [] if self.bos is None else [self.bos]
-            around = _Around(head, "", "", [], False, "")
-        if around.strips:
-            marks = marks[len(message) - len(message.lstrip()) :]
-            message = message.strip()
+            around = _Around([] if self.bos is None else [self.bos], "", "", [], "")
         text = (around.before + message + around.after).encode("utf-8", "replace").decode("utf-8")
         marks = [False] * len(around.before) + marks[: len(message)] + [False] * len(around.after)
         encoding = self._text.encode(text, add_special_tokens=False)
@@ -212,7 +215,7 @@ class HFTokenizer:
 
     def with_template(self, model: str, arguments: Mapping[str, Any]) -> "HFTokenizer":
         other = copy.copy(self)
-        for name in ("_asked", "_around_asked", "_turn"):
+        for name in ("_asked", "_answered", "_around_asked", "_turn"):
             other.__dict__.pop(name, None)
         other._model, other._arguments = model, dict(arguments)
         if arguments:
@@ -256,7 +259,6 @@ class HFTokenizer:
         """
         turn = self._turn
         end = self.stop_ids[0] if turn.end is None else turn.end
-        answer = answer.strip() if turn.strips else answer
         last = self._last_special(turn.between)
         if last:
             ids = self._template.encode(turn.between[:last], add_special_tokens=False).ids
@@ -321,37 +323,42 @@ class HFTokenizer:
     def _around_asked(self) -> _Around:
         """The template around a message that is to be answered."""
         around, template = self._around(self._asked), self._chat_template()
-        rendered = render(template, [("user", "Hello 1")], asks=True)
-        expected = self._template.encode(rendered, add_special_tokens=False).ids
-        head, before, after, tail, *_ = around
-        if head + self._plain(f"{before}Hello 1{after}") + tail != expected:
-            raise ValueError(
-                f"{template.model}: the chat template cannot be split around a message."
-            )
+        head, before, after, tail, _ = around
+        for text in _CHECKED:
+            rendered = render(template, [("user", text)], asks=True)
+            expected = self._template.encode(rendered, add_special_tokens=False).ids
+            shown = shown_message(template, self._asked, text)
+            if head + self._plain(before + shown + after) + tail != expected:
+                raise ValueError(
+                    f"{template.model}: the chat template cannot be split around a message."
+                )
         return around
 
     def _around(self, asked: Asked) -> _Around:
-        before, after, strips = asked
+        before, after = asked
         last, match = self._last_special(before), self._pattern.search(after)
         first = len(after) if match is None else match.start()
         head = self._template.encode(before[:last], add_special_tokens=False).ids
         tail = self._template.encode(after[first:], add_special_tokens=False).ids
         context = after[self._last_special(after) :]
-        return _Around(head, before[last:], after[:first], tail, strips, context)
+        return _Around(head, before[last:], after[:first], tail, context)
+
+    @functools.cached_property
+    def _answered(self) -> Answered:
+        return answered(self._chat_template(), self._asked)
 
     @functools.cached_property
     def _turn(self) -> _Turn:
         """How the template writes a message and its answer."""
-        asked, around, template = self._asked, self._around_asked, self._chat_template()
-        lead, behind, strips = answered(template, asked)
+        asked, around, (lead, behind) = self._asked, self._around_asked, self._answered
         ends = {t.content: i for i, t in self._text.get_added_tokens_decoder().items()}
         match = _any_of(ends).search(behind)
         end = None if match is None else ends[match.group()]
         behind = "" if match is None else behind[: match.start()]
         if lead.startswith(asked.after):
-            return _Turn(around, lead.removeprefix(asked.after), behind, end, strips)
+            return _Turn(around, lead.removeprefix(asked.after), behind, end)
         # The prompt has opened a thought: an answer without thoughts does not follow it.
-        return _Turn(self._around(asked._replace(after=lead)), "", behind, end, strips)
+        return _Turn(self._around(asked._replace(after=lead)), "", behind, end)
 
     def _chat_template(self) -> ChatTemplate:
         source = default_template(self._fast.chat_template, self._model)

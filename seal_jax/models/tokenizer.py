@@ -10,8 +10,9 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from seal_jax.models.chat_template import (
     Answered,
@@ -25,6 +26,14 @@ from seal_jax.models.chat_template import (
     shown_answer,
     shown_message,
 )
+from seal_jax.models.template_tokens import (
+    Around,
+    Turn,
+    Written,
+    any_of,
+    control_tokens,
+    remarked,
+)
 from seal_jax.models.thoughts import Thoughts, find_tags, state_of
 
 # Tokens that end a turn or a text, in the families that are supported.
@@ -35,6 +44,8 @@ END_TOKENS = (
 
 # What a template's tokens are compared with transformers' on.
 _CHECKED = ("Hello 1", " 'Aé'\n", '\n\n"b"  ')
+# What with_template computes anew.
+_OF_TEMPLATE = ("_asked", "_answered", "_written", "_end", "_control", "_around_asked", "_turn")
 
 
 class TokenBeyondModel(ValueError):
@@ -104,28 +115,6 @@ class Tokenizer(Protocol):
         ...
 
 
-class _Around(NamedTuple):
-    """What stands around a message of the user's: ids, text, (message), text, ids.
-
-    The plain text next to the message is kept as text, since tokens can span the border.
-    """
-
-    head: list[int]
-    before: str
-    after: str
-    tail: list[int]
-    context: str  # the plain text that ends it, behind its last special token
-
-
-class _Turn(NamedTuple):
-    """How the chat template writes the answer to a message."""
-
-    around: _Around  # of the message
-    between: str  # the template's text between prompt and answer
-    behind: str  # plain text behind the answer, before what ends it
-    end: int | None  # the token that ends it; None where the template has no token for that
-
-
 class HFTokenizer:
     """A fast Hugging Face tokenizer whose special tokens cannot be spelled by text.
 
@@ -150,18 +139,16 @@ class HFTokenizer:
                 f"{type(fast).__name__} has no fast (Rust) backend; supported: a tokenizer.json."
             )
         self._fast = fast
-        self._text = Backend.from_str(fast.backend_tokenizer.to_str())  # encodes untrusted text
         self._template = Backend.from_str(fast.backend_tokenizer.to_str())  # encodes the template
-        for backend in (self._text, self._template):
-            backend.no_truncation()
-            backend.no_padding()
-        self._text.encode_special_tokens = True
+        self._template.no_truncation()
+        self._template.no_padding()
+        self._more_stops = tuple(stop_ids)
         self._model: str = fast.name_or_path or "this model"
         self._arguments: dict[str, Any] = {}  # of the chat template
         limit = math.inf if num_rows is None else num_rows
         # Not how many there are: ids may have gaps.
         self.vocab_size = int(min(1 + max(fast.get_vocab().values(), default=-1), limit))
-        self.stop_ids = tuple(i for i in self._stop_ids(stop_ids) if i < limit)
+        self.stop_ids = self._stop_ids()
         if not self.stop_ids:
             raise ValueError("the tokenizer has no eos token: no answer would ever end.")
         pads = [i for i in (fast.pad_token_id,) if i is not None and i < limit]
@@ -195,7 +182,7 @@ class HFTokenizer:
             message = shown_message(template, self._asked, message)
             marks = marks[whole.find(message) :]
         else:
-            around = _Around([] if self.bos is None else [self.bos], "", "", [], "")
+            around = Around([] if self.bos is None else [self.bos], "", "", [], "")
         text = (around.before + message + around.after).encode("utf-8", "replace").decode("utf-8")
         marks = [False] * len(around.before) + marks[: len(message)] + [False] * len(around.after)
         encoding = self._text.encode(text, add_special_tokens=False)
@@ -215,11 +202,16 @@ class HFTokenizer:
 
     def with_template(self, model: str, arguments: Mapping[str, Any]) -> "HFTokenizer":
         other = copy.copy(self)
-        for name in ("_asked", "_answered", "_around_asked", "_turn"):
+        for name in _OF_TEMPLATE:
             other.__dict__.pop(name, None)
         other._model, other._arguments = model, dict(arguments)
         if arguments:
             check_arguments(other._chat_template(), arguments)
+        if other._control != self._control:
+            for name in ("_text", "_special", "_pattern"):
+                other.__dict__.pop(name, None)
+            other._check_plain()
+        other.stop_ids = other._stop_ids()
         return other
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -268,15 +260,12 @@ class HFTokenizer:
         joined = both[: len(before)] == before
         return [*(both[len(before) :] if joined else self._plain(text)), end]
 
-    def _stop_ids(self, more: Iterable[int]) -> tuple[int, ...]:
+    def _stop_ids(self) -> tuple[int, ...]:
         ids = [] if self._fast.eos_token_id is None else [self._fast.eos_token_id]
         special = {*self._fast.all_special_ids, *self._special}
         ids += [i for i in map(self._text.token_to_id, END_TOKENS) if i in special]
-        try:
-            ids += [] if (end := self._turn.end) is None else [end]
-        except ValueError:
-            pass  # a template that nobody can use ends nothing; whoever asks through it is told
-        return tuple(dict.fromkeys([*ids, *more]))
+        ids += [] if self._end is None else [self._template.token_to_id(self._end.group())]
+        return tuple(i for i in dict.fromkeys([*ids, *self._more_stops]) if i < self.vocab_size)
 
     def _check_plain(self) -> None:
         """Raise ValueError if the text of a special token can become that token."""
@@ -287,9 +276,48 @@ class HFTokenizer:
                 raise ValueError(f"text can inject the special token {token!r} of this tokenizer.")
 
     @functools.cached_property
+    def _text(self) -> Any:
+        """What encodes untrusted text: special tokens, and those of `_control`, are plain there."""
+        backend = remarked(self._template, dict.fromkeys(self._control, True))
+        backend.encode_special_tokens = True
+        return backend
+
+    @functools.cached_property
+    def _added(self) -> dict[int, Any]:
+        return self._template.get_added_tokens_decoder()
+
+    @functools.cached_property
     def _special(self) -> dict[int, str]:
-        added = self._text.get_added_tokens_decoder()
-        return {token_id: token.content for token_id, token in added.items() if token.special}
+        added = {i: t.content for i, t in self._added.items()}
+        return {i: t for i, t in added.items() if self._added[i].special or t in self._control}
+
+    @functools.cached_property
+    def _control(self) -> frozenset[str]:
+        """The tokens not called special that the template writes as control tokens.
+
+        They are what ends an answer, and what is in brackets as <|user|>, but for tags of thoughts.
+        """
+        found = control_tokens(self._written.around, self._added.values())
+        found |= set() if self._end is None else {self._end.group()}
+        plain = {t.content for t in self._added.values() if not t.special}
+        return frozenset((found & plain).difference(self._tags or ()))
+
+    @functools.cached_property
+    def _written(self) -> Written:
+        around, behind, fault = "", "", None
+        try:
+            around = "".join(self._asked)
+            lead, behind = self._answered
+            around += lead + behind
+        except ValueError as error:
+            fault = error
+        return Written(around, behind, fault)
+
+    @functools.cached_property
+    def _end(self) -> re.Match | None:
+        """The first token in what the template writes behind an answer."""
+        tokens = [t.content for t in self._added.values() if t.content.strip()]
+        return any_of(tokens).search(self._written.behind)
 
     @functools.cached_property
     def _tags(self) -> tuple[str, str] | None:
@@ -299,13 +327,8 @@ class HFTokenizer:
     @functools.cached_property
     def _decoder(self) -> Any:
         """What decodes: with the tags of thoughts as plain tokens, where they are special."""
-        tags = self._tags or ()
-        if not set(tags) & {*self._special.values()}:
-            return self._text
-        content = json.loads(self._text.to_str())
-        for token in content["added_tokens"]:
-            token["special"] &= token["content"] not in tags
-        return type(self._text).from_str(json.dumps(content))
+        tags = {*(self._tags or ())} & {t.content for t in self._added.values() if t.special}
+        return remarked(self._template, dict.fromkeys(tags, False)) if tags else self._template
 
     def _last_special(self, text: str) -> int:
         """Return where the last special token of a text ends; 0 without one."""
@@ -313,14 +336,14 @@ class HFTokenizer:
 
     @functools.cached_property
     def _pattern(self) -> re.Pattern:
-        return _any_of(self._special.values())
+        return any_of(self._special.values())
 
     @functools.cached_property
     def _asked(self) -> Asked:
         return ask(self._chat_template())
 
     @functools.cached_property
-    def _around_asked(self) -> _Around:
+    def _around_asked(self) -> Around:
         """The template around a message that is to be answered."""
         around, template = self._around(self._asked), self._chat_template()
         head, before, after, tail, _ = around
@@ -332,40 +355,36 @@ class HFTokenizer:
                 raise ValueError(
                     f"{template.model}: the chat template cannot be split around a message."
                 )
+        if fault := self._written.fault:
+            warnings.warn(f"{fault} Answers end where the tokenizer says.", stacklevel=3)
         return around
 
-    def _around(self, asked: Asked) -> _Around:
+    def _around(self, asked: Asked) -> Around:
         before, after = asked
         last, match = self._last_special(before), self._pattern.search(after)
         first = len(after) if match is None else match.start()
         head = self._template.encode(before[:last], add_special_tokens=False).ids
         tail = self._template.encode(after[first:], add_special_tokens=False).ids
         context = after[self._last_special(after) :]
-        return _Around(head, before[last:], after[:first], tail, context)
+        return Around(head, before[last:], after[:first], tail, context)
 
     @functools.cached_property
     def _answered(self) -> Answered:
         return answered(self._chat_template(), self._asked)
 
     @functools.cached_property
-    def _turn(self) -> _Turn:
+    def _turn(self) -> Turn:
         """How the template writes a message and its answer."""
-        asked, around, (lead, behind) = self._asked, self._around_asked, self._answered
-        ends = {t.content: i for i, t in self._text.get_added_tokens_decoder().items()}
-        match = _any_of(ends).search(behind)
-        end = None if match is None else ends[match.group()]
+        asked, (lead, behind), around = self._asked, self._answered, self._around_asked
+        match = self._end
+        end = None if match is None else self._template.token_to_id(match.group())
         behind = "" if match is None else behind[: match.start()]
         if lead.startswith(asked.after):
-            return _Turn(around, lead.removeprefix(asked.after), behind, end)
+            return Turn(around, lead.removeprefix(asked.after), behind, end)
         # The prompt has opened a thought: an answer without thoughts does not follow it.
-        return _Turn(self._around(asked._replace(after=lead)), "", behind, end)
+        return Turn(self._around(asked._replace(after=lead)), "", behind, end)
 
     def _chat_template(self) -> ChatTemplate:
         source = default_template(self._fast.chat_template, self._model)
         values = {**self._fast.special_tokens_map, **self._arguments}
         return ChatTemplate(self._model, source, values)
-
-
-def _any_of(tokens: Iterable[str]) -> re.Pattern:
-    """Return what finds any of some tokens, of two the longer."""
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")

@@ -365,6 +365,7 @@ def test_no_text_spells_what_a_template_writes_as_control_tokens():
         assert [i for i in ids if i in marks] == [marks[0], marks[2], marks[1]]
         assert evil in tokenizer.decode(ids)
     assert not {*marks} & {*tokenizer.encode(evil)}
+    assert tokenizer.decode([*tokenizer.encode("Paris", start=False), marks[2]]) == "Paris"
     # An ordinary added token is what it was.
     assert fast.convert_tokens_to_ids("<b>") in tokenizer.encode("a <b>")
 

@@ -33,8 +33,9 @@ class Turn(NamedTuple):
 class Written(NamedTuple):
     """What the template writes by itself, as far as it can be rendered."""
 
-    around: str
-    behind: str  # an answer
+    around: str  # all of it
+    lead: str  # from the message to the answer
+    behind: str  # the answer
     fault: ValueError | None  # whoever asks through the template is told
 
 

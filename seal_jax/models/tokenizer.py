@@ -207,8 +207,8 @@ class HFTokenizer:
         other._model, other._arguments = model, dict(arguments)
         if arguments:
             check_arguments(other._chat_template(), arguments)
-        if other._control != self._control:
-            for name in ("_text", "_special", "_pattern"):
+        if other._control or self._control:
+            for name in ("_text", "_special", "_pattern", "_decoder"):
                 other.__dict__.pop(name, None)
             other._check_plain()
         other.stop_ids = other._stop_ids()
@@ -304,14 +304,13 @@ class HFTokenizer:
 
     @functools.cached_property
     def _written(self) -> Written:
-        around, behind, fault = "", "", None
+        around, lead, behind, fault = "", "", "", None
         try:
             around = "".join(self._asked)
             lead, behind = self._answered
-            around += lead + behind
         except ValueError as error:
             fault = error
-        return Written(around, behind, fault)
+        return Written(around + lead + behind, lead, behind, fault)
 
     @functools.cached_property
     def _end(self) -> re.Match | None:
@@ -326,9 +325,11 @@ class HFTokenizer:
 
     @functools.cached_property
     def _decoder(self) -> Any:
-        """What decodes: with the tags of thoughts as plain tokens, where they are special."""
+        """What decodes: tags of thoughts are text, what a template puts around answers is not."""
         tags = {*(self._tags or ())} & {t.content for t in self._added.values() if t.special}
-        return remarked(self._template, dict.fromkeys(tags, False)) if tags else self._template
+        marks = [t for t in self._control if t in self._written.lead + self._written.behind]
+        special = dict.fromkeys(tags, False) | dict.fromkeys(marks, True)
+        return remarked(self._template, special) if special else self._template
 
     def _last_special(self, text: str) -> int:
         """Return where the last special token of a text ends; 0 without one."""

@@ -123,13 +123,13 @@ def shown_message(template: ChatTemplate, asked: Asked, message: str) -> str:
     return _between(template, _asking(template, message), asked, message)
 
 
-def shown_answer(
+def shown_turn(
     template: ChatTemplate, asked: Asked, written: Answered, message: str, answer: str
-) -> str:
-    """Return an answer to a message as the template shows it, like `shown_message`."""
-    lead = asked.before + shown_message(template, asked, message) + written.lead
-    rendered = _answering(template, message, answer)
-    return _between(template, rendered, Asked(lead, written.behind), answer)
+) -> tuple[str, str]:
+    """Return a message and its answer as the template shows them, like `shown_message`."""
+    shown = shown_message(template, asked, message)
+    around = Asked(asked.before + shown + written.lead, written.behind)
+    return shown, _between(template, _answering(template, message, answer), around, answer)
 
 
 def _asking(template: ChatTemplate, message: str) -> str:

@@ -23,8 +23,8 @@ from seal_jax.models.chat_template import (
     check_arguments,
     default_template,
     render,
-    shown_answer,
     shown_message,
+    shown_turn,
 )
 from seal_jax.models.template_tokens import (
     Around,
@@ -178,8 +178,7 @@ class HFTokenizer:
         marks = [is_marked for text, is_marked in parts for _ in text]
         if chat:
             around, template, whole = self._turn.around, self._chat_template(), message
-            answer = shown_answer(template, self._asked, self._answered, message, answer)
-            message = shown_message(template, self._asked, message)
+            message, answer = shown_turn(template, self._asked, self._answered, whole, answer)
             marks = marks[whole.find(message) :]
         else:
             around = Around([] if self.bos is None else [self.bos], "", "", [], "")

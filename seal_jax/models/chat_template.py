@@ -54,7 +54,7 @@ class Answered(NamedTuple):
 
 
 class ChangedByTemplate(ValueError):
-    """A template shows a text other than as it is, or writes something else around it."""
+    """A template shows a text other than as it is, writes something else around it, or fails."""
 
 
 def default_template(found: str | Mapping[str, str] | None, model: str) -> str:
@@ -94,7 +94,8 @@ def ask(template: ChatTemplate) -> Asked:
     Raises:
       ValueError: as `render`, or it does not show the message as it is.
     """
-    return Asked(*_cut(template, _asking(template, _MESSAGE), _MESSAGE, "user message"))
+    rendered = render(template, [("user", _MESSAGE)], asks=True)
+    return Asked(*_cut(template, rendered, _MESSAGE, "user message"))
 
 
 def answered(template: ChatTemplate, asked: Asked) -> Answered:
@@ -103,7 +104,8 @@ def answered(template: ChatTemplate, asked: Asked) -> Answered:
     Raises:
       ValueError: as `ask`, or what comes before the message is no longer what was asked with.
     """
-    rendered = _answering(template, _MESSAGE, _ANSWER)
+    messages = [("user", _MESSAGE), ("assistant", _ANSWER)]
+    rendered = render(template, messages, asks=False)
     before, after = _cut(template, rendered, _MESSAGE, "user message")
     if before != asked.before:
         raise ValueError(
@@ -117,10 +119,9 @@ def shown_message(template: ChatTemplate, asked: Asked, message: str) -> str:
     """Return a message as the template shows it: some drop spaces at its ends.
 
     Raises:
-      ValueError: as `render`.
       ChangedByTemplate: the prompt is not `asked` around the message.
     """
-    return _between(template, _asking(template, message), asked, message)
+    return _between(template, [("user", message)], asked, asks=True)
 
 
 def shown_turn(
@@ -129,15 +130,8 @@ def shown_turn(
     """Return a message and its answer as the template shows them, like `shown_message`."""
     shown = shown_message(template, asked, message)
     around = Asked(asked.before + shown + written.lead, written.behind)
-    return shown, _between(template, _answering(template, message, answer), around, answer)
-
-
-def _asking(template: ChatTemplate, message: str) -> str:
-    return render(template, [("user", message)], asks=True)
-
-
-def _answering(template: ChatTemplate, message: str, answer: str) -> str:
-    return render(template, [("user", message), ("assistant", answer)], asks=False)
+    messages = [("user", message), ("assistant", answer)]
+    return shown, _between(template, messages, around, asks=False)
 
 
 def _cut(template: ChatTemplate, text: str, mark: str, what: str) -> tuple[str, str]:
@@ -150,8 +144,15 @@ def _cut(template: ChatTemplate, text: str, mark: str, what: str) -> tuple[str, 
     return before, after
 
 
-def _between(template: ChatTemplate, rendered: str, around: Asked, text: str) -> str:
-    before, after = around
+def _between(
+    template: ChatTemplate, messages: Sequence[tuple[str, str]], around: Asked, asks: bool
+) -> str:
+    """Return what stands within `around` in the rendering, which is to be the last message."""
+    (before, after), (_, text) = around, messages[-1]
+    try:
+        rendered = render(template, messages, asks)
+    except ValueError as error:  # it renders other messages
+        raise ChangedByTemplate(f"of the text {text[:200]!r}: {error}") from error
     shown = rendered[len(before) : len(rendered) - len(after)]
     is_whole = before + shown + after == rendered
     if not is_whole or shown not in text or shown.strip() != text.strip():

@@ -156,6 +156,31 @@ def test_tags_that_are_special_tokens_stay_in_the_text():
     assert start not in tokenizer.encode("<think>")  # the text of a user cannot spell one
 
 
+def test_marks_around_an_answer_are_no_text_of_it():
+    """In Cohere's way: thoughts, then the answer between marks; none of the tokens is special."""
+    from tokenizers import AddedToken
+
+    response = "<|START_RESPONSE|>", "<|END_RESPONSE|>"
+    tags = "<|START_THINKING|>", "<|END_THINKING|>"
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}"
+        "<|im_end|>{% else %}<|im_start|><|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>"
+        "<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>"
+        "{% if reasoning is defined and not reasoning %}<|START_THINKING|><|END_THINKING|>"
+        "{% else %}<|START_THINKING|>{% endif %}{% endif %}"
+    )
+    fast = tiny_fast(template)
+    fast.add_tokens([AddedToken(t, special=False, normalized=False) for t in (*tags, *response)])
+    tokenizer = HFTokenizer(fast)
+    thoughts = tokenizer.thoughts(chat=True)
+    assert thoughts == (*tags, True, False)
+    written = f"why?{tags[1]}{response[0]}Paris{response[1]}<|im_end|>"
+    text = tokenizer.decode(fast.encode(written, add_special_tokens=False))
+    assert read(thoughts, text) == ("Paris", "why?", False)
+    quiet = tokenizer.with_template("org/model", {"reasoning": False})
+    assert quiet.thoughts(chat=True) == (*tags, False, True)
+
+
 def stages_of(folder, template, *overrides):
     """Return stages of a random model with a chat template."""
     model = load_model("random:byte-tiny")

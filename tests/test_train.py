@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_tokenizer import larger
+from test_tokenizer import TEMPLATE, larger, tiny_fast
 from tiny_run import CONFIG, run_loop, run_process, train_arguments
 
 from seal_jax.commands import main as cli
@@ -27,7 +27,7 @@ from seal_jax.outer.step_log import why
 from seal_jax.runs import adapters, checkpoint
 from seal_jax.runs.verify import verify_run
 from seal_jax.sources import load_model
-from seal_jax.tasks.task import Rejected, SelfEdit
+from seal_jax.tasks.task import Part, Rejected, SelfEdit, Turn
 from seal_jax.train import train
 
 pytest_plugins = ["tiny_fixtures"]
@@ -360,3 +360,17 @@ def test_a_self_edit_with_a_token_that_the_model_lacks_is_rejected(one_device):
     ((refused, used),) = parse(stages, batch, ["hmm <think>", "hmm <image>"])
     assert isinstance(refused, Rejected) and isinstance(used, SelfEdit)
     assert refused.reason.startswith(f"no token of the model: a text has token {num_rows + 2}")
+
+
+def test_a_self_edit_that_the_chat_template_changes_is_rejected(one_device):
+    stages = make_stages(settings_of(load_config(CONFIG)))
+    template = TEMPLATE.replace("m['content']", "m['content'].split('</a>')[-1]")
+    tokenizer = HFTokenizer(tiny_fast(template))
+    asked = (Part("x", False),)
+    stages = stages._replace(
+        encode=lambda text, _: encode_text(tokenizer, Turn(asked, text), chat=True)
+    )
+    batch = split_problems(stages.settings, stages.task)[0][:1]
+    ((refused, used),) = parse(stages, batch, ["hmm </a> b", "hmm b"])
+    assert isinstance(refused, Rejected) and isinstance(used, SelfEdit)
+    assert refused.reason.startswith("no text for the chat template: this model: its chat template")

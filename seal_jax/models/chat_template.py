@@ -44,7 +44,6 @@ class Asked(NamedTuple):
 
     before: str
     after: str
-    strips: bool  # whether the message's own spaces are dropped
 
 
 class Answered(NamedTuple):
@@ -52,7 +51,10 @@ class Answered(NamedTuple):
 
     lead: str  # from the message to the answer
     behind: str
-    strips: bool  # whether the answer's own spaces are dropped
+
+
+class ChangedByTemplate(ValueError):
+    """A template shows a text other than as it is, writes something else around it, or fails."""
 
 
 def default_template(found: str | Mapping[str, str] | None, model: str) -> str:
@@ -92,7 +94,7 @@ def ask(template: ChatTemplate) -> Asked:
     Raises:
       ValueError: as `render`, or it does not show the message as it is.
     """
-    rendered = render(template, [("user", f" {_MESSAGE} ")], asks=True)
+    rendered = render(template, [("user", _MESSAGE)], asks=True)
     return Asked(*_cut(template, rendered, _MESSAGE, "user message"))
 
 
@@ -102,9 +104,9 @@ def answered(template: ChatTemplate, asked: Asked) -> Answered:
     Raises:
       ValueError: as `ask`, or what comes before the message is no longer what was asked with.
     """
-    messages = [("user", f" {_MESSAGE} "), ("assistant", f" {_ANSWER} ")]
+    messages = [("user", _MESSAGE), ("assistant", _ANSWER)]
     rendered = render(template, messages, asks=False)
-    before, after, _ = _cut(template, rendered, _MESSAGE, "user message")
+    before, after = _cut(template, rendered, _MESSAGE, "user message")
     if before != asked.before:
         raise ValueError(
             f"{template.model}: its chat template writes {before[-200:]!r} before a message that is"
@@ -113,15 +115,54 @@ def answered(template: ChatTemplate, asked: Asked) -> Answered:
     return Answered(*_cut(template, after, _ANSWER, "model's answer"))
 
 
-def _cut(template: ChatTemplate, text: str, mark: str, what: str) -> tuple[str, str, bool]:
-    """Return the text before and behind a mark with its spaces, and whether they are dropped."""
-    strips = f" {mark} " not in text
-    before, found, after = text.partition(mark if strips else f" {mark} ")
+def shown_message(template: ChatTemplate, asked: Asked, message: str) -> str:
+    """Return a message as the template shows it: some drop spaces at its ends.
+
+    Raises:
+      ChangedByTemplate: the prompt is not `asked` around the message.
+    """
+    return _between(template, [("user", message)], asked, asks=True)
+
+
+def shown_turn(
+    template: ChatTemplate, asked: Asked, written: Answered, message: str, answer: str
+) -> tuple[str, str]:
+    """Return a message and its answer as the template shows them, like `shown_message`."""
+    shown = shown_message(template, asked, message)
+    around = Asked(asked.before + shown + written.lead, written.behind)
+    messages = [("user", message), ("assistant", answer)]
+    return shown, _between(template, messages, around, asks=False)
+
+
+def _cut(template: ChatTemplate, text: str, mark: str, what: str) -> tuple[str, str]:
+    """Return the text before and behind a mark."""
+    before, found, after = text.partition(mark)
     if not found or mark in after:
         raise ValueError(
             f"{template.model}: the chat template does not show a {what} exactly once."
         )
-    return before, after, strips
+    return before, after
+
+
+def _between(
+    template: ChatTemplate, messages: Sequence[tuple[str, str]], around: Asked, asks: bool
+) -> str:
+    """Return what stands within `around` in the rendering, which is to be the last message."""
+    (before, after), (_, text) = around, messages[-1]
+    try:
+        rendered = render(template, messages, asks)
+    except ValueError as error:  # it renders other messages
+        raise ChangedByTemplate(f"of the text {text[:200]!r}: {error}") from error
+    shown = rendered[len(before) : len(rendered) - len(after)]
+    is_whole = before + shown + after == rendered
+    if not is_whole or shown not in text or shown.strip() != text.strip():
+        raise ChangedByTemplate(
+            f"{template.model}: its chat template changes the text {text[:200]!r}, or what stands"
+            f" around it: expected {before[-50:]!r}, the text and {after[:50]!r}, found"
+            f" {shown[:200] if is_whole else rendered[-300:]!r}; use chat=False for this model, or"
+            " leave that text out."
+        )
+    return shown
 
 
 def render(template: ChatTemplate, messages: Sequence[tuple[str, str]], asks: bool) -> str:
@@ -141,7 +182,7 @@ def render(template: ChatTemplate, messages: Sequence[tuple[str, str]], asks: bo
     make, _ = _compiled(template.model, template.source)
     given = [{"role": role, "content": content} for role, content in messages]
     values = {"tools": None, "documents": None, **_DATES, **template.values}
-    written, size = [], 0
+    written, size = [], -sum(len(content) for _, content in messages)
     try:
         for piece in make(values | {"messages": given, "add_generation_prompt": asks}):
             written.append(piece)

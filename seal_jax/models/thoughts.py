@@ -17,6 +17,7 @@ TAGS = (
     ("[THINK]", "[/THINK]"),  # Magistral
     ("<seed:think>", "</seed:think>"),  # Seed-OSS
     ("\u25c1think\u25b7", "\u25c1/think\u25b7"),  # Kimi
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Cohere's Command
 )
 
 

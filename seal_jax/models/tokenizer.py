@@ -10,10 +10,12 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from seal_jax.models.chat_template import (
+    Answered,
     Asked,
     ChatTemplate,
     answered,
@@ -21,6 +23,16 @@ from seal_jax.models.chat_template import (
     check_arguments,
     default_template,
     render,
+    shown_message,
+    shown_turn,
+)
+from seal_jax.models.template_tokens import (
+    Around,
+    Turn,
+    Written,
+    any_of,
+    control_tokens,
+    remarked,
 )
 from seal_jax.models.thoughts import Thoughts, find_tags, state_of
 
@@ -29,6 +41,11 @@ END_TOKENS = (
     *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
     *("<end_of_turn>", "<eos>", "</s>"),
 )
+
+# What a template's tokens are compared with transformers' on.
+_CHECKED = ("Hello 1", " 'Aé'\n", '\n\n"b"  ')
+# What with_template computes anew.
+_OF_TEMPLATE = ("_asked", "_answered", "_written", "_end", "_control", "_around_asked", "_turn")
 
 
 class TokenBeyondModel(ValueError):
@@ -98,30 +115,6 @@ class Tokenizer(Protocol):
         ...
 
 
-class _Around(NamedTuple):
-    """What stands around a message of the user's: ids, text, (message), text, ids.
-
-    The plain text next to the message is kept as text, since tokens can span the border.
-    """
-
-    head: list[int]
-    before: str
-    after: str
-    tail: list[int]
-    strips: bool  # whether the message's own spaces are dropped
-    context: str  # the plain text that ends it, behind its last special token
-
-
-class _Turn(NamedTuple):
-    """How the chat template writes the answer to a message."""
-
-    around: _Around  # of the message
-    between: str  # the template's text between prompt and answer
-    behind: str  # plain text behind the answer, before what ends it
-    end: int | None  # the token that ends it; None where the template has no token for that
-    strips: bool  # whether the answer's own spaces are dropped
-
-
 class HFTokenizer:
     """A fast Hugging Face tokenizer whose special tokens cannot be spelled by text.
 
@@ -146,18 +139,16 @@ class HFTokenizer:
                 f"{type(fast).__name__} has no fast (Rust) backend; supported: a tokenizer.json."
             )
         self._fast = fast
-        self._text = Backend.from_str(fast.backend_tokenizer.to_str())  # encodes untrusted text
         self._template = Backend.from_str(fast.backend_tokenizer.to_str())  # encodes the template
-        for backend in (self._text, self._template):
-            backend.no_truncation()
-            backend.no_padding()
-        self._text.encode_special_tokens = True
+        self._template.no_truncation()
+        self._template.no_padding()
+        self._more_stops = tuple(stop_ids)
         self._model: str = fast.name_or_path or "this model"
         self._arguments: dict[str, Any] = {}  # of the chat template
         limit = math.inf if num_rows is None else num_rows
         # Not how many there are: ids may have gaps.
         self.vocab_size = int(min(1 + max(fast.get_vocab().values(), default=-1), limit))
-        self.stop_ids = tuple(i for i in self._stop_ids(stop_ids) if i < limit)
+        self.stop_ids = self._stop_ids()
         if not self.stop_ids:
             raise ValueError("the tokenizer has no eos token: no answer would ever end.")
         pads = [i for i in (fast.pad_token_id,) if i is not None and i < limit]
@@ -175,7 +166,7 @@ class HFTokenizer:
         if not chat:
             return self.encode(text)
         around = self._around_asked
-        message = text.strip() if around.strips else text
+        message = shown_message(self._chat_template(), self._asked, text)
         plain = self._plain(around.before + message + around.after)
         return self._known(around.head + plain + around.tail)
 
@@ -186,13 +177,11 @@ class HFTokenizer:
         message = "".join(text for text, _ in parts)
         marks = [is_marked for text, is_marked in parts for _ in text]
         if chat:
-            around = self._turn.around
+            around, template, whole = self._turn.around, self._chat_template(), message
+            message, answer = shown_turn(template, self._asked, self._answered, whole, answer)
+            marks = marks[whole.find(message) :]
         else:
-            head = [] if self.bos is None else [self.bos]
-            around = _Around(head, "", "", [], False, "")
-        if around.strips:
-            marks = marks[len(message) - len(message.lstrip()) :]
-            message = message.strip()
+            around = Around([] if self.bos is None else [self.bos], "", "", [], "")
         text = (around.before + message + around.after).encode("utf-8", "replace").decode("utf-8")
         marks = [False] * len(around.before) + marks[: len(message)] + [False] * len(around.after)
         encoding = self._text.encode(text, add_special_tokens=False)
@@ -212,11 +201,16 @@ class HFTokenizer:
 
     def with_template(self, model: str, arguments: Mapping[str, Any]) -> "HFTokenizer":
         other = copy.copy(self)
-        for name in ("_asked", "_around_asked", "_turn"):
+        for name in _OF_TEMPLATE:
             other.__dict__.pop(name, None)
         other._model, other._arguments = model, dict(arguments)
         if arguments:
             check_arguments(other._chat_template(), arguments)
+        if other._control or self._control:
+            for name in ("_text", "_special", "_pattern", "_decoder"):
+                other.__dict__.pop(name, None)
+            other._check_plain()
+        other.stop_ids = other._stop_ids()
         return other
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -256,7 +250,6 @@ class HFTokenizer:
         """
         turn = self._turn
         end = self.stop_ids[0] if turn.end is None else turn.end
-        answer = answer.strip() if turn.strips else answer
         last = self._last_special(turn.between)
         if last:
             ids = self._template.encode(turn.between[:last], add_special_tokens=False).ids
@@ -266,15 +259,12 @@ class HFTokenizer:
         joined = both[: len(before)] == before
         return [*(both[len(before) :] if joined else self._plain(text)), end]
 
-    def _stop_ids(self, more: Iterable[int]) -> tuple[int, ...]:
+    def _stop_ids(self) -> tuple[int, ...]:
         ids = [] if self._fast.eos_token_id is None else [self._fast.eos_token_id]
         special = {*self._fast.all_special_ids, *self._special}
         ids += [i for i in map(self._text.token_to_id, END_TOKENS) if i in special]
-        try:
-            ids += [] if (end := self._turn.end) is None else [end]
-        except ValueError:
-            pass  # a template that nobody can use ends nothing; whoever asks through it is told
-        return tuple(dict.fromkeys([*ids, *more]))
+        ids += [] if self._end is None else [self._template.token_to_id(self._end.group())]
+        return tuple(i for i in dict.fromkeys([*ids, *self._more_stops]) if i < self.vocab_size)
 
     def _check_plain(self) -> None:
         """Raise ValueError if the text of a special token can become that token."""
@@ -285,9 +275,47 @@ class HFTokenizer:
                 raise ValueError(f"text can inject the special token {token!r} of this tokenizer.")
 
     @functools.cached_property
+    def _text(self) -> Any:
+        """What encodes untrusted text: special tokens, and those of `_control`, are plain there."""
+        backend = remarked(self._template, dict.fromkeys(self._control, True))
+        backend.encode_special_tokens = True
+        return backend
+
+    @functools.cached_property
+    def _added(self) -> dict[int, Any]:
+        return self._template.get_added_tokens_decoder()
+
+    @functools.cached_property
     def _special(self) -> dict[int, str]:
-        added = self._text.get_added_tokens_decoder()
-        return {token_id: token.content for token_id, token in added.items() if token.special}
+        added = {i: t.content for i, t in self._added.items()}
+        return {i: t for i, t in added.items() if self._added[i].special or t in self._control}
+
+    @functools.cached_property
+    def _control(self) -> frozenset[str]:
+        """The tokens not called special that the template writes as control tokens.
+
+        They are what ends an answer, and what is in brackets as <|user|>, but for tags of thoughts.
+        """
+        found = control_tokens(self._written.around, self._added.values())
+        found |= set() if self._end is None else {self._end.group()}
+        plain = {t.content for t in self._added.values() if not t.special}
+        return frozenset((found & plain).difference(self._tags or ()))
+
+    @functools.cached_property
+    def _written(self) -> Written:
+        around, lead, behind, fault = "", "", "", None
+        try:
+            around = "".join(self._asked)
+            lead, behind = self._answered
+        except ValueError as error:
+            fault = error
+        return Written(around + lead + behind, lead, behind, fault)
+
+    @functools.cached_property
+    def _end(self) -> re.Match | None:
+        """The first token in what the template writes behind an answer."""
+        tokens = [t.content for t in self._added.values() if t.content.strip()]
+        return any_of(tokens).search(self._written.behind)
 
     @functools.cached_property
     def _tags(self) -> tuple[str, str] | None:
@@ -296,14 +324,11 @@ class HFTokenizer:
 
     @functools.cached_property
     def _decoder(self) -> Any:
-        """What decodes: with the tags of thoughts as plain tokens, where they are special."""
-        tags = self._tags or ()
-        if not set(tags) & {*self._special.values()}:
-            return self._text
-        content = json.loads(self._text.to_str())
-        for token in content["added_tokens"]:
-            token["special"] &= token["content"] not in tags
-        return type(self._text).from_str(json.dumps(content))
+        """What decodes: tags of thoughts are text, what a template puts around answers is not."""
+        tags = {*(self._tags or ())} & {t.content for t in self._added.values() if t.special}
+        marks = [t for t in self._control if t in self._written.lead + self._written.behind]
+        special = dict.fromkeys(tags, False) | dict.fromkeys(marks, True)
+        return remarked(self._template, special) if special else self._template
 
     def _last_special(self, text: str) -> int:
         """Return where the last special token of a text ends; 0 without one."""
@@ -311,54 +336,55 @@ class HFTokenizer:
 
     @functools.cached_property
     def _pattern(self) -> re.Pattern:
-        return _any_of(self._special.values())
+        return any_of(self._special.values())
 
     @functools.cached_property
     def _asked(self) -> Asked:
         return ask(self._chat_template())
 
     @functools.cached_property
-    def _around_asked(self) -> _Around:
+    def _around_asked(self) -> Around:
         """The template around a message that is to be answered."""
         around, template = self._around(self._asked), self._chat_template()
-        rendered = render(template, [("user", "Hello 1")], asks=True)
-        expected = self._template.encode(rendered, add_special_tokens=False).ids
-        head, before, after, tail, *_ = around
-        if head + self._plain(f"{before}Hello 1{after}") + tail != expected:
-            raise ValueError(
-                f"{template.model}: the chat template cannot be split around a message."
-            )
+        head, before, after, tail, _ = around
+        for text in _CHECKED:
+            rendered = render(template, [("user", text)], asks=True)
+            expected = self._template.encode(rendered, add_special_tokens=False).ids
+            shown = shown_message(template, self._asked, text)
+            if head + self._plain(before + shown + after) + tail != expected:
+                raise ValueError(
+                    f"{template.model}: the chat template cannot be split around a message."
+                )
+        if fault := self._written.fault:
+            warnings.warn(f"{fault} Answers end where the tokenizer says.", stacklevel=3)
         return around
 
-    def _around(self, asked: Asked) -> _Around:
-        before, after, strips = asked
+    def _around(self, asked: Asked) -> Around:
+        before, after = asked
         last, match = self._last_special(before), self._pattern.search(after)
         first = len(after) if match is None else match.start()
         head = self._template.encode(before[:last], add_special_tokens=False).ids
         tail = self._template.encode(after[first:], add_special_tokens=False).ids
         context = after[self._last_special(after) :]
-        return _Around(head, before[last:], after[:first], tail, strips, context)
+        return Around(head, before[last:], after[:first], tail, context)
 
     @functools.cached_property
-    def _turn(self) -> _Turn:
+    def _answered(self) -> Answered:
+        return answered(self._chat_template(), self._asked)
+
+    @functools.cached_property
+    def _turn(self) -> Turn:
         """How the template writes a message and its answer."""
-        asked, around, template = self._asked, self._around_asked, self._chat_template()
-        lead, behind, strips = answered(template, asked)
-        ends = {t.content: i for i, t in self._text.get_added_tokens_decoder().items()}
-        match = _any_of(ends).search(behind)
-        end = None if match is None else ends[match.group()]
+        asked, (lead, behind), around = self._asked, self._answered, self._around_asked
+        match = self._end
+        end = None if match is None else self._template.token_to_id(match.group())
         behind = "" if match is None else behind[: match.start()]
         if lead.startswith(asked.after):
-            return _Turn(around, lead.removeprefix(asked.after), behind, end, strips)
+            return Turn(around, lead.removeprefix(asked.after), behind, end)
         # The prompt has opened a thought: an answer without thoughts does not follow it.
-        return _Turn(self._around(asked._replace(after=lead)), "", behind, end, strips)
+        return Turn(self._around(asked._replace(after=lead)), "", behind, end)
 
     def _chat_template(self) -> ChatTemplate:
         source = default_template(self._fast.chat_template, self._model)
         values = {**self._fast.special_tokens_map, **self._arguments}
         return ChatTemplate(self._model, source, values)
-
-
-def _any_of(tokens: Iterable[str]) -> re.Pattern:
-    """Return what finds any of some tokens, of two the longer."""
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")

@@ -17,6 +17,7 @@ from seal_jax.hosts.console import progress
 from seal_jax.inner.packing import LONGEST
 from seal_jax.inner.texts import PAD_SAMPLES, Text
 from seal_jax.inner.update import InnerUpdate
+from seal_jax.models.chat_template import ChangedByTemplate
 from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
 from seal_jax.models.thoughts import Thoughts, read
@@ -184,4 +185,6 @@ def _reject_unusable(stages: Stages, edit: Edit, limit: int) -> Edit:
         reason = f"too long: a training text of {longest:,} tokens, at most {limit:,}"
     except TokenBeyondModel as error:
         reason = f"no token of the model: {error}"
+    except ChangedByTemplate as error:
+        reason = f"no text for the chat template: {error}"
     return Rejected(edit.problem_id, edit.prompt, edit.text, reason, edit.thoughts)

@@ -69,11 +69,13 @@ def texts_of(
     stop: Sequence[str] = (),
     thoughts: Thoughts | None = None,
 ) -> list[str]:
-    """Return what was written as texts, each up to the first of the strings in `stop`."""
-    return [
-        text_before(tokenizer.decode(row[written].tolist()), stop, thoughts)
-        for row, written in zip(samples.tokens, samples.mask, strict=True)
-    ]
+    """Return what was written as texts, each up to the first of the strings in `stop`.
+
+    The token that ended one is no part of it, whether or not it is a special one.
+    """
+    rows = [row[mask].tolist() for row, mask in zip(samples.tokens, samples.mask, strict=True)]
+    ended = [row[:-1] if row and row[-1] in tokenizer.stop_ids else row for row in rows]
+    return [text_before(tokenizer.decode(row), stop, thoughts) for row in ended]
 
 
 def make_stop(

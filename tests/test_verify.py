@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import zlib
 
 import pytest
 from test_train import assert_same_run
@@ -180,6 +181,16 @@ def test_what_is_damaged_is_not_used(finished, one_device, tmp_path, capsys):
 def replace(old, new):
     shutil.rmtree(new)
     shutil.copytree(old, new)
+
+
+def test_a_manifest_without_hashes_is_good_and_what_it_cannot_tell_is_said(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    content = json.loads((run / "manifest.json").read_text())
+    del content["hashes"], content["crc32"]  # as of an older version
+    checksum = zlib.crc32(json.dumps(content, indent=1, sort_keys=True).encode())
+    files.write_json(run / "manifest.json", {**content, "crc32": f"{checksum:08x}"})
+    assert verify_run(str(run))[1] == [] and "the other arm's" in unknown(str(run))
+    assert "the other arm's" not in unknown(str(finished))
 
 
 def swap(folder, one, other):

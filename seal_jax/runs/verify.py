@@ -19,6 +19,11 @@ from seal_jax.runs import checkpoint
 from seal_jax.runs.adapters import list_adapters
 from seal_jax.runs.folder import find_run
 
+_WITHOUT_HASHES = (
+    " Nor whether a checkpoint or an adapter is the other arm's or another run's:"
+    f" {MANIFEST} is of an older version and has no hashes of them."
+)
+
 
 def verify_run(path: str) -> tuple[list[str], list[str]]:
     """Return what is good, and what is damaged or lost with why, of a run and its random control.
@@ -60,10 +65,13 @@ def unknown(path: str) -> str:
             f" there is no {MANIFEST} to compare with."
         )
     late = [f / name for f in folders for name in not_entered(f) if name not in added(f)]
+    manifests = [read_manifest(folder) for folder in folders]
+    older = any(found and found.checkpoints and not found.hashes for found in manifests)
     names = ", ".join(path.relative_to(root).as_posix() for path in late)
     return (
         f"Not known: what a killed run wrote after the last entry of {MANIFEST}"
         f"{f' (here: {names})' if late else ''}, and whether that was itself replaced."
+        f"{_WITHOUT_HASHES if older else ''}"
     )
 
 

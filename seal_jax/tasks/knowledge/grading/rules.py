@@ -62,6 +62,7 @@ _REFUSAL = re.compile(
     )
     + r"|^\W*"
     + _any_of(
+        r"(?:nobody|no ?one) (?:really )?knows\b",
         r"(?:sorry|no idea|not sure|unsure|idk|dunno|unanswerable|no answer|not enough)\b",
         r"not (?:\w+ly )?(?:mentioned|stated|specified|provided|given|available|known"
         r"|applicable|clear)\b",
@@ -106,6 +107,8 @@ _INSTRUCTION = re.compile(
     + r"|\[/?inst\]|<\|\w{1,20}\|>|<</?sys>>|</?system>"
 )
 _ASSENT = frozenset("yes correct right true accepted accept pass passed ok".split())
+_MAX_NUMBERED = 120  # characters of a numbered list of short items
+_ASKING = frozenset("what who whom whose which when where why how".split())
 _EVERYTHING = re.compile(
     r"\b(?:all|any|each|every one|either|both|none) of the (?:above|options|choices|listed)\b"
     r"|^(?:\W*(?:the |it |they |answer |is |are )*)(?:all|any|each|every one|either|both|none) of"
@@ -153,11 +156,13 @@ def rejection(question: str, gold: str, prediction: str) -> str | None:
         return "refusal"
     if _EVERYTHING.search(folded) and not _EVERYTHING.search(fold(gold[:MAX_CHARS])):
         return "everything"
+    if answer.rstrip(" \"'”").endswith("?") and text.words[0] in _ASKING:
+        return "echo"  # another question
     is_statement = answer[-1:] != "?" and text.words[:1] != key.question.words[:1]
     states = key.is_yes_no and key.gold.words[:1] in _POLAR and is_statement
     if _is_echo(key, text, answer) and not states:
         return "echo"
-    if _is_list(key, text, folded):
+    if _is_list(key, text, folded) or _is_numbered(key, folded):
         return "list"
     return misnames(key, question, gold[:MAX_CHARS], answer)
 
@@ -184,6 +189,12 @@ def _is_echo(key: Key, text: Text, answer: str) -> bool:
     names_both = "or" in text.words and key.question_stems.issuperset(key.content)
     run = longest_run(key.question.stems, text.stems)
     return not left and (names_both or run >= 0.7 * len(text.stems))
+
+
+def _is_numbered(key: Key, folded: str) -> bool:
+    """Return whether an answer numbers its items where the gold is one: 1. X 2. Y."""
+    is_one = len(key.items) == 1 and not key.numbers and len(folded) < _MAX_NUMBERED
+    return is_one and bool(re.match(r"\W*1[.)]\s", folded) and re.search(r"\s2[.)]\s", folded))
 
 
 def _lists_numbers(key: Key, text: Text) -> bool:

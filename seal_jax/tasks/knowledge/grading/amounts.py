@@ -240,7 +240,8 @@ def _compare(asked: _Asked, gold: Quantity, given: Quantity) -> str:
 def _compare_values(asked: _Asked, gold: Quantity, given: Quantity) -> str:
     ends = (gold.value, gold.last), (given.value, given.last)
     if (gold.last is None) != (given.last is None):
-        return "number" if gold.last is None or given.value not in ends[0] else "range"
+        one, both = (gold.value, ends[1]) if gold.last is None else (given.value, ends[0])
+        return "range" if one in both else "number"
     if any(isinstance(end, str) for pair in ends for end in pair):
         return SAME if ends[0] == ends[1] else "number"
     is_century = _is_century(gold) and (gold.form == "ordinal" or not given.units)

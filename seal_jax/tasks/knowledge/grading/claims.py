@@ -86,7 +86,9 @@ _NUMERAL = frozenset(("th", *map(str, range(1, 40))))  # of Louis XIV
 _ROMAN = re.compile(r"\b[IVX]+\b")
 _MAX_ITEM = 4  # words of an alternative
 _MAX_CHOICE = 16  # words and signs of an answer that chooses; a longer one tells a story
-_NO_IDEA = re.compile(r"\bno (?:idea|clue|comment|answer|opinion)\b", re.IGNORECASE)
+_NO_IDEA = re.compile(
+    r"\bno (?:idea|clue|comment|answer|opinion)\b|\b(?:not |un)sure\b", re.IGNORECASE
+)
 _YES = frozenset(
     "yes yeah yep yup aye true correct indeed affirmative certainly definitely absolutely sure"
     " surely right undoubtedly course ok okay".split()
@@ -169,8 +171,12 @@ def misnames(key: Key, question: str, gold: str, raw: str) -> str | None:
     reasons = []
     for start in sorted(i for i in places if i - 1 not in places):
         end = start
-        while end + 1 in places or text.at(end + 1) in text.golds & _NUMERAL:
-            end += 1
+        while (
+            end + 1 in places
+            or text.at(end + 1) in text.golds & _NUMERAL
+            or (len(text.at(end)) == 1 and text.at(end + 1) == "." and end + 2 in places)
+        ):
+            end += 1  # George W. Bush
         reason = (
             ("denial" if _is_denied(key, text, start, end) else None)
             or ("name" if _is_other(key, text, start, end) else None)
@@ -250,7 +256,7 @@ def _is_denied(key: Key, text: _Answer, start: int, end: int) -> bool:
 
 def _is_other(key: Key, text: _Answer, start: int, end: int) -> bool:
     """Return whether the gold is part of another's name or title: New X, vice X, X Jr., X II."""
-    before = text.at(start - 1 - (text.at(start - 1) == "-"))
+    before = text.at(start - 1 - (text.at(start - 1) in ("-", ".")))
     if before in ROLES_BEFORE and text.is_new(before):
         return True
     if text.at(end + 1) in COMPOUNDS and text.is_new(text.at(end + 1)):

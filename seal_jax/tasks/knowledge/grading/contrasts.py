@@ -11,9 +11,10 @@ the question does not give.
 import functools
 import re
 
-from seal_jax.tasks.knowledge.grading.words import CONTRASTS, STOP, read, stem
+from seal_jax.tasks.knowledge.grading.words import CONTRASTS, STOP, read
 
 _PREFIX = re.compile("(?:un|in|im|il|ir|non)-?")
+_COMPASS = re.compile(r"\b(north|south)[- ](east|west)", re.IGNORECASE)
 _MAX_WORDS = 14  # a longer answer tells more
 
 
@@ -21,7 +22,7 @@ _MAX_WORDS = 14  # a longer answer tells more
 def _members(text: str) -> dict[int, frozenset[int]]:
     """Return which members of each group are in a text."""
     found: dict[int, frozenset[int]] = {}
-    for word in read(text).words:
+    for word in read(_COMPASS.sub(r"\1\2", text)).words:
         if word in CONTRASTS:
             group, member = CONTRASTS[word]
             found[group] = found.get(group, frozenset()) | {member}
@@ -44,10 +45,10 @@ def contradicts(question: str, gold: str, answer: str) -> bool:
 def denies_opposite(gold: str, answer: str) -> bool:
     """Return whether an answer is 'not legal' for a gold of 'illegal', or the other way around."""
     words = [w for w in read(answer).words if w not in STOP or w == "not"]
-    golds = read(gold).stems
+    golds = read(gold).words
     if len(words) != 2 or words[0] != "not" or len(golds) != 1:
         return False
-    other = stem(words[1])
+    other = words[1]
     return any(
         long.endswith(short) and bool(_PREFIX.fullmatch(long.removesuffix(short)))
         for long, short in ((golds[0], other), (other, golds[0]))

@@ -107,6 +107,7 @@ _INSTRUCTION = re.compile(
     + r"|\[/?inst\]|<\|\w{1,20}\|>|<</?sys>>|</?system>"
 )
 _ASSENT = frozenset("yes correct right true accepted accept pass passed ok".split())
+_MAX_ADDED = 8  # words
 _MAX_NUMBERED = 120  # characters of a numbered list of short items
 _ASKING = frozenset("what who whom whose which when where why how".split())
 _EVERYTHING = re.compile(
@@ -162,7 +163,7 @@ def rejection(question: str, gold: str, prediction: str) -> str | None:
     states = key.is_yes_no and key.gold.words[:1] in _POLAR and is_statement
     if _is_echo(key, text, answer) and not states:
         return "echo"
-    if _is_list(key, text, folded) or _is_numbered(key, folded):
+    if _is_list(key, text, folded) or _is_numbered(key, folded) or _adds_items(key, text, folded):
         return "list"
     return misnames(key, question, gold[:MAX_CHARS], answer)
 
@@ -195,6 +196,16 @@ def _is_numbered(key: Key, folded: str) -> bool:
     """Return whether an answer numbers its items where the gold is one: 1. X 2. Y."""
     is_one = len(key.items) == 1 and not key.numbers and len(folded) < _MAX_NUMBERED
     return is_one and bool(re.match(r"\W*1[.)]\s", folded) and re.search(r"\s2[.)]\s", folded))
+
+
+def _adds_items(key: Key, text: Text, folded: str) -> bool:
+    """Return whether an answer is the gold's one item and two more, and no more: X, Y and Z."""
+    if len(key.items) != 1 or len(text.words) > _MAX_ADDED or "and" not in text.words:
+        return False
+    items = [set(read(part).stems_without()) for part in _SEPARATOR.split(folded)]
+    known = key.question_stems | key.gold_stems
+    others = [item for item in items if item and known.isdisjoint(item)]
+    return set(key.content) in items and len(others) > 1 and len(others) == len(items) - 1
 
 
 def _lists_numbers(key: Key, text: Text) -> bool:

@@ -107,6 +107,7 @@ _AUXILIARIES = frozenset(
 )
 
 
+@functools.lru_cache(maxsize=64)
 def plain(text: str) -> str:
     """Return `text` without the negations that deny nothing: no doubt, not only, not until."""
     return _NO_NEGATION.sub(" ", _SURE.sub("certainly", text))

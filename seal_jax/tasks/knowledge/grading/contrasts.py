@@ -1,7 +1,6 @@
 """Words of which a text means one and not the other: north and south, early and late.
 
     contradicts('Where?', 'the north of France', 'the south of France')  ->  True
-
     denies_opposite('illegal', 'It is not legal.')  ->  True
 
 The gold has a word of a group in `lexicon.json`, and the answer has only others of the group that

@@ -1,7 +1,10 @@
 """Whether the capitalized words around a gold name make another name of it, or the same.
 
-continues('Which city?', 'Washington', 'Washington Irving')  ->  True
-is_family_name('Who led?', 'John F. Kennedy', 'It was Kennedy.')  ->  True
+    continues('Which city?', 'Washington', 'Washington Irving')  ->  True
+    is_family_name('Who led?', 'John F. Kennedy', 'It was Kennedy.')  ->  True
+
+Titles, companies' suffixes and words such as 'river' make no other name; the lists are in
+`lexicon.json`.
 """
 
 import re
@@ -62,7 +65,7 @@ def swaps(question: str, gold: str, answer: str) -> bool:
         return is_named and not numerals and words[-1] not in question
     if len(words) < 3 or not _NAME.fullmatch(gold):
         return False
-    between = rf"{re.escape(words[0])} ((?:[A-Z][\w.]* ?){{1,3}}) {re.escape(words[-1])}\b"
+    between = rf"{re.escape(words[0])} ((?:[A-Z]\w{{0,20}}\.? ?){{1,3}}) {re.escape(words[-1])}\b"
     found = re.search(between, answer)
     expected = [word[0] for word in words[1:-1]]
     return bool(found) and [word[0] for word in found[1].replace(".", " ").split()] != expected

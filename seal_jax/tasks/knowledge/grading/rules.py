@@ -6,6 +6,7 @@ the gold answer itself is not applied. All patterns run in linear time.
 """
 
 import collections
+import functools
 import re
 
 from seal_jax.tasks.knowledge.grading.claims import misnames, plain
@@ -122,6 +123,7 @@ _SEPARATOR = re.compile(r"[,;|/\n•]|\s-\s|\band\b|\bor\b|\d\.\s")
 _ALTERNATIVES = re.compile(r"\b(?:or|could|might|may|maybe|perhaps|possibly|either|one of|any)\b")
 
 
+@functools.lru_cache(maxsize=64)
 def answer_part(prediction: str) -> str:
     """Return `prediction` without a leading 'Answer:' and the next prompt that it rambles into."""
     return _LABEL.sub("", _before_next_prompt(prediction), count=1).strip()

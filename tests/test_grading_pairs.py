@@ -315,6 +315,76 @@ TABLE = """
 = false
 + no | False. | It is not true.
 - true | yes | It is not false.
+
+? How much did the museum pay for the painting?
+= €2.4 million
++ EUR 2.4 million | It paid 2.4 million euros.
+- The museum paid $2.4 million for it in the end. | It paid more than 2.4 million euros to heirs.
+
+? What share of the students agreed?
+= 45 %
++ 0.45 | 45 | 45 % of the students
+- 45 students | 45 of them | Of all, 45 students agreed.
+= one in five
++ 20 % | a fifth | 1/5
+- one in ten | five
+
+? How long is the canal?
+= 120 km (75 mi)
++ 120 km | 75 miles | 120 kilometers (75 miles)
+- 75 km | 120 miles
+
+? When was the abbey founded?
+= 1098
+- The abbey was founded after 1098 by monks. | The abbey was not founded in 1098.
+= before 1098
++ prior to 1098
+- 1098 | after 1098
+= 1936-1948
++ 1936–48 | from 1936 to 1948
+- 1936–84 | 1936
+= the late 1870s
++ in the late 1870s
+- the early 1870s | the mid-1870s | 1870
+= autumn 1286
++ in the autumn of 1286
+- spring 1286 | winter 1286
+
+? Where do the birds nest?
+= the southern coast
++ on the southern coast
+- the northern coast | the south-eastern coast
+= Monroe
++ the city of Monroe
+- near Monroe | Monroe Heights | outside Monroe
+
+? Who commanded the regiment?
+= Monroe
++ James Monroe | General Monroe | It was Monroe.
+- Monroe County | Monroe's team | 1. Monroe 2. Grant 3. Lee | Monroe & Sons | Monroe did not
+- Grant or Monroe commanded it. | Monroe refused to command it. | What did Monroe do?
+- Nobody knows whether it was Monroe | Monroe, Grant and Lee
+= George W. Hill
++ Hill | George Hill | It was commanded by Hill.
+- George H. W. Hill | George W. Hill Jr. | George H. Hill | Hill's team
+= Edward III
++ King Edward the Third commanded it.
+- King Edward | Edward II | Edward III or Edward IV commanded it.
+
+? Which element was found?
+= carbon
+- carbon dioxide | It was not carbon.
+? Was the plan legal?
+= no
++ hardly | not really
+- No idea | not sure
+? What was the contract?
+= illegal
++ not legal
+- legal | not illegal
+? What does the coating do?
+= reflects heat
+- It does not reflect heat. | It never reflects heat.
 """
 
 

@@ -15,6 +15,7 @@ from seal_jax.tasks.knowledge.grading.numerals import split
 from seal_jax.tasks.knowledge.grading.quantities import (
     BOUND_WORDS,
     MONTHS,
+    UNITS,
     Quantities,
     Quantity,
     Unit,
@@ -36,11 +37,14 @@ _FRAME = (
 _CHOICE = frozenset("or and either perhaps maybe possibly , ; / ?".split())
 _ASKS_BOUND = frozenset(
     "least most minimum maximum up limit before after since until till exceed over under more less"
-    " fewer above below by start starting started begin beginning began".split()
+    " fewer above below by start starting started begin beginning began about approximately"
+    " roughly".split()
 )
 _ASKS_SHARE = frozenset("percent percentage share proportion fraction rate portion part".split())
 _MONTH_STEMS = frozenset(map(stem, MONTHS))
 _MAX_BARE = 400  # characters; a longer answer is never bare
+_OUTSIDE = frozenset("before after prior following".split())
+_MAX_SHORT = 10  # words around the quantities of a short sentence
 _CENTURY = 3155760000
 _NEAR = Fraction(1, 8)  # of a gold that says about how many; the table decides
 _ROUNDED = Fraction(1, 64)  # 33 % for a third
@@ -64,6 +68,8 @@ class _Asked(NamedTuple):
     counts: bool  # how many
     is_alone: bool  # the gold is a quantity, and of what
     rest: frozenset[str]  # stems of the gold beside the quantity
+    is_bare: bool  # the gold is a number and nothing else
+    is_outside: bool  # the gold is before or after a time
 
 
 @functools.lru_cache(maxsize=4096)
@@ -73,6 +79,9 @@ def _read_asked(question: str, gold: str) -> _Asked:
     rest = [w for w in quantities.others if w.isalpha() and w not in _FRAME]
     new = [w for w in rest if stem(w) not in given]
     begins = quantities.places[:1] == (0,) and len(new) <= 2 and "and" not in quantities.others
+    first = quantities.found[0] if quantities.found else None
+    if first and all(_is_converted(first, other) for other in quantities.found[1:]):
+        quantities = quantities._replace(found=(first,))  # 120 km (75 mi)
     return _Asked(
         gold=quantities,
         question=asked,
@@ -82,12 +91,27 @@ def _read_asked(question: str, gold: str) -> _Asked:
         counts={"how", "many"}.issubset(asked.others),
         is_alone=not new or (begins and not capitalized(gold)),
         rest=frozenset(map(stem, rest)),
+        is_bare=not rest,
+        is_outside=not _OUTSIDE.isdisjoint(gold.lower().split()[:3])
+        and _OUTSIDE.isdisjoint(asked.others),
     )
+
+
+def _is_converted(first: Quantity, other: Quantity) -> bool:
+    """Return whether two quantities are one in two units."""
+    pairs = [(a, b) for a in first.units for b in other.units if a.dimension == b.dimension]
+    if not pairs or not isinstance(first.value, Fraction) or not isinstance(other.value, Fraction):
+        return False
+    a, b = pairs[0]
+    value = (other.value * b.factor + b.offset - a.offset) / a.factor
+    return a != b and first.last == other.last and _equal(first.value, value, False)
 
 
 def _asked_units(question: str) -> tuple[Unit, ...]:
     """Return the unit of 'how many square miles', 'how long in miles' or 'what percentage'."""
     words = split(question)
+    if "how old" in question.lower():
+        return UNITS["years"]
     for i, word in enumerate(words.words):
         units, end = read_unit(words, i)
         after_many = "many" in words.words[max(0, i - 2) : i]
@@ -118,6 +142,8 @@ def compare_amounts(question: str, gold: str, answer: str) -> Verdict | None:
         return Verdict(_compare_many(asked, given, is_bare), is_bare)
     gold_quantity = asked.gold.found[0]
     verdicts = [_compare(asked, gold_quantity, quantity) for quantity in given.found]
+    if "percent" in {unit.dimension for unit in gold_quantity.units}:
+        verdicts = ["unit" if _counts_noun(asked, given, i) else v for i, v in enumerate(verdicts)]
     if SAME in verdicts:
         return Verdict(_among_others(asked, given, verdicts), is_bare)
     new = [
@@ -125,7 +151,20 @@ def compare_amounts(question: str, gold: str, answer: str) -> Verdict | None:
         for says, quantity in zip(verdicts, given.found, strict=True)
         if quantity not in asked.question.found and (quantity.form != "ordinal" or is_bare)
     ]
-    return Verdict(OPEN if OPEN in verdicts or not new else new[0], is_bare)
+    if OPEN in verdicts or not new:
+        return Verdict(OPEN, is_bare)
+    is_short = new[0] != "range" and asked.is_alone and len(given.others) <= _MAX_SHORT
+    return Verdict(new[0], is_bare or is_short)
+
+
+def _counts_noun(asked: _Asked, given: Quantities, i: int) -> bool:
+    """Return whether a quantity counts what the question names: 45 students, 12 of them."""
+    if given.found[i].units or given.found[i].form != "cardinal":
+        return False
+    after = given.others[given.places[i] : given.places[i] + 2]
+    return after == ("of", "them") or (
+        len(after) > 0 and after[0] in asked.words and after[0][-1] == "s"
+    )
 
 
 def _among_others(asked: _Asked, given: Quantities, verdicts: list[str]) -> str:
@@ -171,6 +210,13 @@ def _compare_many(asked: _Asked, given: Quantities, is_bare: bool) -> str:
     wrong = [says for form, says in wrong if form in forms and (is_bare or form == "day")]
     if wrong:
         return wrong[0]
+    if (
+        is_bare
+        and "day" in forms
+        and "or" not in asked.gold.others
+        and asked.words.isdisjoint(("month", "year"))
+    ):
+        return "number"  # March 1991 for 3 March 1991
     is_date = asked.rest <= _MONTH_STEMS and given.months == asked.gold.months
     return OPEN if missing or not is_date or "or" in given.others else SAME
 
@@ -186,13 +232,16 @@ def _compare(asked: _Asked, gold: Quantity, given: Quantity) -> str:
         return SAME
     if all(bounds):
         return "bound"
+    if bounds[0] and asked.is_outside:
+        return "bound"  # 1900 for before 1900
     return "bound" if bounds[1] and _ASKS_BOUND.isdisjoint(asked.words) else OPEN
 
 
 def _compare_values(asked: _Asked, gold: Quantity, given: Quantity) -> str:
     ends = (gold.value, gold.last), (given.value, given.last)
     if (gold.last is None) != (given.last is None):
-        return "number" if gold.last is None or given.value not in ends[0] else "range"
+        one, both = (gold.value, ends[1]) if gold.last is None else (given.value, ends[0])
+        return "range" if one in both else "number"
     if any(isinstance(end, str) for pair in ends for end in pair):
         return SAME if ends[0] == ends[1] else "number"
     is_century = _is_century(gold) and (gold.form == "ordinal" or not given.units)
@@ -203,6 +252,8 @@ def _compare_values(asked: _Asked, gold: Quantity, given: Quantity) -> str:
             return "number"  # how many are not the twelfth
         if not asked.is_alone:
             return OPEN
+        if gold.form == "ordinal" and not gold.units and not given.units and asked.is_bare:
+            return "number"  # three for third
     if _counts_other(asked, gold, given):
         return "unit"
     golds = [end for end in ends[0] if isinstance(end, Fraction)]
@@ -238,6 +289,8 @@ def _compare_times(gold: Quantity, given: Quantity) -> str:
         return OPEN
     if given.form == "ordinal" and _is_century(given):
         return SAME if a == 100 * (b - 1) else "number"
+    if gold.form == "decade" and given.form == "cardinal" and a == b and not given.units:
+        return "number"  # 1990 for the 1990s
     if gold.form == given.form:
         is_short = min(a, b) < 100  # the 90s
         return SAME if a == b or (is_short and (a - b) % 100 == 0) else "number"
@@ -266,7 +319,8 @@ def _in_unit(
     is_percent = [bool(us) and us[0].dimension == "percent" for us in (expected, given.units)]
     if is_percent[1] and gold.form == "fraction" and not gold.units:
         return value / 100, False
-    if is_percent[0] and given.form == "fraction" and not given.units:
+    is_share = given.form == "fraction" or 0 < value < 1
+    if is_percent[0] and is_share and not given.units and asked.gold.found[0].value != value:
         return value * 100, False
     pairs = [(a, b) for a in expected for b in given.units if a.dimension == b.dimension]
     if not pairs or any(a == b for a, b in pairs):

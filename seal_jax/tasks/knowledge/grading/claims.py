@@ -14,6 +14,7 @@ from typing import NamedTuple
 from seal_jax.tasks.knowledge.grading.features import ALIKE, Key, capitalized
 from seal_jax.tasks.knowledge.grading.numerals import split
 from seal_jax.tasks.knowledge.grading.words import (
+    COMPOUNDS,
     COUNTRIES,
     HEDGES,
     IDENTITY_AFTER,
@@ -61,6 +62,9 @@ _DENYING_PAIRS |= {
     for w in "anyone anything anybody anywhere all everyone everything everywhere".split()
 }
 _WRONG = frozenset("wrong false incorrect untrue not never".split())
+_REFUSES = frozenset("refused refuses failed fails declined declines lost loses".split())
+_ASKS_DENIAL = _DENIALS | frozenset("forbidden prohibited avoid prevent refuse fail stop".split())
+_NOT_NEAR = frozenset("but and or until till before".split())
 _TO_BE = frozenset("is was are were".split())
 _CLOSING = frozenset(") \" ' “ ” * _".split())
 _OPENING = frozenset("( the a an either in of on at to by maybe perhaps possibly".split())
@@ -72,19 +76,27 @@ _ASKS_NAME = frozenset(
 )
 _RANKS = frozenset("younger second third fourth fifth sixth seventh eighth".split())
 _TRIGGERS = _DENIALS | _WRONG | HEDGES | RELATIONS | ROLES_BEFORE | IDENTITY_BEFORE
+_TRIGGERS |= _REFUSES | COMPOUNDS | {"than"}
 _TRIGGERS |= IDENTITY_AFTER | _JOINTS | {pair[0] for pair in _DENYING_PAIRS} | {"city", "younger"}
 _TRIGGER = re.compile(
-    rf"[/|?]|n't|n’t|\b(?:{'|'.join(sorted(filter(str.isalpha, _TRIGGERS)))})", re.IGNORECASE
+    rf"[/|?&]|['’]s\b|n't|n’t|\b(?:{'|'.join(sorted(filter(str.isalpha, _TRIGGERS)))})",
+    re.IGNORECASE,
 )
 _NUMERAL = frozenset(("th", *map(str, range(1, 40))))  # of Louis XIV
 _ROMAN = re.compile(r"\b[IVX]+\b")
 _MAX_ITEM = 4  # words of an alternative
 _MAX_CHOICE = 16  # words and signs of an answer that chooses; a longer one tells a story
+_NO_IDEA = re.compile(
+    r"\bno (?:idea|clue|comment|answer|opinion)\b|\b(?:not |un)sure\b", re.IGNORECASE
+)
 _YES = frozenset(
     "yes yeah yep yup aye true correct indeed affirmative certainly definitely absolutely sure"
     " surely right undoubtedly course ok okay".split()
 )
-_NO = frozenset("no nope nah nay false incorrect negative never untrue wrong".split())
+_NO = frozenset(
+    "no nope nah nay false incorrect negative never untrue wrong hardly"
+    " scarcely barely unlikely".split()
+)
 _FRAME = frozenset(
     "well oh the answer is it it's that this statement claim would be say s i think believe was"
     " are were does do did can could has have had will should may might so he she they we"
@@ -95,6 +107,7 @@ _AUXILIARIES = frozenset(
 )
 
 
+@functools.lru_cache(maxsize=64)
 def plain(text: str) -> str:
     """Return `text` without the negations that deny nothing: no doubt, not only, not until."""
     return _NO_NEGATION.sub(" ", _SURE.sub("certainly", text))
@@ -159,8 +172,12 @@ def misnames(key: Key, question: str, gold: str, raw: str) -> str | None:
     reasons = []
     for start in sorted(i for i in places if i - 1 not in places):
         end = start
-        while end + 1 in places or text.at(end + 1) in text.golds & _NUMERAL:
-            end += 1
+        while (
+            end + 1 in places
+            or text.at(end + 1) in text.golds & _NUMERAL
+            or (len(text.at(end)) == 1 and text.at(end + 1) == "." and end + 2 in places)
+        ):
+            end += 1  # George W. Bush
         reason = (
             ("denial" if _is_denied(key, text, start, end) else None)
             or ("name" if _is_other(key, text, start, end) else None)
@@ -207,7 +224,7 @@ def _is_denied(key: Key, text: _Answer, start: int, end: int) -> bool:
     """Return whether the gold is denied: not X, rather than X, X is not."""
     if (
         key.is_negative
-        or not _DENIALS.isdisjoint(text.asked)
+        or not _ASKS_DENIAL.isdisjoint(text.asked)
         or not _DENIALS.isdisjoint(text.golds)
     ):
         return False
@@ -218,10 +235,12 @@ def _is_denied(key: Key, text: _Answer, start: int, end: int) -> bool:
             is_all_but = pair[0] == "other" or token in ("but", "except")  # not any other than X
             earlier = text.tokens[max(0, i - _MAX_CHOICE) : i - 1]
             return not is_all_but or NEGATIONS.isdisjoint(earlier)
-        if token in _DENIALS:
+        is_than = token == "than" and i == start - 1 and text.is_new(token)
+        if token in _DENIALS or (is_than and not is_number(text.at(start))):
             return True
-        is_near = i == start - 1 and token.isalnum() and token not in ("but", "and", "or")
-        if not is_near and (token not in STOP or token in ("but", "and", "or")):
+        is_near = i == start - 1 and token.isalnum() and token not in _NOT_NEAR
+        is_known = token in STOP or text.stems[i] in key.gold_stems | key.question_stems
+        if not is_near and (not is_known or token in ("but", "and", "or")):
             break
     n = end + 1
     while text.at(n) in _CLOSING:
@@ -229,15 +248,20 @@ def _is_denied(key: Key, text: _Answer, start: int, end: int) -> bool:
     after = text.tokens[n : n + 3]
     if after[:2] == ("?", "no") or after == ("not",) or after == ("not", "."):
         return True
+    if after[1:2] == ("to",) and after[0] in _REFUSES and text.is_new(after[0]):
+        return True
     is_not = len(after) > 1 and after[0] in _TO_BE and after[1] in _WRONG
+    is_not |= len(after) > 1 and after[0] in _AUXILIARIES and after[1] in ("not", "never")
     return is_not and "until" not in text.tokens[n + 2 : n + 6]
 
 
 def _is_other(key: Key, text: _Answer, start: int, end: int) -> bool:
     """Return whether the gold is part of another's name or title: New X, vice X, X Jr., X II."""
-    before = text.at(start - 1 - (text.at(start - 1) == "-"))
+    before = text.at(start - 1 - (text.at(start - 1) in ("-", ".")))
     if before in ROLES_BEFORE and text.is_new(before):
         return True
+    if text.at(end + 1) in COMPOUNDS and text.is_new(text.at(end + 1)):
+        return True  # sodium chloride is no sodium
     if not key.names:
         return False
     is_region = text.stems[end] in REGIONS  # East Africa is in Africa
@@ -266,6 +290,9 @@ def _is_relative(text: _Answer, start: int, end: int) -> bool:
         owned = after[1 + (after[1:2] == ("s",)) :][:2]
         if not RELATIONS.isdisjoint(owned):
             return True
+        rest = [token for token in after[1:] if token not in ("s", ".")]
+        if rest and len(rest) < 3 and "who" in text.asked and all(map(text.is_new, rest)):
+            return len(text.tokens) <= end + 6  # X's team
     for i in range(start - 1, max(0, start - 4), -1):
         if text.at(i) in ("of", "to"):
             return text.at(i - 1) in RELATIONS
@@ -300,7 +327,7 @@ def _joins(key: Key, text: _Answer, place: int, step: int) -> bool:
             others = text.stems[i + 1 :] if step > 0 else text.stems[:i][::-1]
             words = [s for s in others[: _MAX_ITEM + 1] if s[0].isalnum() and s not in STOP]
             is_none = text.at(i + 1) in _NO_CHOICE or (is_list and token == "/")
-            return bool(words) and not is_none and key.gold_stems.isdisjoint(words)
+            return bool(words) and not is_none and not set(key.content).issubset(words)
         if token == ",":
             is_list, num_words = True, 0
         elif token in _OPENING or token in _CLOSING or (token == "and" and text.at(i + 1) == "/"):
@@ -317,7 +344,7 @@ def says_yes(key: Key, answer: str) -> bool | None:
     """Return the polarity of an answer to a yes-no question, or None where it has none."""
     tokens = _tokens(_SAYS_NO.sub(" no ", fold(plain(answer))))
     words = [token for token in tokens if token.isalpha()]
-    if not words or {"yes", "no"} <= set(words):
+    if not words or {"yes", "no"} <= set(words) or _NO_IDEA.search(answer):
         return None
     polar = [word for word in words if word not in _FRAME and word not in STOP - {"no", "not"}]
     if words[0] in _YES or words[0] in _NO:

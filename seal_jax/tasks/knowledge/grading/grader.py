@@ -22,9 +22,11 @@ from collections.abc import Sequence
 
 from seal_jax.tasks.knowledge.grading.amounts import OPEN, SAME, compare_amounts
 from seal_jax.tasks.knowledge.grading.claims import plain, says_yes
+from seal_jax.tasks.knowledge.grading.contrasts import contradicts, denies_opposite
 from seal_jax.tasks.knowledge.grading.features import Key, features, read_key
+from seal_jax.tasks.knowledge.grading.names import continues, is_family_name, swaps
 from seal_jax.tasks.knowledge.grading.rules import MAX_CHARS, answer_part, rejection
-from seal_jax.tasks.knowledge.grading.words import Text, read
+from seal_jax.tasks.knowledge.grading.words import read
 
 _FILE = importlib.resources.files("seal_jax.tasks.knowledge.grading").joinpath("points.json")
 _TABLE = json.loads(_FILE.read_text("utf-8"))
@@ -115,17 +117,21 @@ def settle(question: str, gold: str, prediction: str) -> float | None:
         if bare and bare_gold == bare:  # vitamin B for vitamin A
             return 0.0
     is_same = amounts is not None and amounts.is_bare and amounts.says == SAME
+    if denies_opposite(gold, shown):
+        return 1.0
     reason = rejection(question, gold, prediction)
     if is_same and reason in (None, "list", "alternatives"):  # '1 400 000', '2/3'
         return 1.0
-    if reason is not None or differs:
+    if reason is not None or differs or contradicts(question, gold, shown):
         return 0.0
     key = read_key(question[:MAX_CHARS], gold[:MAX_CHARS])
     if not key.targets:  # a gold of symbols only
         return 0.0
     if key.gold.words[0] in ("yes", "no", "true", "false"):
         return _settle_yes_no(key, answer)
-    return 1.0 if _is_family_name(key, read(answer)) else None
+    if continues(question, gold, shown) or swaps(question, gold, shown):
+        return 0.0
+    return 1.0 if is_family_name(question, gold, shown) else None
 
 
 def _is_exact(gold: str, answer: str) -> bool:
@@ -155,10 +161,3 @@ def _settle_yes_no(key: Key, answer: str) -> float | None:
     if words[0] in ("yes", "no") and says is not expected:
         return 0.0
     return 1.0 if words == key.gold.words[:1] else None
-
-
-def _is_family_name(key: Key, text: Text) -> bool:
-    """Return whether `text` is the last word of a gold that names one person."""
-    asks_who = not {"who", "whom", "whose"}.isdisjoint(key.question.words)
-    is_name = len(key.names) == len(key.gold.words) and len(key.items) == 1
-    return asks_who and is_name and text.stems == key.gold.stems[-1:]

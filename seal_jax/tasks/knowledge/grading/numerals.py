@@ -6,6 +6,7 @@ A number is read as an English text means it: 1,200 is over a thousand and 1.200
 only be a decimal comma. Values are exact.
 """
 
+import functools
 import re
 import unicodedata
 from fractions import Fraction
@@ -81,6 +82,7 @@ class Number(NamedTuple):
     last: Fraction | None = None  # 1924 in 1923/24
 
 
+@functools.lru_cache(maxsize=1024)
 def split(text: str) -> Words:
     """Return the words, numbers and signs of `text`."""
     if not text.isascii():
@@ -161,9 +163,21 @@ def _scale(text: Words, start: int, number: Number) -> tuple[int, int] | None:
     return None
 
 
+def _small(word: str) -> int:
+    """Return a whole number up to a hundred, else 0."""
+    size = int(word) if word.isdecimal() and len(word) < 4 else 0
+    size = size or ({} if word in _ORDINALS else _SIZES).get(word, 0)
+    return size if size <= 100 else 0
+
+
 def _fraction(text: Words, i: int) -> Number | None:
     """Read 'half', 'a third', 'two-thirds', '3/4', and 1923/24, which is two years."""
     word = text.at(i)
+    n = i + 1 + (text.at(i + 1) == "out")
+    if text.at(n) == "in" or (n > i + 1 and text.at(n) == "of"):  # one in five, 2 out of 3
+        above, below = _small(text.at(i)), _small(text.at(n + 1))
+        if 0 < above < below:
+            return Number(Fraction(above, below), "fraction", n + 2)
     if text.is_digits(i):
         below = text.at(i + 2)
         if text.at(i + 1) != "/" or not (text.touches(i + 1) and text.touches(i + 2)):
@@ -200,6 +214,8 @@ def _digits(text: Words, i: int) -> Number:
         return Number(value, "decade", end + 2)
     if text.touches(end) and after == "e" and text.touches(end + 1):
         power, end = text.at(end + 1), end + 2
+    elif text.touches(end) and after == "^" and value == 10 and text.is_digits(end + 1):  # 10^6
+        power, value, end = text.at(end + 1), Fraction(1), end + 2
     elif after in ("×", "x", "*") and text.at(end + 1) == "10" and text.at(end + 2) == "^":
         power, end = text.at(end + 3), end + 4
     if power.isdecimal() and len(power) < 3 and int(power) <= _MAX_EXPONENT:

@@ -145,7 +145,8 @@ def _quantity(
             value, start = _negative(value), start - 1
     if words.at(end) == "below" and words.at(end + 1) in ("", "zero", ".", ","):
         value, end = _negative(value), end + 1 + (words.at(end + 1) == "zero")
-    if form == "cardinal" and number.last is None and _names_month(words, i, end, months):
+    can_be_day = form in ("cardinal", "ordinal") and number.last is None
+    if can_be_day and _names_month(words, i, end, months):
         form = "day" if isinstance(value, Fraction) and 0 < value < 32 else form
     last = number.last
     if last is None and (pair := _pair(words, end, before[:start])):
@@ -241,8 +242,13 @@ def _pair(words: Words, end: int, before: list[str]) -> _Pair | None:
         return None
     scale = SCALES.get(words.at(number.end - 1), 1) if words.is_digits(end - 1) else 1
     units, behind = read_unit(words, number.end)
+    last = number.value
+    if words.at(end - 1).isdecimal() and 1000 <= int(words.at(end - 1)[:5]) < 10000:
+        first = int(words.at(end - 1))  # a year: 1914-18
+        if isinstance(last, Fraction) and len(words.at(end + 1)) == 2 and first % 100 < last:
+            last += first - first % 100
     num_before = int(before[-1:] in (["between"], ["from"]))
-    return _Pair(number.value, behind, num_before, units, scale)
+    return _Pair(last, behind, num_before, units, scale)
 
 
 def _bounded(

@@ -6,6 +6,7 @@ the gold answer itself is not applied. All patterns run in linear time.
 """
 
 import collections
+import functools
 import re
 
 from seal_jax.tasks.knowledge.grading.claims import misnames, plain
@@ -62,6 +63,7 @@ _REFUSAL = re.compile(
     )
     + r"|^\W*"
     + _any_of(
+        r"(?:nobody|no ?one) (?:really )?knows\b",
         r"(?:sorry|no idea|not sure|unsure|idk|dunno|unanswerable|no answer|not enough)\b",
         r"not (?:\w+ly )?(?:mentioned|stated|specified|provided|given|available|known"
         r"|applicable|clear)\b",
@@ -106,6 +108,9 @@ _INSTRUCTION = re.compile(
     + r"|\[/?inst\]|<\|\w{1,20}\|>|<</?sys>>|</?system>"
 )
 _ASSENT = frozenset("yes correct right true accepted accept pass passed ok".split())
+_MAX_ADDED = 8  # words
+_MAX_NUMBERED = 120  # characters of a numbered list of short items
+_ASKING = frozenset("what who whom whose which when where why how".split())
 _EVERYTHING = re.compile(
     r"\b(?:all|any|each|every one|either|both|none) of the (?:above|options|choices|listed)\b"
     r"|^(?:\W*(?:the |it |they |answer |is |are )*)(?:all|any|each|every one|either|both|none) of"
@@ -118,6 +123,7 @@ _SEPARATOR = re.compile(r"[,;|/\n•]|\s-\s|\band\b|\bor\b|\d\.\s")
 _ALTERNATIVES = re.compile(r"\b(?:or|could|might|may|maybe|perhaps|possibly|either|one of|any)\b")
 
 
+@functools.lru_cache(maxsize=64)
 def answer_part(prediction: str) -> str:
     """Return `prediction` without a leading 'Answer:' and the next prompt that it rambles into."""
     return _LABEL.sub("", _before_next_prompt(prediction), count=1).strip()
@@ -153,11 +159,13 @@ def rejection(question: str, gold: str, prediction: str) -> str | None:
         return "refusal"
     if _EVERYTHING.search(folded) and not _EVERYTHING.search(fold(gold[:MAX_CHARS])):
         return "everything"
+    if answer.rstrip(" \"'”").endswith("?") and text.words[0] in _ASKING:
+        return "echo"  # another question
     is_statement = answer[-1:] != "?" and text.words[:1] != key.question.words[:1]
     states = key.is_yes_no and key.gold.words[:1] in _POLAR and is_statement
     if _is_echo(key, text, answer) and not states:
         return "echo"
-    if _is_list(key, text, folded):
+    if _is_list(key, text, folded) or _is_numbered(key, folded) or _adds_items(key, text, folded):
         return "list"
     return misnames(key, question, gold[:MAX_CHARS], answer)
 
@@ -184,6 +192,22 @@ def _is_echo(key: Key, text: Text, answer: str) -> bool:
     names_both = "or" in text.words and key.question_stems.issuperset(key.content)
     run = longest_run(key.question.stems, text.stems)
     return not left and (names_both or run >= 0.7 * len(text.stems))
+
+
+def _is_numbered(key: Key, folded: str) -> bool:
+    """Return whether an answer numbers its items where the gold is one: 1. X 2. Y."""
+    is_one = len(key.items) == 1 and not key.numbers and len(folded) < _MAX_NUMBERED
+    return is_one and bool(re.match(r"\W*1[.)]\s", folded) and re.search(r"\s2[.)]\s", folded))
+
+
+def _adds_items(key: Key, text: Text, folded: str) -> bool:
+    """Return whether an answer is the gold's one item and two more, and no more: X, Y and Z."""
+    if len(key.items) != 1 or len(text.words) > _MAX_ADDED or "and" not in text.words:
+        return False
+    items = [set(read(part).stems_without()) for part in _SEPARATOR.split(folded)]
+    known = key.question_stems | key.gold_stems
+    others = [item for item in items if item and known.isdisjoint(item)]
+    return set(key.content) in items and len(others) > 1 and len(others) == len(items) - 1
 
 
 def _lists_numbers(key: Key, text: Text) -> bool:

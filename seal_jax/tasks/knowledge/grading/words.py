@@ -26,6 +26,11 @@ LIGHT = frozenset(_words("light"))  # they qualify an answer without being it
 NEGATIONS = frozenset(_words("negations"))
 RELATIONS = frozenset(_words("relations"))
 IDENTITY_BEFORE = frozenset(_words("identity_before"))
+TITLES = frozenset(_words("titles"))
+COMPANIES = frozenset(_words("companies"))  # behind a name, which stays the same
+PLACES = frozenset(_words("places"))
+MONONYMS = frozenset(_words("mononyms"))  # first names by which somebody is known
+COMPOUNDS = frozenset(_words("compounds"))
 ROLES_BEFORE = frozenset(_words("roles_before"))
 IDENTITY_AFTER = frozenset(_words("identity_after"))
 HEDGES = frozenset(_words("hedges"))
@@ -37,13 +42,21 @@ SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
 EXPANSIONS = {short: tuple(long.split()) for short, long in _LEXICON["expansions"].items()}
 # Each group of synonyms counts as its first word.
 CANONICAL = {word: group.split()[0] for group in _LEXICON["synonyms"] for word in group.split()}
+CONTRASTS = {  # word -> its group, and which of the group it is
+    word: (group, member)
+    for group, words in enumerate(_LEXICON["contrasts"])
+    for member, names in enumerate(words.split("|"))
+    for word in names.split()
+}
 _INFLECTIONS = frozenset("s es n an ian ean ese ish i ic er".split())  # of a name
 _SUFFIXES = dict(pair.split(":") for pair in _words("suffixes"))  # and what takes their place
 
 _WORD = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d+\.\d+|\d+(?:st|nd|rd|th|s)\b|\d+|[^\W\d_]+|[%$€£]")
 _ROMAN = re.compile("[ivx]+")
+_ROMAN_ONES = ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX")
 _DOTTED = re.compile(r"\b(?:[a-z]\.){2,}")
 _AMERICA = re.compile(r"\bUS(?:A\b|\b)|\bU\.S\.(?:A\.)?")
+_REGNAL = re.compile(r"(?<=[a-z] )the ((?:[A-Z][a-z]+-)?[A-Z][a-z]+(?:st|nd|rd|th))\b(?! [A-Z])")
 _POSSESSIVE = re.compile(r"'s?\b|'")
 
 
@@ -67,6 +80,12 @@ def fold(text: str) -> str:
     return text.lower()
 
 
+def _as_roman(found: re.Match[str]) -> str:
+    """Return the numeral of Henry the Eighth."""
+    number = ONES.get(found[1].lower(), 0)
+    return number // 10 * "X" + _ROMAN_ONES[number % 10] if 0 < number < 20 else found[0]
+
+
 def is_number(word: str) -> bool:
     return word[0].isdecimal()
 
@@ -85,11 +104,13 @@ def _parse_number(word: str) -> float | None:
 
 def split_words(text: str) -> list[str]:
     """Split `text` into folded words; 'twenty-five', '1.4 million' and '9,430' become digits."""
-    text = fold(_AMERICA.sub(" united states ", text))
+    if " the " in text:
+        text = _REGNAL.sub(_as_roman, text)
+    text = fold(_AMERICA.sub(" united states ", text) if "U" in text else text)
     text = _DOTTED.sub(lambda m: m.group().replace(".", "") + " ", text)
     words: list[str] = []
     value, is_ten = None, False  # the number being read, and whether it ends in a bare ten
-    for word in _WORD.findall(_POSSESSIVE.sub("", text)):
+    for word in _WORD.findall(_POSSESSIVE.sub("", text) if "'" in text else text):
         if value is not None:
             scale = SCALES.get(word) or SCALES.get(word.rstrip("s"))
             if scale and value < 1000:

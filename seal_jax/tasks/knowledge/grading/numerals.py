@@ -52,7 +52,7 @@ _SHORT_FORMS = [  # what a text with the sign or word holds, and how it is read
 ]
 _ROMAN = re.compile(
     r"\b(?:X{1,3}(?:IX|IV|VI{0,3}|I{1,3})|X{2,3}|IX|IV|VI{1,3}|I{2,3})\b"
-    r"|(?<=[a-z] )(?:[VX]\b|I(?=[,.;)]|\s*$))|(?<=War )I\b"
+    r"|(?<=[a-z] )(?:[VX]\b|I(?=[,.;)]|'s\b|\s*$))|(?<=War )I\b"
 )
 _ROMAN_DIGITS = {"I": 1, "V": 5, "X": 10}
 

@@ -22,5 +22,5 @@ if [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]]; then
   unset PYTHONDONTWRITEBYTECODE
   export PYTHONPYCACHEPREFIX=$PWD/.venv/bytecode
 fi
-# Two workers, each with whole files: much of the time is one compiler's.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --durations=10 "$@"
+# Two workers, each with whole files, in the order of conftest.py: much of the time is one compiler's.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@"

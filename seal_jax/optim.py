@@ -127,9 +127,7 @@ def _mix(state: optax.OptState, params: Params, mix: Callable[..., jax.Array]) -
         return mix(node.b1, w, z).astype(w.dtype)
 
     for node in nodes_of(_AVERAGED, state):
-        params = jax.tree.map(
-            one, node.z, params, is_leaf=lambda z: isinstance(z, optax.MaskedNode)
-        )
+        params = jax.tree.map(one, node.z, params, is_leaf=partial(_is, optax.MaskedNode))
     return params
 
 

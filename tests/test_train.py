@@ -238,8 +238,10 @@ def test_a_run_that_is_told_to_end_finishes_its_wave_and_goes_on(finished, tmp_p
 
 
 @pytest.mark.long
-def test_a_full_updates_optimizer_state_survives_a_kill(one_device, tmp_path):
+@pytest.mark.parametrize("name", ["adamw", "contrib.schedule_free_adamw"])
+def test_a_full_updates_optimizer_state_survives_a_kill(one_device, tmp_path, name):
     overrides = ("outer.update=full", "eval.random_control=False", "outer.learning_rate=1e-3")
+    overrides += (f"outer.optax_name={name}",)
     run_process(*train_arguments(tmp_path / "whole", *overrides))
     killed_at(tmp_path / "killed", "pending_1.jsonl:2", *overrides)
     run_process(*train_arguments(tmp_path / "killed", *overrides))

@@ -6,7 +6,7 @@ a small quadratic: with some learning rate, and with a rate of 0 after the same 
 
 import json
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,26 +71,44 @@ def check_optimizers(settings: Settings) -> None:
       ValueError: one names no optimizer of optax, or takes no such arguments; it fails; its updates
         are zero, not finite or the same at any learning rate; it needs what its loop has not.
     """
-    inner, outer, edits = settings.inner, settings.outer, settings.sample.num_edits
-    accumulation, warms_up = inner.accumulation, inner.warmup_steps > 0
-    lora = ("lora", inner.targets, False, "float32")
-    _check(_case("inner", inner, (*lora, accumulation, _NUM_STEPS, warms_up, False)))
+    inner, outer = settings.inner, settings.outer
+    rows = outer.problems_per_step * settings.sample.num_edits
+    batches = -(-rows // outer.batch_size) * outer.num_epochs
+    is_full = outer.update == "full"  # one state for the whole run, else a new one in each step
     objective = make_objective(outer.objective, **outer.objective_kwargs)
-    kind = (outer.update, outer.targets, objective.gae is not None)
-    batches = -(-outer.problems_per_step * edits // outer.batch_size) * outer.num_epochs
-    if outer.update == "full":  # one state for the whole run
-        kind, batches = (*kind, settings.model.dtype), _NUM_STEPS
-    else:
-        kind = (*kind, "float32")
-    _check(_case("outer", outer, (*kind, 1, min(batches, _NUM_STEPS), False, True)))
+    of_inner = _Case(
+        *_named("inner", inner),
+        update="lora",
+        targets=inner.targets,
+        has_values=False,
+        dtype="float32",
+        accumulation=inner.accumulation,
+        most_steps=_NUM_STEPS,
+        warmup=inner.warmup_steps > 0,
+        has_value_fn=False,
+    )
+    of_outer = _Case(
+        *_named("outer", outer),
+        update=outer.update,
+        targets=outer.targets,
+        has_values=objective.gae is not None,
+        dtype=settings.model.dtype if is_full else "float32",
+        accumulation=1,
+        most_steps=_NUM_STEPS if is_full else min(batches, _NUM_STEPS),
+        warmup=False,
+        has_value_fn=True,
+    )
+    for case in (of_inner, of_outer):
+        _check(case)
 
 
-def _case(name: str, section: InnerSettings | OuterSettings, rest: tuple) -> _Case:
+def _named(name: str, section: InnerSettings | OuterSettings) -> tuple[Any, ...]:
+    """Return the first fields of a `_Case`: which optimizer it is."""
     optimizer, kwargs = section.optimizer, json.dumps(dict(section.optax_kwargs), sort_keys=True)
     called = f"{name}.optax_name = {section.optax_name!r} with {kwargs}"
     if optimizer is not None:
         called = f"{name}.optimizer = {optimizer.__module__}:{optimizer.__qualname__}"
-    return _Case(name, called, optimizer, section.optax_name, kwargs, *rest)
+    return name, called, optimizer, section.optax_name, kwargs
 
 
 @cache
@@ -110,7 +128,7 @@ def _check(case: _Case) -> None:
         if isinstance(error, jax.errors.JAXTypeError):
             what += (
                 " The learning rate is traced: the schedule's value now, and no number of Python's."
-                f" Schedules are {case.section}.schedule and warmup_steps"
+                f" What it follows is {case.section}.schedule"
             )
         raise ValueError(f"{case.called}: it fails: {what}") from error
     if complaint:

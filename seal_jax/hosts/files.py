@@ -112,8 +112,8 @@ def _once(path: str | os.PathLike, rows: list[dict[str, Any]]) -> list[dict[str,
         elif _without_clock(rows[first - 1]) != _without_clock(row):
             raise ValueError(
                 f"{path}: lines {first} and {number} differ, and both are the result of {key}:"
-                " perhaps two runs wrote there at once. Begin again in another folder, or delete"
-                " the wrong one"
+                " perhaps two runs wrote there at once. Begin again in another folder; or delete"
+                f" the wrong one, and {manifest.MANIFEST} beside it, which has both"
             )
     return kept
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
-from seal_jax.hosts.json_text import unique_keys
+from seal_jax.hosts.json_text import parse_json
 
 if TYPE_CHECKING:
     import httpx2  # imported where a judge is asked: it takes 0.1 s
@@ -223,10 +223,9 @@ def judge_all(
 def parse_verdict(body: bytes) -> float | None:
     """Return the score in a response's body, or None if it is not exactly what was asked for."""
     try:
-        found = json.loads(body, object_pairs_hook=unique_keys)
-        content = found["choices"][0]["message"]["content"]
-        marks = json.loads(content, object_pairs_hook=unique_keys)
-    except (ValueError, LookupError, TypeError, RecursionError):
+        content = parse_json(body, "answer")["choices"][0]["message"]["content"]
+        marks = parse_json(content, "verdict")
+    except (ValueError, LookupError, TypeError):
         return None
     if not isinstance(marks, dict) or marks.keys() != _QUESTIONS.keys():
         return None

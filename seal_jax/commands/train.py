@@ -15,7 +15,7 @@ The same command resumes an interrupted run, or says that it is done."""
 FILES = """\
 Files in {workdir}: summary.md, summary.json, edits.jsonl (every self-edit),
 metrics.jsonl, config.json, checkpoints/ (the policy), adapters/ and model/ (what `export`
-and others need of it), random/ (the control's run)."""
+and others need of it), random/ (the control's run), manifest.json (what `verify` compares with)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 SAMPLE, ADAPTER, SHUFFLE, POLICY, SELECT, QUESTIONS, EARLIER = range(7)  # purposes
-EVAL_STEP = 1_000_000  # stands in the place of the outer step in the final evaluation
+# What stands in the place of the outer step in the final evaluation, and in a sweep of `tune`.
+EVAL_STEP, TUNE_STEP = 1_000_000, 1_000_001
 
 
 def number_of(name: str) -> int:

@@ -29,6 +29,7 @@ from seal_jax.types import InnerSettings, OuterSettings, Params
 
 Optimizer = Callable[[jax.Array], optax.GradientTransformation]
 ValueFn = Callable[[Params], jax.Array]  # the loss at other parameters
+SCHEDULES = ("constant", "linear", "cosine")
 
 # Nodes of an optimizer's state that hold rates, and that hold another point to evaluate.
 _INJECTED = optax.InjectHyperparamsState, optax.schedules.InjectStatefulHyperparamsState
@@ -294,7 +295,7 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def scheduled_rate(
-    schedule: str,
+    schedule: str | jax.Array,
     learning_rate: jax.Array,
     step: jax.Array,
     num_steps: jax.Array,
@@ -304,6 +305,9 @@ def scheduled_rate(
 
     'linear' falls to 0 after the last step, as the Trainer of Hugging Face does it; 'cosine'
     likewise. Before, it rises from 0 for `warmup_steps`.
+
+    Args:
+      schedule: its name, or i32[], its place in SCHEDULES.
     """
     left = jnp.maximum(num_steps - warmup_steps, 1).astype(jnp.float32)
     done = jnp.maximum(step - warmup_steps, 0).astype(jnp.float32) / left
@@ -312,9 +316,13 @@ def scheduled_rate(
         "linear": 1.0 - done,
         "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
     }
-    if schedule not in factors:
+    if isinstance(schedule, str) and schedule not in factors:
         raise ValueError(f"schedule={schedule!r}: expected one of {', '.join(factors)}")
+    if isinstance(schedule, str):
+        factor = factors[schedule]
+    else:
+        factor = jax.lax.select_n(schedule, *[factors[name] for name in SCHEDULES])
     rise = (
         jnp.minimum(step.astype(jnp.float32) / max(warmup_steps, 1), 1.0) if warmup_steps else 1.0
     )
-    return learning_rate * jnp.maximum(factors[schedule], 0.0) * rise
+    return learning_rate * jnp.maximum(factor, 0.0) * rise

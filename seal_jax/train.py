@@ -222,10 +222,8 @@ def evaluate(
             answers = answer(stages, params, adapters, wave)
             logps = gold_logp(stages, params, adapters, wave)
             marks = grade(stages, wave, answers)
-            num_epochs = stages.settings.inner.num_epochs
-            found = outcomes_of_wave(
-                wave, batches, to_host(losses), answers, marks, logps, num_epochs
-            )
+            inner = stages.settings.inner
+            found = outcomes_of_wave(wave, batches, to_host(losses), answers, marks, logps, inner)
             kept = adapters if keep is None else to_host(adapters)
             for i, place in enumerate(wave.places):
                 if place is None or place.run.name in outcomes:

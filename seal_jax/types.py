@@ -60,6 +60,7 @@ class InnerBatch(NamedTuple):
     learning_rate: Array  # f32[A] at the first step
     num_steps: Array  # i32[A] at whose end the schedule ends
     seed: Array  # i32[A] of the LoRA dropout
+    schedule: Array | None = None  # i32[A] in optim.SCHEDULES; None where all have the loop's
 
     def map_steps(self, function: Callable[[Any], Any]) -> "InnerBatch":
         """Return the batch with `function` of each array that has steps [I ...]."""

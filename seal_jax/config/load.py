@@ -14,6 +14,7 @@ config stops the run here, before jax is imported. setup.py turns a checked conf
 and the stages never see a ConfigDict.
 """
 
+import copy
 import difflib
 import hashlib
 import inspect
@@ -70,6 +71,16 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """
     config = _run_file(path)
     validate(config)
+    return with_overrides(config, overrides)
+
+
+def with_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Return a copy of a config with overrides applied in order, validated and locked.
+
+    Raises:
+      ConfigError: an override is none, or the config is invalid with them.
+    """
+    config = copy.deepcopy(config)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:

@@ -53,12 +53,17 @@ def settings_of(config: ConfigDict) -> Settings:
     )
 
 
-def make_stages(settings: Settings) -> Stages:
-    """Make the mesh, load the model onto it and build the stages that loops and table share."""
+def make_stages(settings: Settings, model: Model | None = None) -> Stages:
+    """Make the mesh, load the model onto it and build the stages that loops and table share.
+
+    Args:
+      model: the settings' own, where it is loaded and placed already.
+    """
     check_optimizers(settings)
     inner, chat = settings.inner, settings.model.chat
     mesh = make_mesh(*settings.mesh)
-    model = place_model(settings, settings.model.source, mesh)
+    if model is None:
+        model = place_model(settings, settings.model.source, mesh)
     check_divides(mesh, model.config)
     _check_thoughts(settings, model)
     # A task's texts are shared by many self-edits and seeds.

@@ -19,6 +19,7 @@ from seal_jax.hosts.group import timeout_seconds
 from seal_jax.hosts.json_text import read_text
 from seal_jax.hosts.outputs import check_output
 
+SWEEP = "tune_sweep.json"  # says what a sweep is over
 # What a run that was killed before it had claimed the folder may leave there.
 _LEFT = (NAME, ".config.json.*.tmp")
 
@@ -42,20 +43,32 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
         raise ValueError(f"{workdir} is not empty and has no config.json: choose another --workdir")
 
 
-def refuse_other_kind(workdir: str, evaluates: bool) -> None:
+def refuse_other_kind(workdir: str, evaluates: bool = False, tunes: bool = False) -> None:
     """Refuse the folder of a training run for an evaluation, and the other way round.
 
-    Either would write its own eval_*.jsonl and summary over the other's.
+    Either would write its own eval_*.jsonl and summary over the other's. Likewise a sweep's folder
+    is nothing else's.
 
     Raises:
       ValueError: it is one.
     """
+    of_sweep = os.path.lexists(os.path.join(workdir, SWEEP))
+    if of_sweep and not tunes:
+        raise ValueError(
+            f"{workdir} is the folder of a sweep (it has {SWEEP}): choose another --workdir"
+        )
     of_eval = os.path.lexists(os.path.join(workdir, "policy.json"))
     of_train = [
         name
         for name in ("checkpoints", "metrics.jsonl", "edits.jsonl", "random")
         if os.path.lexists(os.path.join(workdir, name))
     ]
+    if tunes and (of_train or of_eval):
+        name = of_train[0] if of_train else "policy.json"
+        raise ValueError(
+            f"{workdir} is the folder of a run (it has {name}), not of a sweep: choose another"
+            " --workdir"
+        )
     if evaluates and of_train and not of_eval:
         raise ValueError(
             f"{workdir} is the folder of a training run (it has {of_train[0]}), whose results an"

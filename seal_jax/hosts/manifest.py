@@ -31,8 +31,19 @@ KEY = "manifest"  # config.json has it, so that a manifest that is lost is misse
 _FILES = (
     *("config.json", "policy.json", "summary.json", "summary.md", "model/**/*"),
     *("metrics.jsonl", "edits.jsonl", "eval_*.jsonl", "pending_*.jsonl", "judged_*.json"),
+    *(
+        "tune.json",
+        "tune.md",
+        "tune.png",
+        "tune_sweep.json",
+        "tune_runs.jsonl",
+        "tune_texts_*.json",
+    ),
 )
-_REMADE = (MANIFEST, "summary.", "eval_", "pending_", "adapters/", "checkpoints/", "random")
+_REMADE = (
+    *(MANIFEST, "summary.", "eval_", "pending_", "adapters/", "checkpoints/", "random"),
+    *("tune.", "tune_runs", "tune_texts_"),
+)
 _ABSENT = "was written and is not there"
 _LATE = "was added after the run had ended"
 _SUMMARY = ("summary.json", "summary.md", "config.json", "policy.json")  # written anew by `eval`

@@ -10,11 +10,12 @@ does not depend on its neighbors.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from seal_jax.inner.texts import Job, Text, row_length
+from seal_jax.optim import SCHEDULES
 from seal_jax.sharding import platform
 from seal_jax.types import InnerBatch
 
@@ -179,10 +180,11 @@ def pack(
         if not calls or calls[-1][0].shape != step.shape or len(calls[-1]) == steps_per_call:
             calls.append([])
         calls[-1].append(step)
-    of_jobs = {
+    of_jobs: dict[str, Any] = {
         "learning_rate": np.array([job.learning_rate for job in jobs], np.float32),
         "num_steps": np.array([len(job.rows) for job in jobs], np.int32),
         "seed": np.array([job.seed for job in jobs], np.int32),
+        "schedule": _schedules(jobs),
     }
     batches = []
     for steps in calls:
@@ -192,6 +194,20 @@ def pack(
             for s, places in enumerate(step.shards):
                 _place_rows(_shard_of(batches[-1], i, s, num_shards), jobs, places)
     return batches
+
+
+def _schedules(jobs: Sequence[Job]) -> np.ndarray | None:
+    """Return the schedule of each job, i32[A]; None where all have the loop's.
+
+    Raises:
+      ValueError: some have one of their own and others none.
+    """
+    names = {job.schedule for job in jobs if job.rows}
+    if names <= {""}:
+        return None
+    if "" in names:
+        raise ValueError("of the jobs that train side by side only some have a schedule")
+    return np.array([SCHEDULES.index(job.schedule or SCHEDULES[0]) for job in jobs], np.int32)
 
 
 def empty_batch(

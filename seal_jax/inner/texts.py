@@ -28,6 +28,7 @@ class Job(NamedTuple):
     rows: tuple[tuple[Text, ...], ...]  # the texts of each step, in order
     learning_rate: float
     seed: int = 0  # of the LoRA dropout
+    schedule: str = ""  # of the learning rate; '' is the loop's
 
 
 def make_job(

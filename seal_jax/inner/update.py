@@ -6,8 +6,8 @@ For every adapter, and whatever shares the step with it:
     loss = -mean log p(row's text);  adapter -= optimizer(learning_rate(step), grad)
 
 A step takes some of the population's adapters, one per lane, the first lanes first (see
-packing.py). The base is frozen and shared. Learning rate and number of steps are data, so
-programs differ only by shape.
+packing.py). The base is frozen and shared. Learning rate and number of steps are data, and the
+schedule may be, so programs differ only by shape.
 """
 
 import dataclasses
@@ -202,9 +202,8 @@ def update_lane(
     accumulation = setup.accumulation
     num_updates = -(-batch.num_steps[a] // accumulation)
     done = carry.steps[a] // accumulation
-    rate = scheduled_rate(
-        setup.schedule, batch.learning_rate[a], done, num_updates, setup.warmup_steps
-    )
+    schedule = setup.schedule if batch.schedule is None else batch.schedule[a]
+    rate = scheduled_rate(schedule, batch.learning_rate[a], done, num_updates, setup.warmup_steps)
     steps = carry.steps[a] + 1
     ends = (steps % accumulation == 0) | (steps == batch.num_steps[a])
     tx = accumulate(setup.optimizer(rate), accumulation, ends)

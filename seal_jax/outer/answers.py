@@ -18,13 +18,14 @@ from seal_jax.models.padded_lengths import bucket_of
 from seal_jax.models.thoughts import Thoughts, read
 from seal_jax.models.transformer import hidden_states
 from seal_jax.outer.problems import Batch
+from seal_jax.outer.rewards import ELSEWHERE
 from seal_jax.outer.stages import Stages, exam_prompts, thoughts_of
 from seal_jax.outer.waves import InnerRun, Wave
 from seal_jax.sampling.draw import make_settings
 from seal_jax.sampling.generate import generate
 from seal_jax.sampling.self_edits import make_stop, texts_of
 from seal_jax.sharding import leading, to_device, to_host
-from seal_jax.tasks.task import Task, marks_of, prompts_of
+from seal_jax.tasks.task import Exam, Problem, Task, marks_of, prompts_of
 from seal_jax.types import Adapters, AnswerSettings, Params
 
 Marks = list[list[float]]  # of each exam of a run, of each question: from 0 to 1
@@ -108,13 +109,23 @@ def marks_by_exam(task: Task, run: InnerRun, answers: Iterable[str]) -> Marks:
 
 def baseline_accuracy(stages: Stages, params: Params, batch: Batch) -> list[float]:
     """Return the accuracy of the unadapted policy on each problem: asked once per policy."""
+    return [float(np.mean(marks)) for marks in baseline_marks(stages, params, batch)]
+
+
+def baseline_marks(stages: Stages, params: Params, batch: Batch) -> Marks:
+    """Return the marks of the unadapted policy on each problem, question by question."""
     prompts = [prompt for posed in batch for prompt in exam_prompts(stages, *posed)]
     answers = iter(_ask(stages, params, None, [prompts])[0])
-    accuracy = []
-    for posed in batch:
-        given = [next(answers) for _ in prompts_of(stages.task, *posed)]
-        accuracy.append(float(np.mean(marks_of(stages.task, *posed, given))))
-    return accuracy
+    return [
+        marks_of(stages.task, *posed, [next(answers) for _ in prompts_of(stages.task, *posed)])
+        for posed in batch
+    ]
+
+
+def baseline_logp(stages: Stages, params: Params, batch: Batch) -> list[list[float]]:
+    """Return log p per token of the gold answers under the unadapted policy, by problem."""
+    golds = [_gold_texts(stages, *posed) for posed in batch]
+    return mean_logp(stages.model, params, None, golds, mesh=stages.mesh)
 
 
 def gold_logp(
@@ -122,21 +133,32 @@ def gold_logp(
 ) -> list[list[float] | None]:
     """Return log p per token of the gold answers under each adapter; None if no reward asks.
 
-    Of several gold answers to a question it is the first.
+    Of several gold answers to a question it is the first. Those to its own exam come first, then
+    those to the exams of kind ELSEWHERE.
     """
     if "log_likelihood" not in stages.settings.reward.weights:
         return [None] * len(wave.places)
-    golds = [_gold_texts(stages, place.run) if place else [] for place in wave.places]
+    golds = [
+        [text for posed in _scored(place.run) for text in _gold_texts(stages, *posed)]
+        if place
+        else []
+        for place in wave.places
+    ]
     return list(mean_logp(stages.model, params, adapters, golds, mesh=stages.mesh))
 
 
-def _gold_texts(stages: Stages, run: InnerRun) -> list[Text]:
+def _scored(run: InnerRun) -> list[tuple[Problem, Exam]]:
+    elsewhere = [(problem, exam) for kind, problem, exam in run.others if kind == ELSEWHERE]
+    return [(run.problem, run.exam), *elsewhere]
+
+
+def _gold_texts(stages: Stages, problem: Problem, exam: Exam) -> list[Text]:
     # Behind raw text the answer begins with a space, in a chat as its template says. What ends the
     # answer does not count.
     tokenizer, chat = stages.model.tokenizer, stages.settings.model.chat
     texts = []
-    for question in run.exam.questions:
-        asked, gold = stages.task.answer_prompt(run.problem, question.question), question.answer
+    for question in exam.questions:
+        asked, gold = stages.task.answer_prompt(problem, question.question), question.answer
         tokens, marked = tokenizer.encode_turn([(asked, False)], gold if chat else f" {gold}", chat)
         texts.append(text_of(tokens[:-1], marked.index(True)))
     return texts

@@ -18,10 +18,10 @@ from seal_jax.inner.texts import num_text_tokens
 from seal_jax.outer.answers import Marks
 from seal_jax.outer.rewards import Outcome
 from seal_jax.outer.waves import InnerRun, Place, RunName, Wave
-from seal_jax.types import InnerBatch
+from seal_jax.types import InnerBatch, InnerSettings
 
 Outcomes = dict[RunName, Outcome]
-_MAY_BE_NAN = ("loss_before", "loss_after", "log_likelihood")
+_MAY_BE_NAN = ("loss_before", "loss_after", "log_likelihood", "log_likelihood_elsewhere")
 
 
 def outcomes_of_wave(
@@ -31,21 +31,21 @@ def outcomes_of_wave(
     answers: Sequence[Sequence[str]],
     marks: Sequence[Marks],
     logps: Sequence[Sequence[float] | None],
-    num_epochs: int,
+    inner: InnerSettings,
 ) -> Outcomes:
     """Return what each run of a wave achieved, in the order of its places.
 
     Args:
       batches, losses: that the wave was trained on, and f32[I U] of each.
       answers, marks, logps: of each adapter.
-      num_epochs: where a self-edit does not choose its own.
+      inner: where a run or its self-edit does not choose its own.
     """
     num_runs = sum(place is not None for place in wave.places)
     trained = useful_tokens(batches)[1] / num_runs
     by_job = job_losses(batches, losses, len(wave.places))
     parts = zip(wave.places, by_job, answers, marks, logps, strict=True)
     return {
-        place.run.name: _outcome(place, loss, texts, mark, logp, num_epochs)._replace(
+        place.run.name: _outcome(place, loss, texts, mark, logp, inner)._replace(
             trained_tokens=trained
         )
         for place, loss, texts, mark, logp in parts
@@ -59,21 +59,24 @@ def _outcome(
     answers: Sequence[str],
     marks: Marks,
     logps: Sequence[float] | None,
-    num_epochs: int,
+    inner: InnerSettings,
 ) -> Outcome:
     own, *rest = marks
     by_kind: dict[str, list[float]] = {}
     for (kind, _, _), found in zip(place.run.others, rest, strict=True):
         by_kind.setdefault(kind, []).extend(found)
-    per_epoch = len(place.job.rows) // (place.run.edit.num_epochs or num_epochs)
+    per_epoch = len(place.job.rows) // place.run.settings(inner).num_epochs
+    here = None if logps is None else logps[: len(place.run.exam.questions)]
+    elsewhere = None if logps is None else logps[len(place.run.exam.questions) :]
     return Outcome(
         accuracy=float(np.mean(own)),
-        log_likelihood=None if logps is None else float(np.mean(logps)),
+        log_likelihood=None if here is None else float(np.mean(here)),
         loss_before=float(np.mean(losses[:per_epoch])),
         loss_after=float(np.mean(losses[-per_epoch:])),
         answers=tuple(answers),
         useful_tokens=num_text_tokens(place.job),
         others={kind: float(np.mean(found)) for kind, found in by_kind.items()},
+        log_likelihood_elsewhere=float(np.mean(elsewhere)) if elsewhere else None,
     )
 
 

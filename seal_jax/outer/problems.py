@@ -44,6 +44,40 @@ def split_problems(settings: Settings, task: Task) -> tuple[list[Pair], list[Pai
     return training[:wanted], held_out[: settings.eval.num_problems]
 
 
+def fresh_problems(
+    settings: Settings, task: Task, count: int | None, most: int
+) -> tuple[list[Pair], str]:
+    """Return training problems that `train` with these settings does not use, and which they are.
+
+    They are those after the ones that it takes, without those that its final table asks (of a
+    source that serves both splits).
+
+    Args:
+      count: how many; None takes `most`, or all there are.
+
+    Raises:
+      ValueError: there are fewer, or fewer than two.
+    """
+    training, held_out = (read_problems(task, split) for split in ("train", "eval"))
+    used = settings.outer.problems_per_step * settings.outer.num_steps
+    asked = {problem.passage for problem, _ in held_out[: settings.eval.num_problems]}
+    left = training[used:]
+    fresh = [pair for pair in left if pair[0].passage not in asked]
+    without = len(left) - len(fresh)
+    why = f"the task has {len(training)} training problems, of which `train` takes {used}"
+    if without:
+        why += f", and the held-out table asks {without} of the others"
+    wanted = 2 if count is None else count
+    if len(fresh) < max(wanted, 2):
+        raise ValueError(
+            f"a sweep needs {max(wanted, 2)} training problems, and {len(fresh)} are left: {why}."
+            " Give the source more, or have `train` take fewer (outer.num_steps,"
+            " outer.problems_per_step)"
+        )
+    fresh = fresh[: count or most]
+    return fresh, f"{len(fresh)} problems of split 'train', after those of `train`: {why}."
+
+
 def read_problems(task: Task, split: str) -> list[Pair]:
     """Return the problems of a split, on every process the same.
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from seal_jax.extensions import load_plugin, plugin_names
 
-OWN, EARLIER = "own", "earlier"  # exams beside a run's own: self-written questions, other problems
+# Exams beside a run's own: self-written questions, those of earlier problems, of any others.
+OWN, EARLIER, ELSEWHERE = "own", "earlier", "elsewhere"
 
 
 class Outcome(NamedTuple):
@@ -26,7 +27,8 @@ class Outcome(NamedTuple):
     answers: tuple[str, ...]
     useful_tokens: int  # text tokens that the run trained on
     trained_tokens: float = 0.0  # its share of its wave's tokens, padding and idle lanes included
-    others: Mapping[str, float] = {}  # accuracy in other exams: OWN, EARLIER
+    others: Mapping[str, float] = {}  # accuracy in other exams, by their kind
+    log_likelihood_elsewhere: float | None = None  # the same in those of ELSEWHERE
 
     @property
     def finite(self) -> bool:

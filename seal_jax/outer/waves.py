@@ -17,9 +17,10 @@ from seal_jax.outer.rewards import Outcome
 from seal_jax.outer.stages import Edit, Stages
 from seal_jax.sharding import batch_sharding, leading, num_parts, num_shards, to_device
 from seal_jax.tasks.task import Exam, Problem, SelfEdit
-from seal_jax.types import Adapters, InnerBatch
+from seal_jax.types import Adapters, InnerBatch, InnerSettings
 
-RunName = tuple[str, int, int]  # problem id, which self-edit, which seed
+# Problem id, which self-edit, which seed; in a sweep 'setting:problem id'.
+RunName = tuple[str, int, int]
 Others = tuple[tuple[str, Problem, Exam], ...]  # exams beside a problem's own, by their kind
 
 
@@ -32,6 +33,15 @@ class InnerRun(NamedTuple):
     exam: Exam
     edit: SelfEdit
     others: Others = ()  # their accuracy is reported by kind
+    inner: InnerSettings | None = None  # in place of the config's
+
+    def settings(self, inner: InnerSettings) -> InnerSettings:
+        """Return what holds for this run: what the self-edit chose, then its own, then `inner`."""
+        inner, edit = self.inner or inner, self.edit
+        return inner._replace(
+            learning_rate=edit.learning_rate or inner.learning_rate,
+            num_epochs=edit.num_epochs or inner.num_epochs,
+        )
 
     def exams(self) -> list[tuple[Problem, Exam]]:
         """Return its own exam, then the others."""
@@ -39,8 +49,8 @@ class InnerRun(NamedTuple):
 
     def path(self, seed: int, purpose: int) -> tuple[int, ...]:
         """Return the path of its key; see keys.py."""
-        problem, edit, seed_index = self.name
-        return (seed, purpose, self.step, keys.number_of(problem), edit, seed_index)
+        _, edit, seed_index = self.name
+        return (seed, purpose, self.step, keys.number_of(self.problem.id), edit, seed_index)
 
 
 class Place(NamedTuple):
@@ -145,17 +155,18 @@ def on_devices(stages: Stages, batches: Sequence[InnerBatch]) -> list[InnerBatch
 
 
 def _job_of(stages: Stages, run: InnerRun) -> Job:
-    inner, edit = stages.settings.inner, run.edit
+    inner, edit = run.settings(stages.settings.inner), run.edit
     texts = [stages.encode(text, edit.outputs_only) for text in edit.training_texts]
-    return make_job(
+    job = make_job(
         [text for text in texts if len(text.tokens) > 1],
-        num_epochs=edit.num_epochs or inner.num_epochs,
+        num_epochs=inner.num_epochs,
         batch_size=inner.batch_size,
-        learning_rate=edit.learning_rate or inner.learning_rate,
+        learning_rate=inner.learning_rate,
         key=run.path(stages.settings.seed, keys.SHUFFLE),
         pad_loss=inner.pad_loss,
         padded=min(PADDED, stages.model.config.max_length),
     )
+    return job if run.inner is None else job._replace(schedule=inner.schedule)
 
 
 def _deal(stages: Stages, group: Sequence[Place], size: int) -> list[Place | None]:

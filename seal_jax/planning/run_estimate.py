@@ -14,6 +14,7 @@ from seal_jax.models.mesh_fit import undivided
 from seal_jax.objectives import make_objective
 from seal_jax.outer.comparison import titles_of
 from seal_jax.outer.stages import Stages
+from seal_jax.outer.sweep import Sweep, groups_of, num_runs
 from seal_jax.tasks.task import Exam, Problem
 
 EFFICIENCY = 0.37  # of the matmul rate over a whole quick start: compiling and writing included
@@ -111,3 +112,29 @@ def describe(
     if whole := undivided(stages.mesh, stages.model.config):
         lines.append(f"  {whole}")
     return "\n".join(lines)
+
+
+def describe_sweep(stages: Stages, sweep: Sweep) -> str:
+    """Return a few lines: the settings, the inner runs, the tokens, and an estimate of the time."""
+    epochs = np.mean([one.settings.inner.num_epochs for one in sweep.settings])
+    own = [stages.task.passage_only(problem).training_texts for problem, _ in sweep.problems]
+    length = np.mean([sum(len(stages.encode(x, False).tokens) for x in texts) for texts in own])
+    added = WRITTEN if text_limit(stages.settings) is None else 0
+    runs, programs = num_runs(sweep), len(groups_of(sweep.settings))
+    tokens = runs * epochs * length * (1 + added)
+    num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(stages.model.params))
+    minutes = 4 * num_params * tokens / (matmul_rate() * EFFICIENCY) / 60
+    at_once = stages.at_once(longest_row(stages, sweep.problems))
+    rounds = ", ".join(f"{count} to passage {seen}" for count, seen in sweep.rounds)
+    return "\n".join(
+        [
+            f"{len(sweep.settings)} settings of the inner loop for {stages.settings.model.source}:"
+            f" {num_params / 1e6:.0f}M parameters, on {jax.device_count()} x"
+            f" {jax.devices()[0].device_kind}",
+            f"  successive halving: {rounds}; {sweep.num_edits} self-edit(s) for each passage",
+            f"  at most {runs} inner runs, up to {at_once} at once"
+            + (f", in {programs} programs, one after the other" if programs > 1 else ""),
+            f"  about {tokens / 1e3:.0f} thousand training tokens,"
+            f" about {minutes:.0f} minutes here",
+        ]
+    )

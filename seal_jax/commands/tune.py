@@ -1,0 +1,224 @@
+"""`seal-jax tune`."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from seal_jax.commands import add_config, read_config, start
+from seal_jax.commands.generate import check_new
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from seal_jax.config.sweeps import Candidate
+    from seal_jax.outer.sweep import Sweep
+
+HELP = "Find the inner loop's settings that suit a model, on training passages."
+EXAMPLES = """\
+examples:
+  seal-jax tune --config configs/quickstart.py --workdir runs/tune --out configs/my_model.py
+  seal-jax tune --config configs/quickstart.py --workdir runs/tune2 \\
+      --over inner.learning_rate=1e-4:1e-2 --over inner.num_epochs=2,4,8 --samples 24
+
+Lists make a grid, LOW:HIGH is drawn from; by default 8 learning rates x 4 numbers of epochs. All
+are trained side by side on self-edits of the base model. The mean log-likelihood of the gold
+answers decides. The same command resumes, or says that it is done."""
+NUM_PASSAGES = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument("--workdir", required=True, help="where the results are written")
+    parser.add_argument("--out", metavar="FILE", help="a config file with the best settings")
+    parser.add_argument(
+        "--over",
+        action="append",
+        default=[],
+        metavar="KEY=VALUES",
+        help="what to try: KEY=A,B,C or KEY=LOW:HIGH; may be repeated",
+    )
+    parser.add_argument("--samples", type=_count, help="how many settings are drawn")
+    parser.add_argument("--passages", type=_count, help="for those that last; default: 16")
+    parser.add_argument("--edits", type=_count, default=1, help="self-edits for each; default: 1")
+    parser.add_argument(
+        "--others", type=_count, default=4, help="questions about other passages; default: 4"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected an integer >= 1")
+    return int(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from seal_jax.config.sweeps import candidates, config_source
+
+    config = read_config(arguments)
+    tried = candidates(config, arguments.over, arguments.samples)
+    if arguments.out is not None:
+        if not os.path.exists(
+            _result(arguments)
+        ):  # else it may be there already, see `_write_best`
+            check_new(arguments.out)
+        for one in tried:
+            config_source(one.config, "")
+    start()
+    from seal_jax.hosts.exchange import is_first
+
+    summary = tune(config, tried, arguments)
+    if is_first():
+        with open(os.path.join(arguments.workdir, "tune.md"), encoding="utf-8") as file:
+            print("\n" + file.read())
+        _print_best(summary, tried, arguments)
+    return 0
+
+
+def _result(arguments: argparse.Namespace) -> str:
+    return os.path.join(arguments.workdir, "tune.json")
+
+
+def tune(
+    config: "ConfigDict", tried: "Sequence[Candidate]", arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Try the settings, or what is left of it, and return what tune.json holds."""
+    from seal_jax.config.workdir import check_workdir, refuse_other_kind
+    from seal_jax.hosts.exchange import ask_first
+    from seal_jax.hosts.folder_lock import hold
+
+    workdir = arguments.workdir
+    ask_first("workdir", lambda: check_workdir(config, workdir))
+    ask_first("workdir", lambda: refuse_other_kind(workdir, tunes=True))
+    with hold(workdir):
+        return _tune_alone(config, tried, arguments)
+
+
+def _tune_alone(
+    config: "ConfigDict", tried: "Sequence[Candidate]", arguments: argparse.Namespace
+) -> dict[str, Any]:
+    import jax
+
+    from seal_jax.config.setup import make_stages, settings_of
+    from seal_jax.config.sweeps import own_index
+    from seal_jax.config.workdir import claim_workdir
+    from seal_jax.hosts.console import say
+    from seal_jax.hosts.exchange import ask_first
+    from seal_jax.hosts.files import read_json
+    from seal_jax.outer.problems import fresh_problems
+    from seal_jax.outer.sweep import Setting, Sweep, run_sweep
+    from seal_jax.outer.sweep_report import write_report
+    from seal_jax.planning.run_estimate import describe_sweep
+    from seal_jax.train import evaluate
+
+    workdir = arguments.workdir
+    stages = make_stages(settings_of(config))
+    wanted = arguments.passages, NUM_PASSAGES
+    problems, where = fresh_problems(stages.settings, stages.task, *wanted)
+    settings = [Setting(one.overrides, settings_of(one.config)) for one in tried]
+    numbers = arguments.edits, arguments.others
+    sweep = Sweep(settings, own_index(config, tried), problems, *numbers, workdir)
+    _refuse_other_sweep(sweep)
+    done = ask_first("is done", lambda: read_json(_result(arguments)))
+    if done is not None:
+        say(f"{workdir} is done already; nothing was run. Another --workdir runs again.")
+        return done
+    say(describe_sweep(stages, sweep))
+    say(f"  {where}")
+    claim_workdir(config, workdir)
+    _claim(sweep)
+    with jax.transfer_guard("disallow"):
+        found = run_sweep(sweep, lambda settings: make_stages(settings, stages.model), evaluate)
+    return write_report(sweep, found, where)
+
+
+def _claim_of(sweep: "Sweep") -> dict[str, Any]:
+    """Return what a sweep is over, as its folder says it."""
+    return {
+        "settings": [list(one.overrides) for one in sweep.settings],
+        "passages": [problem.id for problem, _ in sweep.problems],
+        "edits": sweep.num_edits,
+        "others": sweep.num_others,
+    }
+
+
+def _refuse_other_sweep(sweep: "Sweep") -> None:
+    """Refuse the folder of a sweep over something else."""
+    from seal_jax.config.workdir import SWEEP
+    from seal_jax.hosts.exchange import ask_first
+    from seal_jax.hosts.files import read_json
+
+    path, claim = os.path.join(sweep.folder, SWEEP), _claim_of(sweep)
+    found = ask_first("sweep", lambda: read_json(path))
+    if found is None:
+        return
+    for name, value in claim.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{sweep.folder} holds another sweep: its {name} are {found.get(name)}, asked for"
+                f" {value}. Choose another --workdir"
+            )
+
+
+def _claim(sweep: "Sweep") -> None:
+    """Write what the sweep is over into its folder."""
+    from seal_jax.config.workdir import SWEEP
+    from seal_jax.hosts import manifest
+    from seal_jax.hosts.files import write_json
+
+    path = os.path.join(sweep.folder, SWEEP)
+    if not os.path.exists(path):
+        write_json(path, _claim_of(sweep))
+        manifest.update(sweep.folder)
+
+
+def _print_best(
+    summary: dict[str, Any], tried: "Sequence[Candidate]", arguments: argparse.Namespace
+) -> None:
+    """Print how the best setting is asked for, and write the config file."""
+    best, workdir = summary["settings"][summary["best"]], arguments.workdir
+    line = " ".join(f"--set {text}" for text in best["set"])
+    print(f"Best: {line or 'the config as it is'}")
+    if best["forgets"]:
+        unharmed = summary["best_that_forgets_nothing"]
+        other = "none" if unharmed is None else summary["settings"][unharmed]["set"] or "the config"
+        print(f"It lowers the score on questions about other passages; best without that: {other}")
+    if arguments.out is not None:
+        _write_best(summary, tried, arguments)
+        print(f"{arguments.out}: a config file with it")
+    print(f"Files in {workdir}: tune.md, tune.json (every setting on every passage), tune.png,")
+    print("tune_runs.jsonl (every inner run), tune_texts_*.json (the self-edits)")
+
+
+def _write_best(
+    summary: dict[str, Any], tried: "Sequence[Candidate]", arguments: argparse.Namespace
+) -> None:
+    """Write the config file of the best setting, unless it is there as it would be written.
+
+    Raises:
+      ValueError: another file is there.
+    """
+    from seal_jax.config.sweeps import config_source
+    from seal_jax.hosts.replacing import replace_text
+
+    best = summary["settings"][summary["best"]]
+    before, after = (one["log_likelihood"]["mean"] for one in (summary["base"], best))
+    config, out = tried[summary["best"]].config, arguments.out
+    text = config_source(
+        config,
+        f"""Settings of the inner loop that `seal-jax tune` chose for {config.model.source}.
+
+        command   seal-jax train --config {out} --workdir runs/NAME
+        made by   seal-jax tune --config {arguments.config}: the best of {len(tried)} settings, on
+                  {summary["num_problems"]} training passages x {summary["num_edits"]} self-edit(s)
+        chosen    {" ".join(best["set"]) or "nothing beside the config"}
+        expect    mean log-likelihood of the gold answers, on those passages: base model
+                  {before:.2f}, after training {after:.2f}
+        """,
+    )
+    if os.path.lexists(out):
+        with open(out, encoding="utf-8") as file:
+            if file.read() == text:
+                return
+        check_new(out)
+    replace_text(out, text)

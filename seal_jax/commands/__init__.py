@@ -3,6 +3,7 @@
   main.py      finds the command, runs it, and says an error in a line
   train.py     a whole run
   eval.py      the final table for a policy at hand
+  tune.py      the inner loop's settings that suit a model
   generate.py  self-edits for passages of your own
   export/      adapters for PEFT, models for transformers
   doctor/      what would stop a run later

@@ -13,13 +13,17 @@ examples:
   seal-jax bench inner --quick --json inner.json
   seal-jax bench sample
   seal-jax bench learning --workdir runs/bench_learning --json learning.json
+  seal-jax bench tune
 
 Prints the figures and their ratios. The comparison with torch and PEFT needs both installed:
 bash launch/install.sh peers"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = "inner: the inner loop; sample: generation; learning: do the objectives learn"
+    names = (
+        "inner: the inner loop; sample: generation; learning: do the objectives learn;"
+        " tune: a sweep as one population"
+    )
     parser.add_argument("name", metavar="NAME", help=names)
     parser.add_argument("--quick", action="store_true", help="a tiny model, few steps")
     parser.add_argument("--workdir", metavar="FOLDER", help="of learning: where its runs are kept")

@@ -13,4 +13,6 @@ policy_update.py  the policy is trained: which rows, how often, in which batches
 policy_step.py    the same on the devices: the loss, and one training step
 step_log.py       what a step writes down: metrics, and a line for every self-edit
 comparison.py     the final table on held-out problems
+sweep.py          settings of the inner loop, tried by successive halving
+sweep_report.py   what a sweep has found, as a table and a picture
 """

@@ -173,7 +173,7 @@ def run_sweep(sweep: Sweep, make_stages: MakeStages, evaluate: Evaluate) -> Foun
             if len(groups) > 1:
                 say(f"  program {g + 1} of {len(groups)}: {len(present)} settings")
             edits = write_edits(sweep, stages[g], range(before, seen), g, label)
-            runs = [*_runs(sweep, present, edits, range(before, seen))]
+            runs = list(runs_of(sweep, present, edits, range(before, seen)))
             ledger = os.path.join(sweep.folder, "tune_runs.jsonl")
             examination = Examination(partial(all_of, runs), ledger, label)
             params = inner_base(stages[g], stages[g].model.params)
@@ -277,7 +277,10 @@ def _refuse_chosen(sweep: Sweep, edits: Edits) -> None:
             )
 
 
-def _runs(sweep: Sweep, tried: Sequence[int], edits: Edits, places: range) -> Iterator[InnerRun]:
+def runs_of(sweep: Sweep, tried: Sequence[int], edits: Edits, places: range) -> Iterator[InnerRun]:
+    inner = [one.settings.inner for one in sweep.settings]
+    if len({one.schedule for one in inner}) == 1:  # the program that training has, too
+        inner = [one._replace(schedule="") for one in inner]
     for row, p in zip(edits, places, strict=True):
         problem, exam = sweep.problems[p]
         others = elsewhere(sweep, p)
@@ -285,8 +288,8 @@ def _runs(sweep: Sweep, tried: Sequence[int], edits: Edits, places: range) -> It
             if isinstance(edit, Rejected):
                 continue
             for i in tried:
-                name, inner = (f"{i}:{problem.id}", r, 0), sweep.settings[i].settings.inner
-                yield InnerRun(name, TUNE_STEP, problem, exam, edit, others, inner)
+                name = f"{i}:{problem.id}", r, 0
+                yield InnerRun(name, TUNE_STEP, problem, exam, edit, others, inner[i])
 
 
 def _scores(

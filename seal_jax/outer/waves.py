@@ -33,7 +33,7 @@ class InnerRun(NamedTuple):
     exam: Exam
     edit: SelfEdit
     others: Others = ()  # their accuracy is reported by kind
-    inner: InnerSettings | None = None  # in place of the config's
+    inner: InnerSettings | None = None  # in place of the config's; with schedule '' the loop's
 
     def settings(self, inner: InnerSettings) -> InnerSettings:
         """Return what holds for this run: what the self-edit chose, then its own, then `inner`."""

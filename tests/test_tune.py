@@ -61,7 +61,7 @@ def slow_scores(stages, config, problem, texts, golds):
         batch_size=inner.batch_size,
         learning_rate=inner.learning_rate,
         key=(0, keys.SHUFFLE, *path, 0, 0),
-    )
+    )._replace(schedule=inner.schedule)
     idle = inner.max_adapters - 1
     batches = packing.pack(
         [job, *[Job((), 0.0)] * idle],
@@ -76,19 +76,23 @@ def slow_scores(stages, config, problem, texts, golds):
 
 
 def test_a_sweep_is_a_slow_loop_over_its_settings(tuned, one_device):
-    """Each setting by itself, its schedule compiled in: the same scores, the same best."""
+    """Each setting by itself: the same scores, and the same best."""
     found = json.loads((tuned / "tune.json").read_text())
     config = load_config(CONFIG)
-    of_schedule = {
-        name: make_stages(settings_of(with_overrides(config, [f"inner.schedule={name}"])))
-        for name in ("linear", "constant")
-    }
-    task = of_schedule["linear"].task
-    problems = task.load("train")[4 : 4 + NUM_PASSAGES]  # behind those that `train` takes
-    golds = [
-        [(task.answer_prompt(p, q.question), f" {q.answer}") for q in exam.questions]
-        for p, exam in problems
-    ]
+    stages = make_stages(settings_of(config))
+    task = stages.task
+    training = task.load("train")
+    problems = training[4 : 4 + NUM_PASSAGES]  # behind those that `train` takes
+    rest = training[4 + NUM_PASSAGES :]
+    some = NUM_PASSAGES * NUM_OTHERS
+    others = [rest[i * len(rest) // some] for i in range(some)]
+    golds, asked_beside = (
+        [
+            [(task.answer_prompt(p, q.question), f" {q.answer}") for q in exam.questions]
+            for p, exam in group
+        ]
+        for group in (problems, others)
+    )
     written = [
         text
         for first in (0, 2)
@@ -102,8 +106,7 @@ def test_a_sweep_is_a_slow_loop_over_its_settings(tuned, one_device):
             one = with_overrides(config, found["settings"][i]["set"])
             for p in places:
                 edit = task.parse(problems[p][0], written[p])
-                asked = [*golds[p], *[golds[(p + k) % NUM_PASSAGES][0] for k in (1, 2)]]
-                stages = of_schedule[one.inner.schedule]
+                asked = [*golds[p], *[asked_beside[p * NUM_OTHERS + k][0] for k in (0, 1)]]
                 logp = slow_scores(stages, one, problems[p][0], edit.training_texts, asked)
                 scores[i].append(float(np.mean(logp[: len(golds[p])])))
                 outcome = found["settings"][i]["outcomes"][p]
@@ -263,22 +266,26 @@ def passage(i):
 def test_passages_are_those_that_neither_training_nor_the_table_uses(tmp_path):
     """Of one list for both splits: `train` takes the first two, and the table asks them."""
     settings, task = passages_file(tmp_path, [passage(i) for i in range(6)])
-    found, said = fresh_problems(settings, task, None, 3)
-    assert [problem.title for problem, _ in found] == ["2", "3", "4"]
-    assert "6 training problems, of which `train` takes 2" in said
+    found = fresh_problems(settings, task, None, 3, 8)
+    assert [problem.title for problem, _ in found.problems] == ["2", "3", "4"]
+    assert [problem.title for problem, _ in found.others] == ["5"]
+    assert "6 training problems, of which `train` takes 2" in found.which
     settings = settings._replace(eval=settings.eval._replace(num_problems=4))
-    found, said = fresh_problems(settings, task, 2, 16)
-    assert [problem.title for problem, _ in found] == ["4", "5"]
-    assert "the held-out table asks 2 of the others" in said
+    found = fresh_problems(settings, task, 2, 16, 8)
+    assert [problem.title for problem, _ in found.problems] == ["4", "5"]
+    assert "the held-out table asks 2 of the others" in found.which
+    sweep = Sweep([], 0, found.problems, found.others, 1, 8, "")  # nothing else is left
+    asked = [[problem.title for _, problem, _ in sweeping.elsewhere(sweep, p)] for p in (0, 1)]
+    assert asked == [["5"], ["4"]]
     with pytest.raises(ValueError, match="needs 3 training problems, and 2 are left"):
-        fresh_problems(settings, task, 3, 16)
+        fresh_problems(settings, task, 3, 16, 8)
 
 
 def test_a_sweep_without_passages_is_refused(tmp_path):
     content = {"train": [passage(i) for i in range(2)], "eval": [passage(9), passage(8)]}
     settings, task = passages_file(tmp_path, content)
     with pytest.raises(ValueError, match="needs 2 training problems, and 0 are left: the task"):
-        fresh_problems(settings, task, None, 16)
+        fresh_problems(settings, task, None, 16, 8)
 
 
 def test_what_self_edits_choose_themselves_cannot_be_swept():
@@ -287,8 +294,8 @@ def test_what_self_edits_choose_themselves_cannot_be_swept():
     settings = [Setting(one.overrides, settings_of(one.config)) for one in found]
     edit = SelfEdit("p", "", "", ("text",), learning_rate=1e-4, num_epochs=3)
     with pytest.raises(ValueError, match="inner.learning_rate: the self-edits of task 'facts'"):
-        sweeping._refuse_chosen(Sweep(settings, 0, [], 1, 1, ""), [[edit]])
-    sweeping._refuse_chosen(Sweep(settings[:1], 0, [], 1, 1, ""), [[edit]])
+        sweeping._refuse_chosen(Sweep(settings, 0, [], [], 1, 1, ""), [[edit]])
+    sweeping._refuse_chosen(Sweep(settings[:1], 0, [], [], 1, 1, ""), [[edit]])
 
 
 def test_what_is_data_shares_a_program_and_styles_share_none():
@@ -298,7 +305,7 @@ def test_what_is_data_shares_a_program_and_styles_share_none():
     settings = [Setting(one.overrides, settings_of(one.config)) for one in found]
     groups = sweeping.groups_of(settings)
     assert sorted(map(len, groups)) == [4, 4, 4, 4]
-    sweep = Sweep(settings, 0, [], 1, 1, "")
+    sweep = Sweep(settings, 0, [], [], 1, 1, "")
     like = [sweeping.texts_of_group(sweep, g) for g in range(4)]
     assert like == [0, 0, 2, 2]  # two ranks share a style's self-edits
     assert sweeping.stages_settings(settings, groups[0]).inner.batch_size == 2
@@ -324,6 +331,10 @@ def test_jobs_side_by_side_have_all_a_schedule_or_none():
         packing.pack([jobs[0], Job(((text,),), 1e-3)])
 
 
+def load_config_problems(count):
+    return make_task("facts").load("train")[:count]
+
+
 def made_up(num_problems=4):
     """Return a sweep of three settings: one that diverged, one that forgets, the config's own."""
     config = load_config(CONFIG)
@@ -339,7 +350,8 @@ def made_up(num_problems=4):
         ]
 
     rows = [row(-math.inf, math.inf)[:2], row(1.0, 0.5), row(0.5, 0.0)]
-    sweep = Sweep(settings, 2, [(None, None)] * num_problems, 2, 1, "")
+    problems = load_config_problems(num_problems)
+    sweep = Sweep(settings, 2, problems, problems, 2, 1, "")
     return sweep, Found(base, rows, [0, 0, 0], 1)
 
 

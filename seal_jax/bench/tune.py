@@ -74,7 +74,7 @@ def make_work(source: str, quick: bool) -> Work:
     tried = candidates(config, QUICK if quick else DEFAULT, None)[1:]
     settings = [Setting(one.overrides, settings_of(one.config)) for one in tried]
     problems = load_problems("builtin", "train")[:5]
-    sweep = Sweep(settings, 0, problems, 1, 4, "")
+    sweep = Sweep(settings, 0, problems, problems, 1, 4, "")
     room = config_of(source).max_length // 8  # letters: the tiny model has little context
     texts = tuple(text[:room] for text in self_edits()[0])
     edit = SelfEdit(problems[0][0].id, "", "", texts)

@@ -114,22 +114,24 @@ def _tune_alone(
     workdir = arguments.workdir
     stages = make_stages(settings_of(config))
     wanted = arguments.passages, NUM_PASSAGES
-    problems, where = fresh_problems(stages.settings, stages.task, *wanted)
+    asked = arguments.others * (arguments.passages or NUM_PASSAGES)
+    fresh = fresh_problems(stages.settings, stages.task, *wanted, asked)
+    passages = fresh.problems, fresh.others
     settings = [Setting(one.overrides, settings_of(one.config)) for one in tried]
     numbers = arguments.edits, arguments.others
-    sweep = Sweep(settings, own_index(config, tried), problems, *numbers, workdir)
+    sweep = Sweep(settings, own_index(config, tried), *passages, *numbers, workdir)
     _refuse_other_sweep(sweep)
     done = ask_first("is done", lambda: read_json(_result(arguments)))
     if done is not None:
         say(f"{workdir} is done already; nothing was run. Another --workdir runs again.")
         return done
     say(describe_sweep(stages, sweep))
-    say(f"  {where}")
+    say(f"  {fresh.which}")
     claim_workdir(config, workdir)
     _claim(sweep)
     with jax.transfer_guard("disallow"):
         found = run_sweep(sweep, lambda settings: make_stages(settings, stages.model), evaluate)
-    return write_report(sweep, found, where)
+    return write_report(sweep, found, fresh.which)
 
 
 def _claim_of(sweep: "Sweep") -> dict[str, Any]:
@@ -137,6 +139,7 @@ def _claim_of(sweep: "Sweep") -> dict[str, Any]:
     return {
         "settings": [list(one.overrides) for one in sweep.settings],
         "passages": [problem.id for problem, _ in sweep.problems],
+        "other passages": [problem.id for problem, _ in sweep.others],
         "edits": sweep.num_edits,
         "others": sweep.num_others,
     }

@@ -44,16 +44,25 @@ def split_problems(settings: Settings, task: Task) -> tuple[list[Pair], list[Pai
     return training[:wanted], held_out[: settings.eval.num_problems]
 
 
+class Fresh(NamedTuple):
+    """Training problems that `train` does not use."""
+
+    problems: list[Pair]
+    others: list[Pair]  # from all over the rest; where there is no rest, the problems themselves
+    which: str  # a sentence
+
+
 def fresh_problems(
-    settings: Settings, task: Task, count: int | None, most: int
-) -> tuple[list[Pair], str]:
-    """Return training problems that `train` with these settings does not use, and which they are.
+    settings: Settings, task: Task, count: int | None, most: int, num_others: int
+) -> Fresh:
+    """Return training problems that `train` with these settings does not use.
 
     They are those after the ones that it takes, without those that its final table asks (of a
     source that serves both splits).
 
     Args:
       count: how many; None takes `most`, or all there are.
+      num_others: at most.
 
     Raises:
       ValueError: there are fewer, or fewer than two.
@@ -74,8 +83,11 @@ def fresh_problems(
             " Give the source more, or have `train` take fewer (outer.num_steps,"
             " outer.problems_per_step)"
         )
-    fresh = fresh[: count or most]
-    return fresh, f"{len(fresh)} problems of split 'train', after those of `train`: {why}."
+    fresh, rest = fresh[: count or most], fresh[count or most :]
+    some = min(num_others, len(rest))
+    others = [rest[i * len(rest) // some] for i in range(some)] or fresh
+    which = f"{len(fresh)} problems of split 'train', after those of `train`: {why}."
+    return Fresh(fresh, others, which)
 
 
 def read_problems(task: Task, split: str) -> list[Pair]:

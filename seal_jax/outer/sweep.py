@@ -52,6 +52,7 @@ class Sweep(NamedTuple):
     settings: Sequence[Setting]
     own: int  # which of them is the config's; it stays to the end, as all are compared with it
     problems: Batch  # N
+    others: Batch  # passages about which adapted models are asked beside
     num_edits: int  # K, for each passage
     num_others: int  # questions about other passages, for each inner run
     folder: str
@@ -197,10 +198,16 @@ def _worth(scores: Sequence[Scores]) -> float:
 
 
 def elsewhere(sweep: Sweep, p: int) -> Others:
-    """Return the exams about other passages: the first question of each of those that follow."""
-    num = len(sweep.problems)
-    following = [sweep.problems[(p + 1 + i) % num] for i in range(min(sweep.num_others, num - 1))]
-    return tuple((ELSEWHERE, problem, _first(exam)) for problem, exam in following)
+    """Return the exams about other passages: the first question of each, other ones for each `p`.
+
+    They have another title, where there are such.
+    """
+    here = sweep.problems[p][0]
+    pool = [pair for pair in sweep.others if pair[0].title != here.title]
+    pool = pool or [pair for pair in sweep.others if pair[0].id != here.id]
+    count = min(sweep.num_others, len(pool))
+    chosen = [pool[(p * count + i) % len(pool)] for i in range(count)]
+    return tuple((ELSEWHERE, problem, _first(exam)) for problem, exam in chosen)
 
 
 def _first(exam: Exam) -> Exam:
@@ -210,12 +217,11 @@ def _first(exam: Exam) -> Exam:
 def base_scores(sweep: Sweep, stages: Stages) -> list[Scores]:
     """Return what the base model achieves without an adapter."""
     params = inner_base(stages, stages.model.params)
-    first = [(problem, _first(exam)) for problem, exam in sweep.problems]
-    posed = [*sweep.problems, *first]
+    posed = [*sweep.problems, *[(problem, _first(exam)) for problem, exam in sweep.others]]
     num = len(sweep.problems)
     accuracy = [float(np.mean(x)) for x in baseline_marks(stages, params, posed)]
     logp = [float(np.mean(x)) for x in baseline_logp(stages, params, posed)]
-    place = {problem.id: num + p for p, (problem, _) in enumerate(sweep.problems)}
+    place = {problem.id: num + i for i, (problem, _) in enumerate(sweep.others)}
     found = []
     for p, (problem, _) in enumerate(sweep.problems):
         others = [place[other.id] for _, other, _ in elsewhere(sweep, p)]

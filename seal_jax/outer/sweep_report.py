@@ -16,7 +16,7 @@ from scipy.special import stdtrit
 from seal_jax.hosts import manifest
 from seal_jax.hosts.exchange import is_first
 from seal_jax.hosts.files import write_json, write_text
-from seal_jax.outer.sweep import Found, Scores, Sweep
+from seal_jax.outer.sweep import Found, Scores, Sweep, elsewhere
 
 _MARKERS = "osDv^<>PXp"
 
@@ -62,7 +62,7 @@ def summarize(sweep: Sweep, found: Found) -> dict[str, Any]:
         "own": sweep.own,
         "rounds": [list(pair) for pair in sweep.rounds],
         "num_edits": sweep.num_edits,
-        "num_others": min(sweep.num_others, len(sweep.problems) - 1),
+        "num_others": len(elsewhere(sweep, 0)),
         "num_problems": len(sweep.problems),
         "base": _scores_of(found.base) | {"outcomes": [*map(_outcome, found.base)]},
         "settings": settings,

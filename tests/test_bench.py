@@ -108,6 +108,15 @@ def test_the_quick_benchmark_writes_its_figures(tmp_path, capsys):
     assert "share of the float32 matmul peak" in capsys.readouterr().out
 
 
+@pytest.mark.long
+def test_the_quick_benchmark_of_a_sweep_writes_its_figures(tmp_path):
+    """A population gives each setting the scores that it has alone."""
+    assert main(["bench", "tune", "--quick", "--json", str(tmp_path / "tune.json")]) == 0
+    figures = json.loads((tmp_path / "tune.json").read_text())
+    assert figures["ratios"].keys() == {"one_by_one", "constants", "processes"}
+    assert figures["num_settings"] == 4 and figures["largest_difference_of_scores"] < 1e-3
+
+
 def test_all_write_the_same_number_of_tokens(model):
     works = sample.make_works(model, quick=True)
     assert works["many_edits"].num_rows == 12 and works["one_row"].num_rows == 1

@@ -178,7 +178,7 @@ def test_a_passage_beyond_the_context_is_refused(one_device, tmp_path, capsys):
     assert "1408 tokens" in message and "context of 1024 tokens" in message
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate"])
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "tune"])
 def test_help_fits_a_screen_and_has_an_example(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as end:

@@ -106,31 +106,40 @@ def _tune_alone(
     from seal_jax.hosts.exchange import ask_first
     from seal_jax.hosts.files import read_json
     from seal_jax.outer.problems import fresh_problems
-    from seal_jax.outer.sweep import Setting, Sweep, run_sweep
+    from seal_jax.outer.stages import check_prompts
+    from seal_jax.outer.sweep import Setting, Sweep, groups_of, run_sweep, stages_settings
     from seal_jax.outer.sweep_report import write_report
     from seal_jax.planning.run_estimate import describe_sweep
     from seal_jax.train import evaluate
 
     workdir = arguments.workdir
-    stages = make_stages(settings_of(config))
-    wanted = arguments.passages, NUM_PASSAGES
+    own = make_stages(settings_of(config))
     asked = arguments.others * (arguments.passages or NUM_PASSAGES)
-    fresh = fresh_problems(stages.settings, stages.task, *wanted, asked)
-    passages = fresh.problems, fresh.others
-    settings = [Setting(one.overrides, settings_of(one.config)) for one in tried]
-    numbers = arguments.edits, arguments.others
-    sweep = Sweep(settings, own_index(config, tried), *passages, *numbers, workdir)
+    fresh = fresh_problems(own.settings, own.task, arguments.passages, NUM_PASSAGES, asked)
+    sweep = Sweep(
+        [Setting(one.overrides, settings_of(one.config)) for one in tried],
+        own_index(config, tried),
+        fresh.problems,
+        fresh.others,
+        arguments.edits,
+        arguments.others,
+        workdir,
+    )
     _refuse_other_sweep(sweep)
     done = ask_first("is done", lambda: read_json(_result(arguments)))
     if done is not None:
         say(f"{workdir} is done already; nothing was run. Another --workdir runs again.")
         return done
-    say(describe_sweep(stages, sweep))
+    say(describe_sweep(own, sweep))
     say(f"  {fresh.which}")
+    groups = groups_of(sweep.settings)
+    stages = [make_stages(stages_settings(sweep.settings, one), own.model) for one in groups]
+    for one in stages:
+        check_prompts(one, [*sweep.problems, *sweep.others])
     claim_workdir(config, workdir)
     _claim(sweep)
     with jax.transfer_guard("disallow"):
-        found = run_sweep(sweep, lambda settings: make_stages(settings, stages.model), evaluate)
+        found = run_sweep(sweep, stages, evaluate)
     return write_report(sweep, found, fresh.which)
 
 
@@ -180,6 +189,10 @@ def _print_best(
 ) -> None:
     """Print how the best setting is asked for, and write the config file."""
     best, workdir = summary["settings"][summary["best"]], arguments.workdir
+    if best["diverged"]:
+        raise ValueError(
+            "no setting's training was finite on all passages: there is no best; lower rates may do"
+        )
     line = " ".join(f"--set {text}" for text in best["set"])
     print(f"Best: {line or 'the config as it is'}")
     if best["forgets"]:

@@ -16,7 +16,7 @@ References:
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from seal_jax.outer.comparison import Evaluate
 from seal_jax.outer.ledger import Outcomes
 from seal_jax.outer.problems import Batch, OuterStep
 from seal_jax.outer.rewards import ELSEWHERE, Outcome
-from seal_jax.outer.stages import Edits, Stages, check_prompts, inner_base, parse, sample
+from seal_jax.outer.stages import Edits, Stages, inner_base, parse, sample
 from seal_jax.outer.waves import Examination, InnerRun, Others, all_of
 from seal_jax.tasks import field_names
 from seal_jax.tasks.task import Exam, Rejected, SelfEdit
@@ -81,10 +81,6 @@ class Found(NamedTuple):
     settings: list[list[Scores]]  # of each setting, of the passages that it has seen
     groups: list[int]  # which program trained it
     best: int
-
-
-# The stages of other settings, with the same model.
-MakeStages = Callable[[Settings], Stages]
 
 
 def halving(num_settings: int, num_problems: int) -> list[tuple[int, int]]:
@@ -145,19 +141,19 @@ def stages_settings(settings: Sequence[Setting], members: Sequence[int]) -> Sett
     return one._replace(inner=one.inner._replace(batch_size=size), reward=reward)
 
 
-def run_sweep(sweep: Sweep, make_stages: MakeStages, evaluate: Evaluate) -> Found:
+def run_sweep(sweep: Sweep, stages: Sequence[Stages], evaluate: Evaluate) -> Found:
     """Try the settings, round by round, and return what each has achieved.
 
     The same call goes on where it was interrupted: each round depends on those before it alone.
+
+    Args:
+      stages: of each group, see `groups_of`, by its `stages_settings`.
 
     Raises:
       ValueError: the self-edits choose themselves what the sweep is over.
       Stopped: a process was told to end.
     """
     groups = groups_of(sweep.settings)
-    stages = [make_stages(stages_settings(sweep.settings, members)) for members in groups]
-    for one in stages:
-        check_prompts(one, sweep.problems)
     group_of = [g for i in range(len(sweep.settings)) for g, m in enumerate(groups) if i in m]
     base = base_scores(sweep, stages[group_of[sweep.own]])
     scores: list[list[Scores]] = [[] for _ in sweep.settings]

@@ -219,7 +219,8 @@ def _panel(
     shown = None
     for k, kind in enumerate(kinds):
         mine = [i for i, row in enumerate(rows) if _kind(row) == kind and values[i] is not None]
-        shift = 1.07 ** (k - (len(kinds) - 1) / 2)  # those of one place stand side by side
+        # Those of one place stand side by side.
+        shift = 1.3 ** (k / (len(kinds) - 1) - 0.5) if len(kinds) > 1 else 1.0
         shown = axes.scatter(
             [rows[i]["learning_rate"] * shift for i in mine],
             [max(rows[i]["num_steps"], 1) for i in mine],

@@ -163,3 +163,23 @@ def test_what_was_rejected_or_overflowed_counts_as_0():
     assert ran == [("a", 0, 0), ("a", 0, 1), *(("b", r, e) for r in (0, 1) for e in (0, 1))]
     np.testing.assert_allclose(accuracy, [(0.75 + 0) / 2, (0.5 + 0.5) / 2])
     assert num_rejected == 1
+
+
+def test_an_arm_without_a_text_on_some_problems_is_compared_on_the_others():
+    own, other = np.array([0.0, 0.5, 1.0, 1.0]), np.array([1.0, np.nan, 1.0, np.nan])
+    arms = compare.bootstrap({"own": own, "gpt": other}, 100, seed=0)
+    assert arms["gpt"]["accuracy"] == 1 and arms["gpt"]["accuracy_problems"] == 2
+    assert arms["gpt"]["minus_own"] == 0.5 and arms["gpt"]["minus_own_problems"] == 2
+    assert "accuracy_problems" not in arms["own"]
+
+
+@pytest.mark.parametrize(
+    "name, edits, why",
+    [
+        ("own", [["edit"]], "another arm"),
+        ("gpt", [[], []], "none for any"),
+    ],
+)
+def test_external_texts_that_cannot_be_an_arm_are_refused(name, edits, why):
+    with pytest.raises(ValueError, match=f"'{name}'.*{why}"):
+        compare.refuse_external({name: edits}, {"base": {}})

@@ -6,6 +6,7 @@ Every arm answers the same questions without the passage:
   own edit   passage + the base policy's own self-edit
   seal       passage + the self-edit of the SEAL-trained policy, applied to that policy
   random     the same for the policy that was trained on randomly chosen self-edits
+  external   passage + a self-edit that someone else wrote, one arm for each of them
 
 Intervals are of a paired bootstrap: problems are drawn with replacement, and all arms share each
 draw.
@@ -38,6 +39,7 @@ TITLES = {
     "own": "passage + own self-edit",
     "seal": "passage + self-edit of the SEAL policy",
     "random": "passage + self-edit of the random-control policy",
+    "external": "passage + self-edit of {}",
     "problems": "passages",
     "questions": "questions asked without the passage",
 }
@@ -54,16 +56,24 @@ def compare(
     problems: Batch,
     workdir: str,
     reliability: Mapping[str, float] | None = None,
+    external: Mapping[str, Edits] = {},
 ) -> dict[str, Any]:
     """Test every arm on the problems; write summary.json and summary.md, and return the former.
 
     Args:
       policies: 'base', and where they exist 'seal' and 'random'.
       reliability: of the rewards that 'seal' was trained on, see `mean_reliability`.
+      external: for each further arm, self-edits [P][R] that someone else wrote, applied to the base
+        model; none for a problem on which the arm has nothing.
+
+    Raises:
+      ValueError: an external arm has the name of another, or nothing on any problem.
     """
     settings, base = stages.settings, policies["base"]
     examine = partial(run_arm, stages, evaluate, problems, workdir)
+    refuse_external(external, policies)
     titles = titles_of(stages)
+    titles |= {name: titles["external"].format(name) for name in external}
     accuracy = {"base": np.array(baseline_accuracy(stages, inner_base(stages, base), problems))}
     edits = [[stages.task.passage_only(problem)] for problem, _ in problems]
     accuracy["passage"], _ = examine("passage", base, edits)
@@ -75,6 +85,8 @@ def compare(
         _, texts = sample(stages, params, step, settings.eval.num_edits)
         edits = parse(stages, problems, texts)
         accuracy[arm], num_rejected[arm] = examine(arm, params, edits)
+    for name, edits in external.items():
+        accuracy[name], num_rejected[name] = examine(name, base, edits)
     summary = {
         "num_problems": len(problems),
         "num_questions": sum(len(exam.questions) for _, exam in problems),
@@ -85,7 +97,9 @@ def compare(
         "reward_reliability": dict(reliability or {}),
         "arms": bootstrap(accuracy, settings.eval.num_bootstrap, settings.seed),
         "accuracy_by_problem": {
-            problem.id: {arm: float(values[p]) for arm, values in accuracy.items()}
+            problem.id: {
+                arm: float(values[p]) for arm, values in accuracy.items() if np.isfinite(values[p])
+            }
             for p, (problem, _) in enumerate(problems)
         },
     }
@@ -94,6 +108,15 @@ def compare(
     write_json(os.path.join(workdir, "summary.json"), summary)
     manifest.update(workdir)
     return summary
+
+
+def refuse_external(external: Mapping[str, Edits], policies: Mapping[str, Params]) -> None:
+    """Raise ValueError where an external arm has the name of another, or no self-edit at all."""
+    for name, edits in external.items():
+        if name in TITLES or name in policies:
+            raise ValueError(f"external texts {name!r}: that is the name of another arm")
+        if not any(edits):
+            raise ValueError(f"external texts {name!r}: none for any of the held-out problems")
 
 
 def titles_of(stages: Stages) -> dict[str, str]:
@@ -113,13 +136,15 @@ def run_arm(
     """Return the accuracy of each problem, f64[P], and how many self-edits were rejected.
 
     A rejected self-edit, or one whose training was not finite, answered nothing: it counts as 0.
+    A problem without any self-edit has no accuracy: nan.
     """
     runs = inner_runs(problems, edits, EVAL_STEP, range(stages.settings.eval.num_seeds))
     ledger = os.path.join(workdir, f"eval_{arm}.jsonl")
-    label = f"held-out, {titles_of(stages)[arm]}"
+    titles = titles_of(stages)
+    label = f"held-out, {titles.get(arm) or titles['external'].format(arm)}"
     examination = Examination(partial(all_of, runs), ledger, label)
     outcomes = evaluate(stages, inner_base(stages, params), examination)
-    accuracy = np.zeros(len(problems))
+    accuracy = np.array([0.0 if row else np.nan for row in edits])
     for p, (problem, _) in enumerate(problems):
         for r in range(len(edits[p])):
             found = [o.accuracy if o.finite else 0.0 for o in outcomes_of(problem.id, r, outcomes)]
@@ -135,30 +160,27 @@ def bootstrap(
     And the difference of 'seal' to 'random': what selection by reward is worth.
 
     Args:
-      accuracy: f64[P] for each arm, of the same problems in the same order.
+      accuracy: f64[P] for each arm, of the same problems in the same order; nan where an arm has
+        none. A mean is over the problems that have a value, a difference over those where both do;
+        where that is not all, NAME_problems says how many.
     """
-    num_problems = len(next(iter(accuracy.values())))
-    rng = np.random.default_rng([seed, num_samples])
-    draws = rng.integers(num_problems, size=(num_samples, num_problems))
 
-    def interval(values: np.ndarray) -> list[float]:
-        return np.percentile(values[draws].mean(axis=1), [2.5, 97.5]).tolist()
+    def describe(values: np.ndarray, name: str, interval: str) -> dict[str, Any]:
+        known = values[~np.isnan(values)]
+        rng = np.random.default_rng([seed, num_samples])
+        draws = rng.integers(len(known), size=(num_samples, len(known)))
+        bounds = np.percentile(known[draws].mean(axis=1), [2.5, 97.5]).tolist()
+        found: dict[str, Any] = {name: float(known.mean()), interval: bounds}
+        return found if len(known) == len(values) else {**found, f"{name}_problems": len(known)}
 
-    arms = {}
+    arms = {arm: describe(values, "accuracy", "interval") for arm, values in accuracy.items()}
     for arm, values in accuracy.items():
-        arms[arm] = {"accuracy": float(values.mean()), "interval": interval(values)}
         if arm != "own":
-            difference = values - accuracy["own"]
-            arms[arm] |= {
-                "minus_own": float(difference.mean()),
-                "minus_own_interval": interval(difference),
-            }
+            minus = values - accuracy["own"]
+            arms[arm] |= describe(minus, "minus_own", "minus_own_interval")
     if "seal" in accuracy and "random" in accuracy:
-        difference = accuracy["seal"] - accuracy["random"]
-        arms["seal"] |= {
-            "minus_random": float(difference.mean()),
-            "minus_random_interval": interval(difference),
-        }
+        minus = accuracy["seal"] - accuracy["random"]
+        arms["seal"] |= describe(minus, "minus_random", "minus_random_interval")
     return arms
 
 

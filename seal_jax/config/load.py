@@ -29,9 +29,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from seal_jax.config.table import FIELDS, PLAIN, Allowed, Field, choice, rule_like, weights
+from seal_jax.hosts.endpoint import check_url
 from seal_jax.hosts.json_text import parse_json
 from seal_jax.objectives import OBJECTIVES
-from seal_jax.outer.judge import check_url
 from seal_jax.outer.rewards import find_reward, reward_names
 from seal_jax.tasks import GIVEN, TASKS
 
@@ -242,7 +242,7 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     except ValueError as error:
         yield f"task: {error}"
     try:
-        check_url(values["reward.judge_url"])
+        check_url(values["reward.judge_url"], "reward.judge_url")
     except ValueError as error:
         yield str(error)
     try:

@@ -49,6 +49,7 @@ from seal_jax.outer.examination import (
     look_up,
     reward,
 )
+from seal_jax.outer.external import read_external
 from seal_jax.outer.ledger import Outcomes, append_outcome, outcomes_of_wave, read_ledger
 from seal_jax.outer.problems import Batch, OuterStep, split_problems, take_problems
 from seal_jax.outer.stages import Edits, Stages, check_prompts, inner_base, parse, sample
@@ -93,8 +94,9 @@ def train_alone(config: ConfigDict, workdir: str) -> dict[str, Any]:
     check_rewards(stages)
     training, held_out = split_problems(settings, stages.task)
     check_prompts(stages, [*training, *held_out])
+    external = read_external(stages, held_out)
     say(describe(stages, training, held_out))  # what does not fit is refused
-    claim_workdir(config, workdir)
+    claim_workdir(config, workdir, external.digests)
     claim_model(workdir, stages.model, settings.model.dtype)
     manifest.update(workdir)
     with jax.transfer_guard("disallow"):
@@ -108,7 +110,8 @@ def train_alone(config: ConfigDict, workdir: str) -> dict[str, Any]:
             control = loop(random_em(), folder=folder, label="random control")
             policies["random"] = control.params
         rows = ask_first("metrics", lambda: read_jsonl(os.path.join(workdir, "metrics.jsonl")))
-        return compare(stages, evaluate, policies, held_out, workdir, mean_reliability(rows))
+        reliability = mean_reliability(rows)
+        return compare(stages, evaluate, policies, held_out, workdir, reliability, external.edits)
 
 
 def outer_loop(

@@ -207,6 +207,7 @@ class EvalSettings(NamedTuple):
     every: int
     random_control: bool
     num_bootstrap: int
+    texts: Mapping[str, str]  # further rows of the table: their names, and files of self-edits
 
 
 class CheckpointSettings(NamedTuple):

@@ -50,7 +50,7 @@ def default_config() -> ConfigDict:
     Only `task`, `reward.weights`, `model.template_args` and the sections named `*_kwargs` take new
     ones.
     """
-    config = ConfigDict(_nest({key: field.default for key, field in FIELDS.items()}))
+    config = _to_config({key: field.default for key, field in FIELDS.items()})
     config.lock()
     for key in ("task", *_FREE):
         _section(config, key).unlock()
@@ -127,7 +127,7 @@ def from_json(text: str, where: str = "config") -> ConfigDict:
     for key, field in FIELDS.items():
         if field.default is None and isinstance(values.get(key), str):
             values[key] = _parse(key, field.allowed, values[key])
-    config = ConfigDict(_nest(values))
+    config = _to_config(values)
     validate(config)
     config.lock()
     return config
@@ -154,6 +154,16 @@ def diff(old: ConfigDict | str, new: ConfigDict | str, where: str = "config") ->
 
 
 # --- the table's reading of a config ---
+
+
+def _to_config(values: Mapping[str, Any]) -> ConfigDict:
+    nested = _nest(values)
+    held_out = nested.get("eval")
+    if isinstance(held_out, dict):
+        # The names in eval.texts may have dots, which a ConfigDict's may not: it stays a dict.
+        held_out = {k: dict(v) if isinstance(v, Mapping) else v for k, v in held_out.items()}
+        nested["eval"] = ConfigDict(held_out, convert_dict=False)
+    return ConfigDict(nested)
 
 
 def _nest(values: Mapping[str, Any]) -> dict[str, Any]:

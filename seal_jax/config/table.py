@@ -9,10 +9,13 @@ import ast
 import functools
 import importlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
+
+from seal_jax.tasks.knowledge.texts import path_of
 
 
 class Allowed(NamedTuple):
@@ -194,6 +197,27 @@ PLAIN = Allowed(
 )
 
 
+_NAME = re.compile(r"\w[\w .+-]{0,39}")
+
+
+def _is_files_of_texts(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    try:
+        return all(
+            re.fullmatch(r"\w[\w .+-]{0,39}", name) and path_of(at) for name, at in value.items()
+        )
+    except (ValueError, TypeError, AttributeError):  # names and paths of another type
+        return False
+
+
+_FILES_OF_TEXTS = Allowed(
+    "a dict {'NAME': 'json:FILE'}; a name has at most 40 letters, digits, spaces and . _ + -",
+    _is_files_of_texts,
+    ast.literal_eval,
+)
+
+
 def rule_like(default: Any) -> Allowed:
     """Allow what a task's default suggests; the task itself checks the rest."""
     rules = {
@@ -318,6 +342,9 @@ FIELDS: dict[str, Field] = {
     "eval.every": Field(0, _integer(0)),  # outer steps between looks at its reward; 0: none
     "eval.random_control": Field(True, _FLAG),  # a policy trained on random self-edits
     "eval.num_bootstrap": Field(10000, _COUNT),
+    # Self-edits that others wrote on the held-out problems, as {'gpt-4.1': 'json:FILE'}: a further
+    # row of the table each. See tasks/knowledge/texts.py for the forms of file.
+    "eval.texts": Field({}, _FILES_OF_TEXTS, added=True),
     "checkpoint.keep": Field(2, _COUNT, placement=True),  # 1 leaves nothing to fall back on
     # Those of the highest eval/reward stay beside the latest.
     "checkpoint.best": Field(0, _integer(0), placement=True),

@@ -29,7 +29,7 @@ from seal_jax.hosts.replacing import replace_text
 MANIFEST = "manifest.json"
 KEY = "manifest"  # config.json has it, so that a manifest that is lost is missed
 _FILES = (
-    *("config.json", "policy.json", "summary.json", "summary.md", "model/**/*"),
+    *("config.json", "policy.json", "texts.json", "summary.json", "summary.md", "model/**/*"),
     *("metrics.jsonl", "edits.jsonl", "eval_*.jsonl", "pending_*.jsonl", "judged_*.json"),
 )
 _REMADE = (MANIFEST, "summary.", "eval_", "pending_", "adapters/", "checkpoints/", "random")

@@ -12,5 +12,6 @@ reliability.py    how far a reward can be trusted; which self-edits get more see
 policy_update.py  the policy is trained: which rows, how often, in which batches
 policy_step.py    the same on the devices: the loss, and one training step
 step_log.py       what a step writes down: metrics, and a line for every self-edit
+external.py       self-edits that somebody else wrote, for further rows of the table
 comparison.py     the final table on held-out problems
 """

@@ -66,10 +66,11 @@ def estimate_run(
     objective = make_objective(outer.objective, **outer.objective_kwargs)
     edits = len(used) * settings.sample.num_edits
     runs = edits * inner.num_seeds if objective.needs_rewards else 0
-    arms = 3 if held.random_control else 2
+    policies = 3 if held.random_control else 2
+    arms = policies + len(held.texts)
     tests = arms * len(held_out) * held.num_edits * held.num_seeds
     controls = len(held_out) * held.num_seeds
-    rows = outer.num_steps * outer.problems_per_step * outer.num_epochs * (arms - 1)
+    rows = outer.num_steps * outer.problems_per_step * outer.num_epochs * (policies - 1)
     tokens = inner.num_epochs * ((runs + tests) * length * (1 + added) + controls * length)
     return Estimate(
         num_params=sum(math.prod(x.shape) for x in jax.tree.leaves(stages.model.params)),

@@ -126,12 +126,14 @@ def _join(records: Iterable[tuple[str, Any]]) -> list[_Entry]:
         if key in entries and key not in edits:
             raise ValueError(f"{where}: {_say(key)} has texts at {entries[key].where} already")
         entries.setdefault(key, _Entry(where, names, ()))
-        before, written = edits.setdefault(key, {}).setdefault(edit, (where, text))
-        if written != text:
+        before, written = edits.setdefault(key, {}).get(edit, (where, text))
+        if None not in (written, text) and written != text:
             raise ValueError(
                 f"{where}: {_say(key)} has another text of edit {edit} at {before}: expected one"
                 " line for each edit, numbered from 0 in the field 'edit'"
             )
+        # One that could not be had may have come later.
+        edits[key][edit] = (where, text) if written is None else (before, written)
     for key, by_edit in edits.items():
         texts = [text for _, (_, text) in sorted(by_edit.items())]
         there = tuple(text for text in texts if text is not None)

@@ -3,7 +3,7 @@
   main.py      finds the command, runs it, and says an error in a line
   train.py     a whole run
   eval.py      the final table for a policy at hand
-  generate.py  self-edits for passages of your own
+  generate/    self-edits for passages, by a model here or behind an endpoint
   export/      adapters for PEFT, models for transformers
   doctor/      what would stop a run later
   plan.py      does a run fit a slice

@@ -101,7 +101,10 @@ def test_what_could_not_be_had_is_a_line_and_the_rest_is_kept(server, out, gener
     rows = read_jsonl(out)
     assert sorted((row["problem"], row["edit"]) for row in rows) == sorted(NAMES)
     errors = sorted(row["error"] for row in rows if row["text"] is None)
-    assert errors[0] == "HTTP 500 Internal Server Error" and "this prompt is bad" in errors[1]
+    assert (
+        errors[0] == "HTTP 500 Internal Server Error. It said: oops"
+        and "this prompt is bad" in errors[1]
+    )
     (remark,) = [r for r in load_texts(str(out), PROBLEMS, 2).remarks if "could not" in r]
     assert remark.startswith("2 text(s)")
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from seal_jax.config.load import diff, to_json
 from seal_jax.hosts import manifest
-from seal_jax.hosts.exchange import ask_first, exchange
+from seal_jax.hosts.exchange import ask_first, exchange, is_first
 from seal_jax.hosts.files import read_json, write_json
 from seal_jax.hosts.folder_lock import NAME
 from seal_jax.hosts.group import timeout_seconds
@@ -47,9 +47,12 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
 
 
 def _refuse_changed_texts(config: ConfigDict, workdir: str) -> None:
-    """Refuse a folder whose rows of `eval.texts` were made of other files than these now are."""
-    claimed = read_json(os.path.join(workdir, _TEXTS)) or {}
-    for name, digest in claimed.items():
+    """Refuse a folder whose rows of `eval.texts` were made of other files than these now are.
+
+    The first process alone reads them: the others need not have them.
+    """
+    claimed = read_json(os.path.join(workdir, _TEXTS)) if is_first() else None
+    for name, digest in (claimed or {}).items():
         path = path_of(config.eval.texts[name])
         if digest_of(read_text(path)) != digest:
             raise ValueError(

@@ -76,7 +76,7 @@ def ask(
         if answer.status == 200 and answer.whole:
             found = read(answer.body)
         else:
-            found = Failure(_lack(endpoint, answer))
+            found = Failure(_lack(endpoint, key, answer))
         if not isinstance(found, Failure) or found.is_final:
             break
         if attempt + 1 < endpoint.num_tries:
@@ -175,27 +175,31 @@ def _certificates() -> ssl.SSLContext:
     return httpx2.create_ssl_context()
 
 
-def _lack(endpoint: Endpoint, answer: _Answer) -> str:
+def _lack(endpoint: Endpoint, key: str, answer: _Answer) -> str:
     """Say what an answer lacks, which is no refusal and cannot be read."""
     if not answer.status:
         return f"no answer: nobody there, or not within {endpoint.timeout:g} s"
     what = f"HTTP {answer.status} {_phrase(answer.status)}".strip()
     if answer.status == 200:
         return f"{what}, cut off, packed as nobody asked, or above {_MOST_BYTES:,} bytes"
-    return what
+    return what + _said(key, answer)
 
 
 def _refusal(endpoint: Endpoint, key: str, answer: _Answer) -> str:
-    """Word a refusal, with the start of what the server said: without the key or control codes."""
-    said = answer.body.decode("utf-8", "replace")
-    said = said.replace(key, "***") if key else said
-    said = "".join(c if c.isprintable() else " " for c in said[:300])
     hint = "; redirects are not followed" if 300 <= answer.status < 400 else ""
     return (
         f"{endpoint.who} at {endpoint.url} refuses requests: HTTP {answer.status}"
         f" {_phrase(answer.status)}{hint}; check {endpoint.url_option}, {endpoint.model_option} and"
-        f" ${endpoint.key_variable}" + (f". It said: {said}" if said.strip() else "")
+        f" ${endpoint.key_variable}" + _said(key, answer)
     )
+
+
+def _said(key: str, answer: _Answer) -> str:
+    """Return the start of what the server said: without the key or control codes."""
+    said = answer.body.decode("utf-8", "replace")
+    said = said.replace(key, "***") if key else said
+    said = "".join(c if c.isprintable() else " " for c in said[:300])
+    return f". It said: {said}" if said.strip() else ""
 
 
 def _phrase(status: int) -> str:

@@ -243,7 +243,7 @@ def read_answer(
     usage.append(answer["usage"] if isinstance(answer.get("usage"), dict) else {})
     if refusal or finish == "content_filter":
         return Failure(f"the model refused: {str(refusal or finish)[:200]!r}", is_final=True)
-    if not isinstance(text, str) or not text.isascii() and not _is_unicode(text):
+    if not isinstance(text, str) or not _is_unicode(text):
         return Failure("the answer has no text in it")
     thoughts = ""
     for start, end in TAGS:  # of a server that leaves them in the text
@@ -253,10 +253,8 @@ def read_answer(
     if not text.strip():
         what = "nothing but thoughts" if thoughts else "an empty text"
         return Failure(f"{what}, finish_reason {str(finish)[:40]!r}", is_final=finish == "length")
-    named = [
-        value[:200] if isinstance(value, str) else None for value in (finish, answer.get("model"))
-    ]
-    return Written(text, thoughts, *named)
+    named = (finish, answer.get("model"))
+    return Written(text, thoughts, *(x[:200] if isinstance(x, str) else None for x in named))
 
 
 def _is_unicode(text: str) -> bool:

@@ -28,7 +28,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from seal_jax.config.table import FIELDS, PLAIN, Allowed, Field, choice, rule_like, weights
+from seal_jax.config.check_arms import arm_conflicts
+from seal_jax.config.table import FIELDS, PLAIN, Allowed, Field, choice, rule_like, some_of, weights
 from seal_jax.hosts.json_text import parse_json
 from seal_jax.objectives import OBJECTIVES
 from seal_jax.outer.judge import check_url
@@ -193,6 +194,7 @@ def _fields_for(task_name: Any) -> dict[str, Field]:
         "task.name": choice(*TASKS),
         "outer.objective": choice(*OBJECTIVES),
         "reward.weights": weights(*reward_names()),
+        "eval.objectives": some_of(*OBJECTIVES),
     }
     return own | FIELDS | {key: FIELDS[key]._replace(allowed=one) for key, one in found.items()}
 
@@ -231,6 +233,7 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
             f"checkpoint.best = {values['checkpoint.best']}: the best are those of the highest"
             " eval/reward, which is measured only with eval.every > 0"
         )
+    yield from arm_conflicts(values)
     name = values["task.name"]
     taken = _task_defaults(name)
     given = {k.removeprefix("task."): v for k, v in values.items() if k.startswith("task.")}

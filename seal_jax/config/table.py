@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from seal_jax.outer.differences import SCORES
+
 
 class Allowed(NamedTuple):
     """What a key may hold."""
@@ -161,6 +163,13 @@ def _names(*choices: str) -> Allowed:
     return Allowed(f"a tuple of different names from {', '.join(choices)}", test, _parse_names)
 
 
+def some_of(*choices: str) -> Allowed:
+    """Allow a tuple of different names from `choices`, or none."""
+    one = _names(*choices)
+    text = f"{one.text}, or ()"
+    return Allowed(text, lambda v: isinstance(v, tuple) and not v or one.test(v), one.parse)
+
+
 def weights(*names: str) -> Allowed:
     """Allow a non-empty dict of finite weights for `names`."""
 
@@ -173,6 +182,7 @@ def weights(*names: str) -> Allowed:
 
 
 _TEXT = Allowed("a non-empty string", lambda v: isinstance(v, str) and v != "", _unquote)
+_ANY_TEXT = Allowed("a string", lambda v: isinstance(v, str), _unquote)
 _STRINGS = Allowed(
     "a tuple of non-empty strings",
     lambda v: isinstance(v, tuple) and all(isinstance(s, str) and s for s in v),
@@ -200,7 +210,7 @@ def rule_like(default: Any) -> Allowed:
         bool: _FLAG,
         int: Allowed("an integer", _is_int, int),
         float: _real(),
-        str: Allowed("a string", lambda v: isinstance(v, str), _unquote),
+        str: _ANY_TEXT,
     }
     return rules.get(type(default), PLAIN)
 
@@ -318,6 +328,15 @@ FIELDS: dict[str, Field] = {
     "eval.every": Field(0, _integer(0)),  # outer steps between looks at its reward; 0: none
     "eval.random_control": Field(True, _FLAG),  # a policy trained on random self-edits
     "eval.num_bootstrap": Field(10000, _COUNT),
+    # Further policies, each trained by one of these objectives at as many inner runs, in
+    # WORKDIR/NAME; and their options, as {'grpo': {'clip': 0.1}}.
+    "eval.objectives": Field((), _STRINGS, added=True),
+    "eval.objective_kwargs": Field({}, _KEYWORDS, added=True),
+    # Comparisons that are stated before the run, as ('seal-own', 'seal-random'), and in what.
+    "eval.primary": Field((), _STRINGS._replace(parse=_parse_names), added=True),
+    "eval.primary_score": Field("accuracy", choice(*SCORES), added=True),
+    # An earlier run's folder or summary.json: how large a difference this one can show.
+    "eval.pilot": Field("", _ANY_TEXT, placement=True, added=True),
     "checkpoint.keep": Field(2, _COUNT, placement=True),  # 1 leaves nothing to fall back on
     # Those of the highest eval/reward stay beside the latest.
     "checkpoint.best": Field(0, _integer(0), placement=True),

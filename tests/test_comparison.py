@@ -117,6 +117,23 @@ def test_the_table_has_a_row_for_each_arm_and_says_how_wide_it_is():
     assert "wide" not in many
 
 
+def test_the_summary_says_what_accuracy_alone_would_have_had():
+    rows = [
+        {
+            "reliability/reliability_of_mean": 0.8,
+            "reliability/reliability_of_one": 0.6,
+            "reliability/accuracy/reliability_of_mean": 0.3,
+            "reliability/accuracy/reliability_of_one": 0.1,
+        }
+    ]
+    (line,) = describe_reliability(mean_reliability(rows))
+    assert "reliability 0.80; 0.60 of one seed; accuracy alone" in line
+    assert "would have had reliability 0.30, 0.10 of one seed" in line
+    silent = {name: value for name, value in rows[0].items() if "accuracy" not in name}
+    silent["reliability/accuracy/variance_within"] = 0.0
+    assert "did not vary at all" in describe_reliability(mean_reliability([silent]))[0]
+
+
 def test_the_summary_says_how_far_rewards_could_be_trusted():
     rows = [
         {"reliability/reliability_of_mean": 0.2, "reliability/reliability_of_one": 0.1},
@@ -214,3 +231,59 @@ def test_an_arm_without_a_text_on_some_problems_is_compared_on_the_others():
 def test_external_texts_that_cannot_be_an_arm_are_refused(name, edits, why):
     with pytest.raises(ValueError, match=f"'{name}'.*{why}"):
         compare.refuse_external({name: edits}, {"base": {}})
+
+
+def table_of(scores, primary=(), score="accuracy"):
+    """Return the Markdown of a run whose arms have these scores, as `compare` writes it."""
+    held = SimpleNamespace(
+        num_edits=1, num_seeds=1, num_bootstrap=200, primary=primary, primary_score=score
+    )
+    stages = SimpleNamespace(settings=SimpleNamespace(eval=held, seed=0))
+    names = [f"p{i}" for i in range(len(scores["base"]))]
+    problems = [(Problem(n, n, n), Exam(n, (Question("?", "!"),))) for n in names]
+    arms = {}
+    for arm, values in scores.items():
+        edits = [[] if value is None else [EDIT] for value in values]
+        outcomes = {
+            (name, 0, 0): outcome(value, log_likelihood=value - 5)
+            for name, value in zip(names, values, strict=True)
+            if value is not None
+        }
+        arms[arm] = ArmRuns(edits, outcomes)
+    summary = compare.summarize(stages, problems, arms, {"gpt-4.1"} & arms.keys())
+    return to_markdown({**summary, "titles": {"gpt-4.1": "passage + self-edit of gpt-4.1"}})
+
+
+SCORES = {
+    "base": [0.0, 0.1, 0.0, 0.2],
+    "passage": [0.3, 0.2, 0.3, 0.4],
+    "own": [0.3, 0.4, 0.3, 0.4],
+    "seal": [0.5, 0.6, 0.7, 0.6],
+    "random": [0.6, 0.4, 0.7, 0.5],
+    "gpt-4.1": [0.5, None, 0.9, 0.2],
+}
+
+
+def test_what_was_stated_before_the_run_comes_first_and_in_bold():
+    text = table_of(SCORES, ("seal-own", "seal-random", "seal-grpo"), "log_likelihood")
+    lines = text.splitlines()
+    assert lines[0] == "**Primary comparisons, stated before the run:**"
+    assert lines[2].startswith("- **SEAL policy minus own self-edit, log-likelihood of the gold")
+    assert lines[2].endswith("nats per token, 4 passages; the interval is above 0.**")
+    assert "so no difference is shown; one of 0." in lines[3] and lines[3].endswith(" been.**")
+    assert lines[4] == "- **seal-grpo: not in this table.**"
+    assert "stated before" not in table_of(SCORES)
+
+
+def test_every_difference_has_its_interval_and_what_it_could_have_shown():
+    lines = table_of(SCORES).splitlines()
+    own = next(line for line in lines if line.startswith("| SEAL policy minus own self-edit |"))
+    least = 2.8016 * np.std([0.2, 0.2, 0.4, 0.2], ddof=1) / 2
+    assert own.startswith("| SEAL policy minus own self-edit | 4 | +25.0 [+20.0, +35.0] |")
+    assert f"| {100 * least:.1f} | +0.250 [+0.200, +0.350] | {least:.3f} |" in own
+    assert any(
+        line.startswith("| own self-edit minus self-edit of gpt-4.1 | 3 |") for line in lines
+    )
+    assert any("| passage + self-edit of gpt-4.1 | 53.3 [" in line for line in lines)
+    assert any("(3 of 4)" in line for line in lines)
+    assert "SEAL policy minus own self-edit, accuracy: +25.0" in "\n".join(lines)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from seal_jax.outer.ledger import Outcomes
-from seal_jax.outer.problems import Batch
+from seal_jax.outer.problems import Batch, Pair
 from seal_jax.outer.stages import Edits
-from seal_jax.tasks.task import Exam, Problem, Rejected, Task, asks_once, marks_of
+from seal_jax.tasks.task import Rejected, Task, asks_once, marks_of
 
 NUM_PROBLEMS = 3  # the first, so that nobody chooses them
 SHOWN = ("base", "passage", "seal")  # arms
@@ -36,7 +36,11 @@ def examples_of(task: Task, problems: Batch, arms: Mapping[str, ArmRuns]) -> lis
     if not asks_once(task):
         return found
     for p, (problem, exam) in enumerate(problems[:NUM_PROBLEMS]):
-        shown = {name: _answers(task, problem, exam, arms[name], p) for name in SHOWN}
+        shown = {
+            name: _answers(task, (problem, exam), name, arms[name], p)
+            for name in SHOWN
+            if name in arms
+        }
         for q, question in enumerate(exam.questions):
             found.append(
                 {
@@ -53,15 +57,16 @@ def examples_of(task: Task, problems: Batch, arms: Mapping[str, ArmRuns]) -> lis
 
 
 def _answers(
-    task: Task, problem: Problem, exam: Exam, arm: ArmRuns, p: int
+    task: Task, posed: Pair, name: str, arm: ArmRuns, p: int
 ) -> tuple[list[str], list[float], str]:
     """Return the answers to each question and their marks; or none, and why."""
+    problem, exam = posed
     if not arm.edits[p]:
         return [], [], "no text"
     if isinstance(arm.edits[p][0], Rejected):
         return [], [], "self-edit rejected"
     outcome = arm.outcomes[problem.id, 0, 0]
-    if not outcome.finite:
+    if name != "base" and not outcome.finite:
         return [], [], "training not finite"
     answers = list(outcome.answers[: len(exam.questions)])
     return answers, marks_of(task, problem, exam, answers), ""
@@ -83,9 +88,9 @@ def describe_examples(found: Sequence[Mapping[str, Any]], problems: str) -> list
     for one in found:
         cells = [quote(one["title"], 40), quote(one["question"]), quote(one["gold"])]
         for arm in SHOWN:
-            answer = one["answers"][arm]
+            answer = one["answers"].get(arm)
             said = f"({one['why'].get(arm, 'none')})" if answer is None else quote(answer)
-            cells.append(f"{'+' if one['right'][arm] else '-'} {said}")
+            cells.append(f"{'+' if one['right'].get(arm) else '-'} {said}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -193,7 +193,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _short(titles: Mapping[str, str], arm: str) -> str:
-    return titles.get(arm, arm).removeprefix("passage + ")
+    return titles.get(arm, arm).removeprefix("passage + ").removeprefix("self-edit of the ")
 
 
 def _value(one: Mapping[str, Any]) -> str:

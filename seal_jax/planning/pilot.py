@@ -108,8 +108,8 @@ def read_pilot(path: str) -> dict[str, ByProblem]:
         file = os.path.join(path, there[0])
     try:
         content = read_object(file)
-    except OSError as error:
-        raise ValueError(f"eval.pilot = {path!r}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"eval.pilot = {path!r}: {error}") from error
     found = scores_in(content)
     if not found:
         raise ValueError(f"eval.pilot = {path!r}: has no scores of single problems")

@@ -225,7 +225,7 @@ def test_every_arm_that_is_trained_in_a_folder_of_its_own_is_known(folder, capsy
     assert "grpo" in manifest.read_manifest(folder).folders
     content = (folder / "grpo" / "metrics.jsonl").read_bytes()
     (folder / "grpo" / "metrics.jsonl").write_bytes(content[:-3])
-    with pytest.raises(ValueError, match="grpo/metrics.jsonl has .* and grpo/manifest.json"):
+    with pytest.raises(ValueError, match="grpo/metrics.jsonl has .*delete grpo/manifest.json"):
         manifest.refuse_damaged(folder)
     shutil.rmtree(folder / "grpo")
     assert manifest.losses(folder).keys() == {"grpo", "grpo/manifest.json"}

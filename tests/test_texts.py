@@ -170,7 +170,7 @@ def test_the_authors_files_are_read_and_matched_to_squad(shared_data, writer):
 
 
 def test_a_configs_texts_may_have_any_name_and_are_stored():
-    texts = {"gpt-4.1": "json:a.json", "Mr. X": "b.jsonl"}
+    texts = {"gpt-4.1": "json:a.json", "by-hand": "b.jsonl"}
     config = default_config()
     config.eval.texts = texts
     validate(config)
@@ -182,13 +182,33 @@ def test_a_configs_texts_may_have_any_name_and_are_stored():
 
 
 @pytest.mark.parametrize(
-    "texts", [{"a/b": "json:x"}, {"a|b": "json:x"}, {"": "json:x"}, {"a": "hf:x"}, {"a": 3}, "a"]
+    "texts",
+    [
+        {"a/b": "json:x"},
+        {"a|b": "json:x"},
+        {"": "json:x"},
+        {"a b": "json:x"},
+        {"x" * 41: "json:x"},
+        {"a": "hf:x"},
+        {"a": 3},
+        "a",
+    ],
 )
 def test_other_names_and_sources_are_refused(texts):
     config = default_config()
     with config.eval.ignore_type():
         config.eval.texts = texts
     with pytest.raises(ConfigError, match=r"eval.texts = .*: needs a dict {'NAME': 'json:FILE'}"):
+        validate(config)
+
+
+def test_a_row_may_be_stated_beforehand_but_takes_no_other_rows_name():
+    config = default_config()
+    config.eval.texts = {"gpt-4.1": "json:a.json"}
+    config.eval.primary = ("seal-gpt-4.1",)
+    validate(config)
+    config.eval.texts = {"own": "json:a.json"}
+    with pytest.raises(ConfigError, match="eval.texts has 'own': a run has another arm"):
         validate(config)
 
 
@@ -209,7 +229,7 @@ def test_two_writers_are_two_rows_and_their_texts_are_part_of_the_run(
     first, second = problems_of(2)
     one = write({first.title: ["zorbin color? red", "b c"], second.id: ["!"]}, "one.json")
     write([line(second, 0, "red is a color")], "two.jsonl")
-    texts = {"gpt-4.1": f"json:{one}", "Mr. X": str(tmp_path / "two.jsonl")}
+    texts = {"gpt-4.1": f"json:{one}", "by-hand": str(tmp_path / "two.jsonl")}
     folder, short = tmp_path / "run", ("outer.num_steps=1", "eval.random_control=False")
     words = [command, *train_arguments(folder, *short, f"eval.texts={texts}")[1:]]
     words += ["--policy", finished / "checkpoints"] if command == "eval" else []
@@ -221,10 +241,10 @@ def test_two_writers_are_two_rows_and_their_texts_are_part_of_the_run(
         assert f"| passage + self-edit of {name} |" in out
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["rejected_self_edits"]["gpt-4.1"] == 1
-    assert "Mr. X" not in summary["accuracy_by_problem"][first.id]
+    assert "by-hand" not in summary["accuracy_by_problem"][first.id]
     runs = {name: read_jsonl(folder / f"eval_{name}.jsonl") for name in texts}
     assert [row["name"] for row in runs["gpt-4.1"]] == [[first.id, 0, 0]]
-    assert [row["name"] for row in runs["Mr. X"]] == [[second.id, 0, 0]]
+    assert [row["name"] for row in runs["by-hand"]] == [[second.id, 0, 0]]
 
     assert run(capsys, *words)[0] == 0  # nothing has changed
     write({first.title: ["zorbin color? blue"]}, "one.json")
@@ -238,13 +258,13 @@ def test_two_writers_are_two_rows_and_their_texts_are_part_of_the_run(
     [
         ({"somewhere": "a"}, "gpt", "no text for any of 2 held-out"),
         ({"somewhere": ""}, "gpt", "'somewhere' is empty"),
-        (None, "own", "that is the name of another arm"),
+        ({"somewhere": 3}, "gpt", "'somewhere' is int 3, expected text"),
     ],
 )
 def test_bad_texts_end_a_run_before_it_begins(
     one_device, write, tmp_path, capsys, content, name, why
 ):
-    path = write(content or {problems_of(1)[0].id: "a"})
+    path = write(content)
     code, _, err = run(
         capsys, *train_arguments(tmp_path / "run", f"eval.texts={{'{name}': '{path}'}}")
     )

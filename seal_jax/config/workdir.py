@@ -105,7 +105,7 @@ def claim_workdir(config: ConfigDict, workdir: str, texts: Mapping[str, str] = {
     path = os.path.join(workdir, "config.json")
     patience = time.monotonic() + timeout_seconds() / 10
     if os.path.exists(path):
-        for folder in (workdir, os.path.join(workdir, "random")):
+        for folder in manifest.arm_folders(workdir):
             manifest.take_up(folder)
         manifest.begin(workdir)  # a run of an older version has none
     write_json(path, {**json.loads(to_json(config)), manifest.KEY: manifest.MANIFEST})

@@ -39,7 +39,7 @@ def read_external(stages: Stages, problems: Batch) -> External:
         say(f"eval.texts, {name!r} of {source}: {describe(found.edits[name])}")
         for remark in remarks:
             say(f"  {remark}")
-    refuse_external(found.edits, {})
+    refuse_external(found.edits, dict.fromkeys(section.objectives))
     return found
 
 

@@ -14,7 +14,8 @@
 
 From pack to grade the loop goes wave by wave, in `evaluate`: a wave is as many inner runs as train
 side by side. The control that the paper lacks, a policy trained on randomly chosen self-edits, is
-the same loop with another objective, in WORKDIR/random.
+the same loop with another objective, in WORKDIR/random. So is every objective of eval.objectives,
+in WORKDIR/NAME.
 """
 
 import os
@@ -26,7 +27,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from seal_jax import keys
-from seal_jax.config.setup import configured_objective, make_stages, make_update, settings_of
+from seal_jax.config.setup import (
+    configured_objective,
+    further_objectives,
+    make_stages,
+    make_update,
+    settings_of,
+)
 from seal_jax.config.workdir import check_workdir, claim_workdir, refuse_other_kind
 from seal_jax.hosts import manifest
 from seal_jax.hosts.console import say
@@ -38,7 +45,7 @@ from seal_jax.models import lora
 from seal_jax.objectives.objective import Objective
 from seal_jax.objectives.random_em import random_em
 from seal_jax.outer.answers import answer, gold_logp, grade
-from seal_jax.outer.comparison import compare, mean_reliability
+from seal_jax.outer.comparison import compare
 from seal_jax.outer.examination import (
     Attempts,
     Evaluated,
@@ -49,10 +56,12 @@ from seal_jax.outer.examination import (
     look_up,
     reward,
 )
+from seal_jax.outer.external import read_external
 from seal_jax.outer.ledger import Outcomes, append_outcome, outcomes_of_wave, read_ledger
 from seal_jax.outer.problems import Batch, OuterStep, split_problems, take_problems
 from seal_jax.outer.stages import Edits, Stages, check_prompts, inner_base, parse, sample
 from seal_jax.outer.step_log import Clock, describe_step, held_out_metrics
+from seal_jax.outer.summary_text import mean_reliability
 from seal_jax.outer.waves import Examination, fresh_adapters, on_devices, pack, waves
 from seal_jax.planning.run_estimate import describe
 from seal_jax.runs import checkpoint as checkpoints
@@ -88,13 +97,14 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
 def train_alone(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Do as `train` does, in a folder into which no other run writes."""
     settings = settings_of(config)
-    objective = configured_objective(settings)
+    objective, further = configured_objective(settings), further_objectives(settings)
     stages = make_stages(settings)
     check_rewards(stages)
     training, held_out = split_problems(settings, stages.task)
     check_prompts(stages, [*training, *held_out])
+    external = read_external(stages, held_out)
     say(describe(stages, training, held_out))  # what does not fit is refused
-    claim_workdir(config, workdir)
+    claim_workdir(config, workdir, external.digests)
     claim_model(workdir, stages.model, settings.model.dtype)
     manifest.update(workdir)
     with jax.transfer_guard("disallow"):
@@ -102,13 +112,16 @@ def train_alone(config: ConfigDict, workdir: str) -> dict[str, Any]:
         loop = partial(outer_loop, stages, training=training, held_out=held_out)
         policies["seal"] = loop(objective, folder=workdir, label="SEAL").params
         if settings.eval.random_control:
-            folder = os.path.join(workdir, "random")
+            further["random"] = random_em()  # the last one
+        for name, other in further.items():
+            folder = os.path.join(workdir, name)
             manifest.begin(folder)
             manifest.update(workdir)
-            control = loop(random_em(), folder=folder, label="random control")
-            policies["random"] = control.params
+            label = "random control" if name == "random" else name
+            policies[name] = loop(other, folder=folder, label=label).params
         rows = ask_first("metrics", lambda: read_jsonl(os.path.join(workdir, "metrics.jsonl")))
-        return compare(stages, evaluate, policies, held_out, workdir, mean_reliability(rows))
+        reliability = mean_reliability(rows)
+        return compare(stages, evaluate, policies, held_out, workdir, reliability, external.edits)
 
 
 def outer_loop(
@@ -220,7 +233,9 @@ def evaluate(
             with jax.set_mesh(stages.mesh):  # for the attention kernels
                 adapters, losses = stages.inner_update(params, fresh, placed, wave.show)
             answers = answer(stages, params, adapters, wave)
-            logps = gold_logp(stages, params, adapters, wave)
+            logps = [None] * len(wave.places)
+            if examination.golds:
+                logps = gold_logp(stages, params, adapters, wave)
             marks = grade(stages, wave, answers)
             inner = stages.settings.inner
             found = outcomes_of_wave(wave, batches, to_host(losses), answers, marks, logps, inner)

@@ -208,6 +208,12 @@ class EvalSettings(NamedTuple):
     every: int
     random_control: bool
     num_bootstrap: int
+    texts: Mapping[str, str] = {}  # further rows of the table: their names, and files of self-edits
+    objectives: tuple[str, ...] = ()  # further policies, each trained by one of them
+    objective_kwargs: Mapping[str, Any] = {}  # options of these, by name
+    primary: tuple[str, ...] = ()  # comparisons stated before the run, as 'seal-own'
+    primary_score: str = "accuracy"
+    pilot: str = ""  # an earlier run, by which it is said what this one can show
 
 
 class CheckpointSettings(NamedTuple):

@@ -1,4 +1,4 @@
-"""A judge on this machine: a real server that answers as a test says."""
+"""A judge, or a writer, on this machine: a real server that answers as a test says."""
 
 import contextlib
 import json
@@ -14,6 +14,18 @@ GOOD = {"supported": 5, "complete": 3, "self_contained": 4}
 
 def completion(content):
     return 200, {}, json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+
+
+def written(text, finish="stop", **more):
+    """Return a writer's answer, as endpoints give them."""
+    choice = {
+        "index": 0,
+        "finish_reason": finish,
+        "message": {"role": "assistant", "content": text},
+    }
+    usage = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
+    answer = {"model": "m-2026", "choices": [choice], "usage": usage, **more}
+    return 200, {}, json.dumps(answer).encode()
 
 
 class Drip(NamedTuple):

@@ -9,7 +9,17 @@ import sys
 import pytest
 
 from seal_jax.config import load as config_lib
-from seal_jax.config.load import ConfigError, default_config, load_config, validate
+from seal_jax.config.check_arms import arm_conflicts
+from seal_jax.config.load import (
+    ConfigError,
+    default_config,
+    diff,
+    flatten,
+    from_json,
+    load_config,
+    to_json,
+    validate,
+)
 from seal_jax.config.setup import SECTIONS, settings_of
 from seal_jax.config.table import FIELDS
 from seal_jax.tasks import make_task
@@ -96,6 +106,14 @@ def test_every_key_refuses_nan_infinity_and_another_type(key):
         ("task.name", "knowlege", ["task.name = 'knowlege'", "knowledge"]),
         ("task.styl", "qa", ["unknown key 'task.styl'", "'task.style'"]),
         ("outer.objective", "grop", ["'rest_em'", "'grpo'"]),
+        ("eval.objectives", ("grop",), ["different names from", "grpo", "or ()"]),
+        ("eval.objectives", ("grpo", "grpo"), ["different names"]),
+        ("eval.objectives", ("rest_em",), ["eval.objectives has 'rest_em'", "outer.objective"]),
+        ("eval.objectives", ("random_em",), ["'random_em': eval.random_control"]),
+        ("eval.objective_kwargs", {"ppo": {}}, ["has 'ppo'", "eval.objectives is ()"]),
+        ("eval.primary", ("seal-own", "seal-rnadom"), ["'seal-rnadom'", "seal, random"]),
+        ("eval.primary", ("seal-grpo",), ["'seal-grpo': needs ARM-ARM"]),
+        ("eval.primary_score", "acc", ["'accuracy', 'log_likelihood'"]),
         ("mesh.fsdp", 0, ["an integer >= 1 or -1"]),
         ("mesh.fsdp", -1, ["mesh.data and mesh.fsdp = -1"]),
         ("sharding.embed", "data", ["'fsdp tensor'"]),
@@ -115,6 +133,29 @@ def test_validate_names_key_value_and_what_is_allowed(key, value, words):
         validate(config)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_further_arms_are_told_apart():
+    config = default_config()
+    config.eval.objectives = ("grpo", "ppo")
+    config.eval.objective_kwargs = {"grpo": {"clip": 0.1}}
+    config.eval.primary = ("seal-own", "seal-grpo", "ppo-random")
+    config.eval.primary_score = "log_likelihood"
+    validate(config)
+    assert from_json(to_json(config)).to_dict() == config.to_dict()
+    values = dict(flatten(config)) | {"eval.objectives": ("seal", "model")}
+    found = list(arm_conflicts(values))
+    assert [word in line for word, line in zip(("'seal'", "'model'"), found, strict=False)]
+    assert all("another arm or folder of that name" in line for line in found[:2])
+    config.task.name = "arc"
+    with pytest.raises(ConfigError, match="'arc' asks each question in several ways"):
+        validate(config)
+
+
+def test_a_pilot_may_change_and_what_was_stated_may_not():
+    old, pilot, primary = default_config(), default_config(), default_config()
+    pilot.eval.pilot, primary.eval.primary = "runs/pilot", ("seal-own",)
+    assert diff(old, pilot) == "" and "eval.primary" in diff(old, primary)
 
 
 def test_a_sections_keys_are_the_fields_of_its_namedtuple():

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from judge_server import GOOD, Drip, completion
 
 from seal_jax.config.load import default_config, validate
-from seal_jax.outer.judge import Judge, check_url, judge, judge_all, parse_verdict
+from seal_jax.hosts.endpoint import check_url
+from seal_jax.outer.judge import Judge, judge, judge_all, parse_verdict
 
 pytest_plugins = ["judge_server"]
 
@@ -233,8 +234,8 @@ def test_hosts_of_every_kind_pass():
         "[::1]:8000",
         "[fe80::1]",
     ):
-        check_url(f"http://{host}/v1")
-        check_url(f"https://{host}")
+        check_url(f"http://{host}/v1", "--url")
+        check_url(f"https://{host}", "--url")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def test_hosts_of_every_kind_pass():
 def test_a_password_in_the_url_is_refused_and_not_repeated(url):
     config = default_config()
     config.reward.judge_url = url
-    for refuse in (check_url, lambda url: validate(config)):
+    for refuse in (lambda url: check_url(url, "judge_url"), lambda url: validate(config)):
         with pytest.raises(ValueError, match="judge_url: needs http.*environment") as raised:
             refuse(url)
         assert "pass-word" not in str(raised.value)

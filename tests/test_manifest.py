@@ -213,6 +213,28 @@ def test_a_run_goes_on_without_what_it_makes_again_and_with_nothing_that_is_dama
         manifest.refuse_damaged(folder)
 
 
+def test_every_arm_that_is_trained_in_a_folder_of_its_own_is_known(folder, capsys):
+    manifest.begin(folder / "grpo")
+    files.append_json(folder / "grpo" / "metrics.jsonl", {"step": 0})
+    other = folder / "other"  # a run of its own, which happens to be there
+    manifest.begin(other)
+    files.write_json(other / "config.json", {})
+    for place in (folder / "grpo", other, folder):
+        manifest.update(place)
+    assert manifest.arm_names(folder) == ["grpo", "random"]
+    assert "grpo" in manifest.read_manifest(folder).folders
+    content = (folder / "grpo" / "metrics.jsonl").read_bytes()
+    (folder / "grpo" / "metrics.jsonl").write_bytes(content[:-3])
+    with pytest.raises(ValueError, match="grpo/metrics.jsonl has .*delete grpo/manifest.json"):
+        manifest.refuse_damaged(folder)
+    shutil.rmtree(folder / "grpo")
+    assert manifest.losses(folder).keys() == {"grpo", "grpo/manifest.json"}
+    manifest.refuse_damaged(folder)  # it is made again
+    manifest.take_up(folder)
+    assert f"{folder / 'grpo'}: was written and is not there" in capsys.readouterr().out
+    assert manifest.losses(folder) == {}
+
+
 def test_a_checkpoint_or_an_adapter_is_known_by_its_hash_until_it_is_made_again(folder):
     one, two, adapter = (folder / name for name in ("checkpoints/1", "checkpoints/2", "adapters/a"))
     for path in (one, two, adapter):

@@ -149,6 +149,11 @@ def test_updates_that_are_not_finite_stop_the_run_after_as_many_as_allowed(
     ("overrides", "message"),
     [
         (["outer.objective=grpo", "sample.num_edits=1"], "sample.num_edits = 1: grpo compares"),
+        (["eval.objectives=grpo", "sample.num_edits=1"], "sample.num_edits = 1: grpo compares"),
+        (
+            ["eval.objectives=grpo", "eval.objective_kwargs={'grpo': {'clipp': 0.1}}"],
+            "grpo has no option 'clipp'",
+        ),
         (["outer.objective_kwargs={'clip': 0.1}"], "rest_em has no option 'clip'"),
         (["reward.weights={}"], "reward.weights = .*needs a dict of weights of accuracy, gain"),
         (["reward.weights={'acuracy': 1}"], "needs a dict of weights of accuracy, gain"),

@@ -5,8 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from seal_jax.config.load import default_config
+from seal_jax.config.setup import settings_of
+from seal_jax.outer.examination import Evaluated
 from seal_jax.outer.reliability import reliability, seed_rounds
 from seal_jax.outer.rewards import EARLIER, OWN, REWARDS, Evidence, Outcome, copying, reward_of
+from seal_jax.outer.step_log import trust
 
 NAN = float("nan")
 
@@ -70,6 +74,30 @@ def test_copying_counts_runs_of_words():
     assert copying(passage, passage) == copying("  the MILL at-Orrin was!", passage) == 1
     assert copying("Mara Teld built the mill at Orrin.", passage) == 0.25  # 'the mill at orrin'
     assert copying("three words only", passage) == copying("", passage) == 0
+
+
+def test_beside_another_reward_it_is_said_how_far_accuracy_alone_could_be_trusted():
+    """The same inner runs: two problems, two self-edits, two seeds."""
+    rng = np.random.default_rng(0)
+    accuracy, dense = rng.integers(4, size=(2, 2, 2)) / 3, rng.normal(size=(2, 2, 2))
+
+    def run(p, r, e):
+        return outcome(float(accuracy[p, r, e]))._replace(log_likelihood=float(dense[p, r, e]))
+
+    pairs = [[evidence(run(p, r, 0), run(p, r, 1)) for r in (0, 1)] for p in (0, 1)]
+    evaluated = Evaluated(pairs, {}, [0.2, 0.2])
+    settings = default_settings(weights={"log_likelihood": 1.0})
+    found = trust(evaluated, settings)
+    for prefix, rewards in (("reliability", dense), ("reliability/accuracy", accuracy)):
+        for name, value in reliability(rewards).items():
+            assert found.pop(f"{prefix}/{name}") == pytest.approx(value)
+    assert found == {}
+    alone = trust(evaluated, default_settings(weights={"accuracy": 1.0}))
+    assert alone and not any("accuracy" in name for name in alone)
+
+
+def default_settings(**keys):
+    return settings_of(default_config()).reward._replace(**keys)
 
 
 def simulate(rng, between, within, num_seeds, problems=400, edits=5):

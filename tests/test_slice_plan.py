@@ -233,6 +233,19 @@ def test_a_run_takes_what_its_steps_take(costs):
     assert "inner steps" in hours
 
 
+def test_a_further_objective_takes_as_much_as_seal_and_its_arm():
+    settings = settings_of(load_config(CONFIG, SMALL))
+    more = settings._replace(eval=settings.eval._replace(objectives=("grpo",)))
+    alone = settings._replace(eval=settings.eval._replace(random_control=False))
+    found, further, single = (slice_plan.step_counts(s, SHORT, 4) for s in (settings, more, alone))
+    assert further["policy update"] / found["policy update"] == 3 / 2
+    held, inner, outer = settings.eval, settings.inner, settings.outer
+    runs = outer.num_steps * outer.problems_per_step * settings.sample.num_edits * inner.num_seeds
+    tests = held.num_problems * held.num_edits * held.num_seeds
+    assert further["scoring"] - found["scoring"] == runs + tests
+    assert found["scoring"] - single["scoring"] == tests  # the control has no rewards
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "sizes", [("mesh.tensor=4",), ("mesh.fsdp=2", "mesh.tensor=2")], ids=" ".join

@@ -25,6 +25,7 @@ from seal_jax.outer.rewards import Evidence, Outcome
 from seal_jax.outer.stages import parse
 from seal_jax.outer.step_log import why
 from seal_jax.runs import adapters, checkpoint
+from seal_jax.runs.folder import find_run
 from seal_jax.runs.verify import verify_run
 from seal_jax.sources import load_model
 from seal_jax.tasks.task import Part, Rejected, SelfEdit, Turn
@@ -114,7 +115,7 @@ def test_a_run_writes_its_whole_folder(finished):
     assert {path.name for path in finished.iterdir()} == {
         *("config.json", "metrics.jsonl", "edits.jsonl", "summary.json", "summary.md"),
         *("checkpoints", "adapters", "model", "random", "manifest.json"),
-        *(f"eval_{arm}.jsonl" for arm in ("passage", "own", "seal", "random")),
+        *(f"eval_{arm}.jsonl" for arm in ("base", "passage", "own", "seal", "random")),
     }
     config = json.loads((finished / "config.json").read_text())
     assert config["task"]["name"] == "facts" and config["inner"]["optax_name"] == "adamw"
@@ -125,7 +126,17 @@ def test_a_run_writes_its_whole_folder(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert list(summary["arms"]) == ["base", "own", "passage", "random", "seal"]
     assert (summary["num_problems"], summary["num_questions"]) == (2, 6)
-    assert (finished / "summary.md").read_text().startswith("| method | accuracy")
+    text = (finished / "summary.md").read_text()
+    assert text.startswith("| method | accuracy") and "log p of gold answers" in text
+    assert all("log_likelihood" in row for row in summary["arms"].values())
+    assert {(row["arm"], row["minus"]) for row in summary["differences"]} == {
+        *(("seal", other) for other in ("own", "random", "passage", "base")),
+        ("own", "passage"),
+    }
+    assert len(summary["examples"]) == summary["num_questions"]
+    for row in read_jsonl(finished / "eval_base.jsonl"):
+        given = [one["answers"]["base"] for one in summary["examples"]]
+        assert set(row["answers"]) <= set(given)
 
 
 def test_metrics_of_a_run(finished):
@@ -224,6 +235,29 @@ def test_a_run_that_is_killed_three_times_is_the_uninterrupted_run(finished, one
     assert {k: checkpoint.tree_hash(v) for k, v in found.items()} == {
         k: checkpoint.tree_hash(v) for k, v in expected.items()
     }
+
+
+def test_a_further_objective_is_an_arm_of_as_many_inner_runs(one_device, tmp_path, capsys):
+    run, overrides = tmp_path / "run", (*SMALL, "eval.objectives=rloo", "eval.primary=seal-rloo")
+    killed_at(run, "eval_own.jsonl:1", *overrides)
+    (base,) = read_jsonl(run / "eval_base.jsonl")
+    base["log_likelihood"] -= 0.25  # asked again, it would not have this value
+    (run / "eval_base.jsonl").write_text(json.dumps(base) + "\n")
+    (run / "manifest.json").unlink()  # else it is damaged
+    summary = train(load_config(CONFIG, overrides), str(run))
+    said = capsys.readouterr().out
+    assert "(and once more for rloo)" in said
+    assert "primary comparisons: seal-rloo, by accuracy" in said
+    assert list(summary["arms"]) == ["base", "passage", "own", "seal", "rloo"]
+    assert summary["arms"]["base"]["log_likelihood"] == base["log_likelihood"]
+    (seal,), (rloo,) = (read_jsonl(folder / "metrics.jsonl") for folder in (run, run / "rloo"))
+    for name in ("inner/runs", "reward/mean", "reliability/accuracy/variance_within"):
+        assert seal[name] == rloo[name]
+    assert seal["policy/loss_first"] != rloo["policy/loss_first"]
+    assert (run / "summary.md").read_text().startswith("**Primary comparisons, stated before")
+    good, damaged = verify_run(str(run))
+    assert {"rloo/checkpoints/1", "eval_base.jsonl", "eval_rloo.jsonl"} <= {*good} and not damaged
+    assert find_run(run / "rloo").root == run
 
 
 def test_a_run_that_is_told_to_end_finishes_its_wave_and_goes_on(finished, tmp_path):

@@ -35,6 +35,7 @@ def hide_torch() -> None:
 
 def before_line(file: str, line: int, happens) -> None:
     """Let something happen before that line (counted from 1) enters the file."""
+    from seal_jax.commands.generate import by_endpoint
     from seal_jax.hosts import files as metrics
     from seal_jax.outer import ledger, step_log
 
@@ -49,7 +50,8 @@ def before_line(file: str, line: int, happens) -> None:
                 happens()
         metrics.append_json(path, entry)
 
-    ledger.append_json = step_log.append_json = append_json
+    for writer in (ledger, step_log, by_endpoint):
+        writer.append_json = append_json
 
 
 def _count_lines(path) -> int:

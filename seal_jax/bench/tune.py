@@ -134,7 +134,7 @@ def make(stages: Stages, runs: Sequence[InnerRun]) -> Outcomes:
     """Train, ask and score the runs, as many at once as the stages take."""
     with tempfile.TemporaryDirectory() as folder:
         ledger = f"{folder}/runs.jsonl"
-        examination = Examination(partial(all_of, list(runs)), ledger, "bench tune")
+        examination = Examination(partial(all_of, list(runs)), ledger, "bench tune", golds=True)
         return evaluate(stages, inner_base(stages, stages.model.params), examination)
 
 

@@ -4,7 +4,7 @@
   train.py     a whole run
   eval.py      the final table for a policy at hand
   tune.py      the inner loop's settings that suit a model
-  generate.py  self-edits for passages of your own
+  generate/    self-edits for passages, by a model here or behind an endpoint
   export/      adapters for PEFT, models for transformers
   doctor/      what would stop a run later
   plan.py      does a run fit a slice

@@ -46,6 +46,7 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> None:
     from seal_jax.hosts.exchange import ask_first
     from seal_jax.hosts.folder_lock import hold
     from seal_jax.outer.comparison import compare
+    from seal_jax.outer.external import read_external
     from seal_jax.outer.problems import split_problems
     from seal_jax.runs.checkpoint import tree_hash
     from seal_jax.train import evaluate
@@ -55,11 +56,12 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> None:
     with hold(workdir):
         stages = make_stages(settings_of(config))
         _, held_out = split_problems(stages.settings, stages.task)
+        external = read_external(stages, held_out)
         with jax.transfer_guard("disallow"):
             policies = {"base": stages.model.params, "seal": policy_params(stages, policy)}
-            claim_workdir(config, workdir)
+            claim_workdir(config, workdir, external.digests)
             claim_policy(workdir, policy, tree_hash(policies["seal"]))
-            compare(stages, evaluate, policies, held_out, workdir)
+            compare(stages, evaluate, policies, held_out, workdir, external=external.edits)
 
 
 def claim_policy(workdir: str, policy: str, policy_hash: str) -> None:

@@ -29,10 +29,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from seal_jax.config.table import FIELDS, PLAIN, Allowed, Field, choice, rule_like, weights
+from seal_jax.config.check_arms import arm_conflicts
+from seal_jax.config.table import FIELDS, PLAIN, Allowed, Field, choice, rule_like, some_of, weights
+from seal_jax.hosts.endpoint import check_url
 from seal_jax.hosts.json_text import parse_json
 from seal_jax.objectives import OBJECTIVES
-from seal_jax.outer.judge import check_url
 from seal_jax.outer.rewards import find_reward, reward_names
 from seal_jax.tasks import GIVEN, TASKS
 
@@ -51,10 +52,11 @@ def default_config() -> ConfigDict:
     Only `task`, `reward.weights`, `model.template_args` and the sections named `*_kwargs` take new
     ones.
     """
-    config = ConfigDict(_nest({key: field.default for key, field in FIELDS.items()}))
+    config = _to_config({key: field.default for key, field in FIELDS.items()})
     config.lock()
     for key in ("task", *_FREE):
-        _section(config, key).unlock()
+        if isinstance(section := _section(config, key), ConfigDict):
+            section.unlock()
     return config
 
 
@@ -138,7 +140,7 @@ def from_json(text: str, where: str = "config") -> ConfigDict:
     for key, field in FIELDS.items():
         if field.default is None and isinstance(values.get(key), str):
             values[key] = _parse(key, field.allowed, values[key])
-    config = ConfigDict(_nest(values))
+    config = _to_config(values)
     validate(config)
     config.lock()
     return config
@@ -167,6 +169,16 @@ def diff(old: ConfigDict | str, new: ConfigDict | str, where: str = "config") ->
 # --- the table's reading of a config ---
 
 
+def _to_config(values: Mapping[str, Any]) -> ConfigDict:
+    nested = _nest(values)
+    held_out = nested.get("eval")
+    if isinstance(held_out, dict):
+        # The names in eval.texts may have dots, which a ConfigDict's may not: dicts stay dicts.
+        held_out = {k: dict(v) if isinstance(v, Mapping) else v for k, v in held_out.items()}
+        nested["eval"] = ConfigDict(held_out, convert_dict=False)
+    return ConfigDict(nested)
+
+
 def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in values.items():
@@ -187,7 +199,7 @@ def flatten(
             yield key, value
 
 
-def _section(config: ConfigDict, name: str) -> ConfigDict:
+def _section(config: ConfigDict, name: str) -> ConfigDict | dict[str, Any]:
     """Return a section; '' is the whole."""
     for part in filter(None, name.split(".")):
         config = config[part]
@@ -204,6 +216,7 @@ def _fields_for(task_name: Any) -> dict[str, Field]:
         "task.name": choice(*TASKS),
         "outer.objective": choice(*OBJECTIVES),
         "reward.weights": weights(*reward_names()),
+        "eval.objectives": some_of(*OBJECTIVES),
     }
     return own | FIELDS | {key: FIELDS[key]._replace(allowed=one) for key, one in found.items()}
 
@@ -242,6 +255,7 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
             f"checkpoint.best = {values['checkpoint.best']}: the best are those of the highest"
             " eval/reward, which is measured only with eval.every > 0"
         )
+    yield from arm_conflicts(values)
     name = values["task.name"]
     taken = _task_defaults(name)
     given = {k.removeprefix("task."): v for k, v in values.items() if k.startswith("task.")}
@@ -253,7 +267,7 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     except ValueError as error:
         yield f"task: {error}"
     try:
-        check_url(values["reward.judge_url"])
+        check_url(values["reward.judge_url"], "reward.judge_url")
     except ValueError as error:
         yield str(error)
     try:
@@ -286,6 +300,9 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
             raise ConfigError(f"override {key}={text}: {_unknown_key(key, fields)}")
         allowed = fields[key].allowed
     parent = _section(config, section)
+    if isinstance(parent, dict):  # see `_to_config`
+        parent[leaf] = _parse(key, allowed, text)
+        return
     with parent.unlocked(), parent.ignore_type():
         parent[leaf] = _parse(key, allowed, text)
 

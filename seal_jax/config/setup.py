@@ -122,6 +122,17 @@ def configured_objective(settings: Settings) -> Objective:
     return objective
 
 
+def further_objectives(settings: Settings) -> dict[str, Objective]:
+    """Return the objectives of `eval.objectives`, by name; see `configured_objective`."""
+    held, outer = settings.eval, settings.outer
+    found = {}
+    for name in held.objectives:
+        options = held.objective_kwargs.get(name, {})
+        asked = outer._replace(objective=name, objective_kwargs=options)
+        found[name] = configured_objective(settings._replace(outer=asked))
+    return found
+
+
 def make_update(stages: Stages, objective: Objective) -> tuple[PolicyUpdate, TrainState]:
     """Return the policy update that the settings ask for, and the state before the first step."""
     settings, model = stages.settings, stages.model
@@ -218,9 +229,12 @@ def resident_bytes(settings: Settings, model: Model, mesh: Mesh) -> int:
     optimizer = optimizer_of(outer)
     state = state_shapes(model.config, model.params, optimizer, **_lora_sizes(outer))
     state = state.adapters, state.opt_state  # a value head is nothing beside them
-    # While a policy is trained there is the base too; in the end, every policy that was trained.
-    training = policy + tree_bytes(shaped(state, param_shardings(mesh, state, model.config.rules)))
-    comparing = policy * (2 if settings.eval.random_control else 1)
+    # While a policy is trained there are the base and those that were trained before; in the end,
+    # every policy that was trained. The random control, the last one, makes no inner runs.
+    trained = 1 + len(settings.eval.objectives)
+    training = tree_bytes(shaped(state, param_shardings(mesh, state, model.config.rules)))
+    training += policy * trained
+    comparing = policy * (trained + settings.eval.random_control)
     own = 0 if settings.inner.quantize == "none" else policy  # a quantized base is one more
     return max(training, comparing) + own
 

@@ -9,10 +9,14 @@ import ast
 import functools
 import importlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
+
+from seal_jax.outer.differences import SCORES
+from seal_jax.tasks.knowledge.texts import path_of
 
 
 class Allowed(NamedTuple):
@@ -161,6 +165,13 @@ def _names(*choices: str) -> Allowed:
     return Allowed(f"a tuple of different names from {', '.join(choices)}", test, _parse_names)
 
 
+def some_of(*choices: str) -> Allowed:
+    """Allow a tuple of different names from `choices`, or none."""
+    one = _names(*choices)
+    text = f"{one.text}, or ()"
+    return Allowed(text, lambda v: isinstance(v, tuple) and not v or one.test(v), one.parse)
+
+
 def weights(*names: str) -> Allowed:
     """Allow a non-empty dict of finite weights for `names`."""
 
@@ -173,6 +184,7 @@ def weights(*names: str) -> Allowed:
 
 
 _TEXT = Allowed("a non-empty string", lambda v: isinstance(v, str) and v != "", _unquote)
+_ANY_TEXT = Allowed("a string", lambda v: isinstance(v, str), _unquote)
 _STRINGS = Allowed(
     "a tuple of non-empty strings",
     lambda v: isinstance(v, tuple) and all(isinstance(s, str) and s for s in v),
@@ -194,13 +206,32 @@ PLAIN = Allowed(
 )
 
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}")
+
+
+def _is_files_of_texts(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    try:
+        return all(_NAME.fullmatch(name) and path_of(at) for name, at in value.items())
+    except (ValueError, TypeError, AttributeError):  # names and paths of another type
+        return False
+
+
+_FILES_OF_TEXTS = Allowed(
+    "a dict {'NAME': 'json:FILE'}; a name has at most 40 letters, digits and . _ + -",
+    _is_files_of_texts,
+    ast.literal_eval,
+)
+
+
 def rule_like(default: Any) -> Allowed:
     """Allow what a task's default suggests; the task itself checks the rest."""
     rules = {
         bool: _FLAG,
         int: Allowed("an integer", _is_int, int),
         float: _real(),
-        str: Allowed("a string", lambda v: isinstance(v, str), _unquote),
+        str: _ANY_TEXT,
     }
     return rules.get(type(default), PLAIN)
 
@@ -318,6 +349,18 @@ FIELDS: dict[str, Field] = {
     "eval.every": Field(0, _integer(0)),  # outer steps between looks at its reward; 0: none
     "eval.random_control": Field(True, _FLAG),  # a policy trained on random self-edits
     "eval.num_bootstrap": Field(10000, _COUNT),
+    # Self-edits that others wrote on the held-out problems, as {'gpt-4.1': 'json:FILE'}: a further
+    # row of the table each. See tasks/knowledge/texts.py for the forms of file.
+    "eval.texts": Field({}, _FILES_OF_TEXTS, added=True),
+    # Further policies, each trained by one of these objectives at as many inner runs, in
+    # WORKDIR/NAME; and their options, as {'grpo': {'clip': 0.1}}.
+    "eval.objectives": Field((), _STRINGS, added=True),
+    "eval.objective_kwargs": Field({}, _KEYWORDS, added=True),
+    # Comparisons that are stated before the run, as ('seal-own', 'seal-random'), and in what.
+    "eval.primary": Field((), _STRINGS._replace(parse=_parse_names), added=True),
+    "eval.primary_score": Field("accuracy", choice(*SCORES), added=True),
+    # An earlier run's folder or summary.json: how large a difference this one can show.
+    "eval.pilot": Field("", _ANY_TEXT, placement=True, added=True),
     "checkpoint.keep": Field(2, _COUNT, placement=True),  # 1 leaves nothing to fall back on
     # Those of the highest eval/reward stay beside the latest.
     "checkpoint.best": Field(0, _integer(0), placement=True),

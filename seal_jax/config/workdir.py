@@ -7,19 +7,22 @@ import fnmatch
 import json
 import os
 import time
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
 from seal_jax.config.load import diff, to_json
 from seal_jax.hosts import manifest
-from seal_jax.hosts.exchange import ask_first, exchange
-from seal_jax.hosts.files import write_json
+from seal_jax.hosts.exchange import ask_first, exchange, is_first
+from seal_jax.hosts.files import read_json, write_json
 from seal_jax.hosts.folder_lock import NAME
 from seal_jax.hosts.group import timeout_seconds
 from seal_jax.hosts.json_text import read_text
 from seal_jax.hosts.outputs import check_output
+from seal_jax.tasks.knowledge.texts import digest_of, path_of
 
 SWEEP = "tune_sweep.json"  # says what a sweep is over
+_TEXTS = "texts.json"
 # What a run that was killed before it had claimed the folder may leave there.
 _LEFT = (NAME, ".config.json.*.tmp")
 
@@ -39,8 +42,24 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
                 f"{workdir} belongs to another config; this one differs in\n{difference}\n"
                 "Choose another --workdir, or go back to that config."
             )
+        _refuse_changed_texts(config, workdir)
     elif os.path.exists(workdir) and not all(map(_is_left, os.listdir(workdir))):
         raise ValueError(f"{workdir} is not empty and has no config.json: choose another --workdir")
+
+
+def _refuse_changed_texts(config: ConfigDict, workdir: str) -> None:
+    """Refuse a folder whose rows of `eval.texts` were made of other files than these now are.
+
+    The first process alone reads them: the others need not have them.
+    """
+    claimed = read_json(os.path.join(workdir, _TEXTS)) if is_first() else None
+    for name, digest in (claimed or {}).items():
+        path = path_of(config.eval.texts[name])
+        if digest_of(read_text(path)) != digest:
+            raise ValueError(
+                f"{workdir} belongs to other texts of {name!r}: {path} has changed since the run"
+                " began. Choose another --workdir, or go back to those texts."
+            )
 
 
 def refuse_other_kind(workdir: str, evaluates: bool = False, tunes: bool = False) -> None:
@@ -85,8 +104,11 @@ def _is_left(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _LEFT)
 
 
-def claim_workdir(config: ConfigDict, workdir: str) -> None:
+def claim_workdir(config: ConfigDict, workdir: str, texts: Mapping[str, str] = {}) -> None:
     """Write config.json and the manifest, once model and data are known to be good.
+
+    Args:
+      texts: digests of the files of `eval.texts`, which are part of what the run is.
 
     Raises:
       ValueError: not every process sees it there, or another run claimed it before it was held.
@@ -96,10 +118,12 @@ def claim_workdir(config: ConfigDict, workdir: str) -> None:
     path = os.path.join(workdir, "config.json")
     patience = time.monotonic() + timeout_seconds() / 10
     if os.path.exists(path):
-        for folder in (workdir, os.path.join(workdir, "random")):
+        for folder in manifest.arm_folders(workdir):
             manifest.take_up(folder)
         manifest.begin(workdir)  # a run of an older version has none
     write_json(path, {**json.loads(to_json(config)), manifest.KEY: manifest.MANIFEST})
+    if texts:
+        write_json(os.path.join(workdir, _TEXTS), texts)
     manifest.begin(workdir)
     manifest.update(workdir)
     ask_first("config.json", lambda: None)  # it is written

@@ -7,6 +7,7 @@ failure.py     one fails, and the others end too
 preemption.py  SIGTERM
 folder_lock.py one run at a time in a folder
 memory.py      how many bytes each device has
+endpoint.py    requests to an OpenAI-compatible endpoint
 json_text.py   how text and JSON are read
 outputs.py     what could not be written, said before the work
 files.py       JSON and lines of JSON

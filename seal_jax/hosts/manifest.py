@@ -11,7 +11,8 @@ more. A line-by-line file (.jsonl) may be longer than its entry: its first bytes
 
 A CRC-32 can be carried on from the end of an entry, so that no line is read twice. Checkpoints and
 adapters have hashes of their own; the manifest says which there are, and by their hash that each is
-the one that was written there. RUN/random has its own manifest.
+the one that was written there. RUN/random has its own manifest, and so has every other arm that is
+trained in a folder of its own.
 """
 
 import json
@@ -29,7 +30,7 @@ from seal_jax.hosts.replacing import replace_text
 MANIFEST = "manifest.json"
 KEY = "manifest"  # config.json has it, so that a manifest that is lost is missed
 _FILES = (
-    *("config.json", "policy.json", "summary.json", "summary.md", "model/**/*"),
+    *("config.json", "policy.json", "texts.json", "summary.json", "summary.md", "model/**/*"),
     *("metrics.jsonl", "edits.jsonl", "eval_*.jsonl", "pending_*.jsonl", "judged_*.json"),
     *(
         "tune.json",
@@ -41,7 +42,7 @@ _FILES = (
     ),
 )
 _REMADE = (
-    *(MANIFEST, "summary.", "eval_", "pending_", "adapters/", "checkpoints/", "random"),
+    *(MANIFEST, "summary.", "eval_", "pending_", "adapters/", "checkpoints/"),
     *("tune.", "tune_runs", "tune_texts_"),
 )
 _ABSENT = "was written and is not there"
@@ -173,7 +174,7 @@ def added(folder: str | os.PathLike) -> dict[str, str]:
       ValueError: the manifest is damaged.
     """
     folder = Path(folder).absolute()
-    roots = [folder, folder.parent] if folder.name == "random" else [folder]
+    roots = [folder, folder.parent] if folder.name in arm_names(folder.parent) else [folder]
     if not any(found and "summary.json" in found.files for found in map(read_manifest, roots)):
         return {}
     return {name: _LATE for name in not_entered(folder) if name not in _SUMMARY}
@@ -201,8 +202,9 @@ def losses(folder: str | os.PathLike) -> dict[str, str]:
         return {MANIFEST: _ABSENT} if _is_missed(Path(folder)) else {}
     lost = {name: _compare(Path(folder, name), entry) for name, entry in found.files.items()}
     lost |= {name: _ABSENT for name in found.folders if not Path(folder, name).is_dir()}
-    if "random" in found.folders and not Path(folder, "random", MANIFEST).exists():
-        lost[f"random/{MANIFEST}"] = _ABSENT
+    for arm in arm_names(folder):
+        if arm in found.folders and not Path(folder, arm, MANIFEST).exists():
+            lost[f"{arm}/{MANIFEST}"] = _ABSENT
     lost |= {_checkpoint(step): _ABSENT for step in lost_checkpoints(folder)}
     return {name: why for name, why in sorted(lost.items()) if why}
 
@@ -259,7 +261,7 @@ def refuse_damaged(root: str | os.PathLike, reads: tuple[str, ...] = ("",)) -> N
     """
     damaged = [
         (place, f"{place}{name} {why}")
-        for place in ("", "random/")
+        for place in ("", *(f"{arm}/" for arm in arm_names(root)))
         for name, why in losses(Path(root, place)).items()
         if name.startswith(reads) and not _is_remade(Path(root, place), name)
     ]
@@ -282,7 +284,28 @@ def take_up(folder: str | os.PathLike) -> None:
 
 def _is_remade(folder: str | os.PathLike, name: str) -> bool:
     """Return whether a run that goes on makes a lost thing again, or does without."""
-    return name.startswith(_REMADE) and not Path(folder, name).exists()
+    is_made = name.startswith(_REMADE) or name.partition("/")[0] in arm_names(folder)
+    return is_made and not Path(folder, name).exists()
+
+
+def arm_names(root: str | os.PathLike) -> list[str]:
+    """Return the names of the folders in a run's that are, or were, the runs of other arms.
+
+    A run of its own (it has config.json) is none.
+    """
+    try:
+        found = read_manifest(root)
+    except ValueError:
+        found = None  # `losses` says that it is damaged
+    entered = {name for name in found.folders if "/" not in name} if found else set()
+    there = {path.parent for path in Path(root).glob(f"*/{MANIFEST}")}
+    there = {path.name for path in there if not (path / "config.json").exists()}
+    return sorted({"random"} | entered | there)
+
+
+def arm_folders(root: str | os.PathLike) -> list[Path]:
+    """Return a run's folder and those of its other arms, of which some may be lost."""
+    return [Path(root), *(Path(root, arm) for arm in arm_names(root))]
 
 
 def _checkpoint_steps(folder: str | os.PathLike) -> frozenset[int]:
@@ -328,8 +351,7 @@ def _written(folder: Path) -> Iterator[Path]:
 
 
 def _folders(folder: Path) -> Iterator[str]:
-    if (folder / "random" / MANIFEST).exists():
-        yield "random"
+    yield from (arm for arm in arm_names(folder) if (folder / arm / MANIFEST).exists())
     for path in folder.glob(f"adapters/[!.]*/{_RECORD}"):
         if ".orbax-checkpoint-tmp" not in path.parts[-3]:  # half written
             yield f"adapters/{path.parts[-3]}"

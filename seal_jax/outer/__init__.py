@@ -12,7 +12,11 @@ reliability.py    how far a reward can be trusted; which self-edits get more see
 policy_update.py  the policy is trained: which rows, how often, in which batches
 policy_step.py    the same on the devices: the loss, and one training step
 step_log.py       what a step writes down: metrics, and a line for every self-edit
-comparison.py     the final table on held-out problems
+external.py       self-edits that somebody else wrote, for further rows of the table
+comparison.py     the final table on held-out problems: its arms
+differences.py    means and paired differences of the arms, and how small a one can show
+examples.py       the first questions, before and after
+summary_text.py   the table as text, with what it can show
 sweep.py          settings of the inner loop, tried by successive halving
 sweep_report.py   what a sweep has found, as a table and a picture
 """

@@ -18,7 +18,7 @@ from seal_jax.models.padded_lengths import bucket_of
 from seal_jax.models.thoughts import Thoughts, read
 from seal_jax.models.transformer import hidden_states
 from seal_jax.outer.problems import Batch
-from seal_jax.outer.rewards import ELSEWHERE
+from seal_jax.outer.rewards import ELSEWHERE, Outcome
 from seal_jax.outer.stages import Stages, exam_prompts, thoughts_of
 from seal_jax.outer.waves import InnerRun, Wave
 from seal_jax.sampling.draw import make_settings
@@ -114,12 +114,8 @@ def baseline_accuracy(stages: Stages, params: Params, batch: Batch) -> list[floa
 
 def baseline_marks(stages: Stages, params: Params, batch: Batch) -> Marks:
     """Return the marks of the unadapted policy on each problem, question by question."""
-    prompts = [prompt for posed in batch for prompt in exam_prompts(stages, *posed)]
-    answers = iter(_ask(stages, params, None, [prompts])[0])
-    return [
-        marks_of(stages.task, *posed, [next(answers) for _ in prompts_of(stages.task, *posed)])
-        for posed in batch
-    ]
+    answers = _baseline_answers(stages, params, batch)
+    return [marks_of(stages.task, *posed, a) for posed, a in zip(batch, answers, strict=True)]
 
 
 def baseline_logp(stages: Stages, params: Params, batch: Batch) -> list[list[float]]:
@@ -128,23 +124,59 @@ def baseline_logp(stages: Stages, params: Params, batch: Batch) -> list[list[flo
     return mean_logp(stages.model, params, None, golds, mesh=stages.mesh)
 
 
-def gold_logp(
-    stages: Stages, params: Params, adapters: Adapters, wave: Wave
-) -> list[list[float] | None]:
-    """Return log p per token of the gold answers under each adapter; None if no reward asks.
+def _baseline_answers(stages: Stages, params: Params, batch: Batch) -> list[list[str]]:
+    prompts = [prompt for posed in batch for prompt in exam_prompts(stages, *posed)]
+    answers = iter(_ask(stages, params, None, [prompts])[0])
+    return [[next(answers) for _ in prompts_of(stages.task, *posed)] for posed in batch]
+
+
+def base_outcomes(
+    stages: Stages, params: Params, runs: Sequence[InnerRun], golds: bool
+) -> list[Outcome]:
+    """Return what the unadapted model achieves in each run's exam.
+
+    Args:
+      golds: whether it is measured how likely the gold answers are.
+    """
+    batch = [(run.problem, run.exam) for run in runs]
+    logps: list[float | None] = [None] * len(runs)
+    if golds:
+        texts = [_gold_texts(stages, run.problem, run.exam) for run in runs]
+        flat = [text for group in texts for text in group]
+        size = max(1, min(stages.settings.answer.max_rows, len(flat)))
+        found: list[float] = []
+        for i in range(0, len(flat), size):
+            rows = (flat[i : i + size] * size)[:size]  # one program: the last rows are repeated
+            found += mean_logp(stages.model, params, None, [rows], mesh=stages.mesh)[0]
+        values = iter(found)
+        logps = [float(np.mean([next(values) for _ in group])) for group in texts]
+    answers = _baseline_answers(stages, params, batch)
+    return [
+        Outcome(
+            float(np.mean(marks_of(stages.task, *posed, given))),
+            logp,
+            np.nan,
+            np.nan,
+            tuple(given),
+            0,
+        )
+        for posed, given, logp in zip(batch, answers, logps, strict=True)
+    ]
+
+
+def gold_logp(stages: Stages, params: Params, adapters: Adapters, wave: Wave) -> list[list[float]]:
+    """Return log p per token of the gold answers under each adapter.
 
     Of several gold answers to a question it is the first. Those to its own exam come first, then
     those to the exams of kind ELSEWHERE.
     """
-    if "log_likelihood" not in stages.settings.reward.weights:
-        return [None] * len(wave.places)
     golds = [
         [text for posed in _scored(place.run) for text in _gold_texts(stages, *posed)]
         if place
         else []
         for place in wave.places
     ]
-    return list(mean_logp(stages.model, params, adapters, golds, mesh=stages.mesh))
+    return mean_logp(stages.model, params, adapters, golds, mesh=stages.mesh)
 
 
 def _scored(run: InnerRun) -> list[tuple[Problem, Exam]]:

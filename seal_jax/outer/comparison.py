@@ -5,13 +5,15 @@ Every arm answers the same questions without the passage:
   passage    trained on the passage
   own edit   passage + the base policy's own self-edit
   seal       passage + the self-edit of the SEAL-trained policy, applied to that policy
+  NAME       the same for a policy that was trained by another objective, eval.objectives
   random     the same for the policy that was trained on randomly chosen self-edits
+  external   passage + a self-edit that someone else wrote, one arm for each of them
 
-Intervals are of a paired bootstrap: problems are drawn with replacement, and all arms share each
-draw.
+Beside the share of right answers stands how likely the gold answers are, which has no ties.
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,30 +23,22 @@ import numpy as np
 from seal_jax.hosts import manifest
 from seal_jax.hosts.files import write_json, write_text
 from seal_jax.keys import EVAL_STEP
-from seal_jax.outer.answers import baseline_accuracy
+from seal_jax.outer.answers import base_outcomes
+from seal_jax.outer.differences import SCORES, bootstrap, compare_pairs, pairs_of, read_pair
 from seal_jax.outer.examination import outcomes_of
-from seal_jax.outer.ledger import Outcomes
+from seal_jax.outer.examples import ArmRuns, examples_of
+from seal_jax.outer.ledger import Outcomes, append_outcome, read_ledger
 from seal_jax.outer.problems import Batch, OuterStep
 from seal_jax.outer.stages import Edits, Stages, inner_base, parse, sample
+from seal_jax.outer.summary_text import TITLES, to_markdown
 from seal_jax.outer.waves import Examination, all_of, inner_runs
-from seal_jax.tasks.task import Rejected
+from seal_jax.tasks.task import Rejected, SelfEdit, asks_once
 from seal_jax.tasks.task import titles_of as task_titles
 from seal_jax.types import Params
 
-# What the table calls the arms, and what was asked; a task may have `titles` of its own.
-TITLES = {
-    "base": "base model",
-    "passage": "trained on the passage",
-    "own": "passage + own self-edit",
-    "seal": "passage + self-edit of the SEAL policy",
-    "random": "passage + self-edit of the random-control policy",
-    "problems": "passages",
-    "questions": "questions asked without the passage",
-}
-
-
 # Trains, asks and grades inner runs: see `train.evaluate`.
 Evaluate = Callable[[Stages, Params, Examination], Outcomes]
+Scores = dict[str, dict[str, np.ndarray]]  # f64[P] by score and arm
 
 
 def compare(
@@ -54,40 +48,41 @@ def compare(
     problems: Batch,
     workdir: str,
     reliability: Mapping[str, float] | None = None,
+    external: Mapping[str, Edits] = {},
 ) -> dict[str, Any]:
     """Test every arm on the problems; write summary.json and summary.md, and return the former.
 
     Args:
-      policies: 'base', and where they exist 'seal' and 'random'.
+      policies: 'base', and where they exist 'seal', those of eval.objectives, and 'random'.
       reliability: of the rewards that 'seal' was trained on, see `mean_reliability`.
+      external: for each further arm, self-edits [P][R] that someone else wrote, applied to the base
+        model; none for a problem on which the arm has nothing.
+
+    Raises:
+      ValueError: an external arm has the name of another, or nothing on any problem.
     """
     settings, base = stages.settings, policies["base"]
-    examine = partial(run_arm, stages, evaluate, problems, workdir)
-    titles = titles_of(stages)
-    accuracy = {"base": np.array(baseline_accuracy(stages, inner_base(stages, base), problems))}
-    edits = [[stages.task.passage_only(problem)] for problem, _ in problems]
-    accuracy["passage"], _ = examine("passage", base, edits)
-    num_rejected = {}
+    refuse_external(external, policies)
+    titles = titles_of(stages, [*policies, *external], external)
+    arms = {"base": run_base(stages, inner_base(stages, base), problems, workdir)}
+
+    def run(arm: str, params: Params, edits: Edits) -> None:
+        label = f"held-out, {titles[arm]}"
+        arms[arm] = run_arm(stages, evaluate, problems, workdir, (arm, label), params, edits)
+
+    run("passage", base, [[stages.task.passage_only(problem)] for problem, _ in problems])
     for name, params in policies.items():
         arm = "own" if name == "base" else name
-        label = f"held-out, {titles[arm]}"
-        step = OuterStep(EVAL_STEP, label, workdir, problems)
+        step = OuterStep(EVAL_STEP, f"held-out, {titles[arm]}", workdir, problems)
         _, texts = sample(stages, params, step, settings.eval.num_edits)
-        edits = parse(stages, problems, texts)
-        accuracy[arm], num_rejected[arm] = examine(arm, params, edits)
+        run(arm, params, parse(stages, problems, texts))
+    for name, edits in external.items():
+        run(name, base, edits)
     summary = {
-        "num_problems": len(problems),
-        "num_questions": sum(len(exam.questions) for _, exam in problems),
+        **summarize(stages, problems, arms, external),
         "titles": titles,
-        "num_edits": settings.eval.num_edits,
-        "num_seeds": settings.eval.num_seeds,
-        "rejected_self_edits": num_rejected,
         "reward_reliability": dict(reliability or {}),
-        "arms": bootstrap(accuracy, settings.eval.num_bootstrap, settings.seed),
-        "accuracy_by_problem": {
-            problem.id: {arm: float(values[p]) for arm, values in accuracy.items()}
-            for p, (problem, _) in enumerate(problems)
-        },
+        "examples": examples_of(stages.task, problems, arms),
     }
     # summary.json last: where it is, the run is done.
     write_text(os.path.join(workdir, "summary.md"), to_markdown(summary))
@@ -96,9 +91,53 @@ def compare(
     return summary
 
 
-def titles_of(stages: Stages) -> dict[str, str]:
-    """Return what the table calls things in this task."""
-    return {**TITLES, **task_titles(stages.task)}
+def refuse_external(external: Mapping[str, Edits], arms: Mapping[str, Any]) -> None:
+    """Refuse an external arm that cannot be one.
+
+    Args:
+      arms: the other arms, by name.
+
+    Raises:
+      ValueError: it has the name of another arm or none that a file can have, or no self-edit.
+    """
+    for name, edits in external.items():
+        if name in TITLES or name in arms:
+            raise ValueError(f"external texts {name!r}: that is the name of another arm")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+            raise ValueError(
+                f"external texts {name!r}: expected a name of letters, digits, . _ + -"
+            )
+        if not any(edits):
+            raise ValueError(f"external texts {name!r}: none for any of the held-out problems")
+
+
+def titles_of(
+    stages: Stages, arms: Sequence[str] = (), external: Mapping[str, Any] = {}
+) -> dict[str, str]:
+    """Return what the table calls things in this task, and these arms."""
+    titles = {**TITLES, **task_titles(stages.task)}
+    made = {arm: titles["external" if arm in external else "objective"].format(arm) for arm in arms}
+    return made | titles
+
+
+def run_base(stages: Stages, params: Params, problems: Batch, workdir: str) -> ArmRuns:
+    """Return what the base model answers, an inner run that trains nothing; asked once per run.
+
+    Args:
+      params: the frozen base of inner loop and answers.
+    """
+    edits = [[SelfEdit(problem.id, "", "", ())] for problem, _ in problems]
+    runs = inner_runs(problems, edits, EVAL_STEP, [0])
+    ledger = os.path.join(workdir, "eval_base.jsonl")
+    outcomes = read_ledger(ledger, runs)
+    if all_of(runs, outcomes):
+        golds = asks_once(stages.task)
+        for run, outcome in zip(runs, base_outcomes(stages, params, runs, golds), strict=True):
+            if run.name not in outcomes:
+                outcomes[run.name] = outcome
+                append_outcome(ledger, run, outcome)
+        manifest.update(workdir)
+    return ArmRuns(edits, outcomes)
 
 
 def run_arm(
@@ -106,122 +145,108 @@ def run_arm(
     evaluate: Evaluate,
     problems: Batch,
     workdir: str,
-    arm: str,
+    arm: tuple[str, str],
     params: Params,
     edits: Edits,
-) -> tuple[np.ndarray, int]:
-    """Return the accuracy of each problem, f64[P], and how many self-edits were rejected.
-
-    A rejected self-edit, or one whose training was not finite, answered nothing: it counts as 0.
-    """
-    runs = inner_runs(problems, edits, EVAL_STEP, range(stages.settings.eval.num_seeds))
-    ledger = os.path.join(workdir, f"eval_{arm}.jsonl")
-    label = f"held-out, {titles_of(stages)[arm]}"
-    examination = Examination(partial(all_of, runs), ledger, label)
-    outcomes = evaluate(stages, inner_base(stages, params), examination)
-    accuracy = np.zeros(len(problems))
-    for p, (problem, _) in enumerate(problems):
-        for r in range(len(edits[p])):
-            found = [o.accuracy if o.finite else 0.0 for o in outcomes_of(problem.id, r, outcomes)]
-            accuracy[p] += float(np.mean(found or [0.0])) / len(edits[p])
-    return accuracy, sum(isinstance(edit, Rejected) for row in edits for edit in row)
-
-
-def bootstrap(
-    accuracy: Mapping[str, np.ndarray], num_samples: int, seed: int
-) -> dict[str, dict[str, Any]]:
-    """Return each arm's mean accuracy and its difference to 'own', with 95 % intervals.
-
-    And the difference of 'seal' to 'random': what selection by reward is worth.
+) -> ArmRuns:
+    """Apply an arm's self-edits to a policy and examine what becomes of it.
 
     Args:
-      accuracy: f64[P] for each arm, of the same problems in the same order.
+      arm: its name, and what people see of it.
     """
-    num_problems = len(next(iter(accuracy.values())))
-    rng = np.random.default_rng([seed, num_samples])
-    draws = rng.integers(num_problems, size=(num_samples, num_problems))
+    name, label = arm
+    runs = inner_runs(problems, edits, EVAL_STEP, range(stages.settings.eval.num_seeds))
+    ledger = os.path.join(workdir, f"eval_{name}.jsonl")
+    examination = Examination(partial(all_of, runs), ledger, label, asks_once(stages.task))
+    return ArmRuns(edits, evaluate(stages, inner_base(stages, params), examination))
 
-    def interval(values: np.ndarray) -> list[float]:
-        return np.percentile(values[draws].mean(axis=1), [2.5, 97.5]).tolist()
 
-    arms = {}
-    for arm, values in accuracy.items():
-        arms[arm] = {"accuracy": float(values.mean()), "interval": interval(values)}
-        if arm != "own":
-            difference = values - accuracy["own"]
-            arms[arm] |= {
-                "minus_own": float(difference.mean()),
-                "minus_own_interval": interval(difference),
+def summarize(
+    stages: Stages, problems: Batch, arms: Mapping[str, ArmRuns], external: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the numbers of summary.json: means, paired differences, and every problem's."""
+    held, seed = stages.settings.eval, stages.settings.seed
+    scores = scores_of(problems, arms)
+    draw = {"num_samples": held.num_bootstrap, "seed": seed}
+    stated = [read_pair(text, list(arms)) for text in held.primary]  # None: not in this table
+    pairs = [*filter(None, stated), *pairs_of([*arms], external)]
+    by_problem = {
+        f"{score}_by_problem": {
+            problem.id: {
+                arm: float(values[p]) for arm, values in found.items() if np.isfinite(values[p])
             }
-    if "seal" in accuracy and "random" in accuracy:
-        difference = accuracy["seal"] - accuracy["random"]
-        arms["seal"] |= {
-            "minus_random": float(difference.mean()),
-            "minus_random_interval": interval(difference),
+            for p, (problem, _) in enumerate(problems)
         }
-    return arms
+        for score, found in scores.items()
+    }
+    return {
+        "num_problems": len(problems),
+        "num_questions": sum(len(exam.questions) for _, exam in problems),
+        "num_edits": held.num_edits,
+        "num_seeds": held.num_seeds,
+        "rejected_self_edits": {
+            name: sum(isinstance(edit, Rejected) for row in arm.edits for edit in row)
+            for name, arm in arms.items()
+            if name not in ("base", "passage")
+        },
+        "not_finite": {name: bad for name, arm in arms.items() if (bad := _num_bad(name, arm))},
+        "arms": bootstrap(scores, **draw),
+        "differences": compare_pairs(scores, list(dict.fromkeys(pairs)), **draw),
+        "primary": [
+            {"stated": text, "pair": pair, "score": held.primary_score}
+            for text, pair in zip(held.primary, stated, strict=True)
+        ],
+        **by_problem,
+    }
 
 
-def mean_reliability(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the mean over outer steps of the reliability report in their metrics."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if name.startswith("reliability/"):
-                found.setdefault(name.removeprefix("reliability/"), []).append(value)
-    return {name: float(np.mean(values)) for name, values in found.items()}
+def _num_bad(name: str, arm: ArmRuns) -> int:
+    runs = () if name == "base" else arm.outcomes.values()
+    return sum(not one.finite for one in runs)
 
 
-def describe_reliability(report: Mapping[str, float]) -> list[str]:
-    """Return a line on how far the training rewards could be trusted; none without a report."""
-    parts = []
-    if "reliability_of_mean" in report:
-        parts.append(f"reliability {report['reliability_of_mean']:.2f}")
-        parts.append(f"{report['reliability_of_one']:.2f} of one seed")
-    if "gain_apparent" in report:
-        gain = f"the best self-edit looks {report['gain_apparent']:+.3f} better than the mean"
-        if "gain_cross_validated" in report:
-            gain += f" and is {report['gain_cross_validated']:+.3f}, cross-validated"
-        parts.append(gain)
-    return [f"Rewards in training (mean over outer steps): {'; '.join(parts)}."] if parts else []
+def scores_of(problems: Batch, arms: Mapping[str, ArmRuns]) -> Scores:
+    """Return each arm's scores of each problem: the mean over its self-edits of that over seeds.
+
+    A rejected self-edit, or one whose training was not finite, answered nothing: in accuracy it
+    counts as 0. In log-likelihood it counts as the base model's score of the problem, which is the
+    model that is left without it. Where an arm has no self-edit for a problem, or no log-likelihood
+    was measured (in a ledger of an older version), the score is nan.
+    """
+    found: Scores = {score: {} for score in SCORES}
+    base = arms["base"].outcomes
+    for name, arm in arms.items():
+        accuracy, dense = np.full((2, len(problems)), np.nan)
+        for p, (problem, _) in enumerate(problems):
+            left = base[problem.id, 0, 0]
+            if name == "base":
+                accuracy[p], dense[p] = left.accuracy, _number(left.log_likelihood)
+            elif row := arm.edits[p]:
+                seeds = [outcomes_of(problem.id, r, arm.outcomes) for r in range(len(row))]
+                accuracy[p] = np.mean([_accuracy(outcomes) for outcomes in seeds])
+                dense[p] = np.mean(
+                    [_log_likelihood(outcomes, left.log_likelihood) for outcomes in seeds]
+                )
+        found["accuracy"][name], found["log_likelihood"][name] = accuracy, dense
+    if all(np.isnan(values).all() for values in found["log_likelihood"].values()):
+        del found["log_likelihood"]
+    return found
 
 
-def to_markdown(summary: Mapping[str, Any]) -> str:
-    """Return the table, with what it can and cannot show."""
-    titles = TITLES | summary.get("titles", {})
+def _accuracy(outcomes: Sequence[Any]) -> float:
+    return float(np.mean([o.accuracy if o.finite else 0.0 for o in outcomes] or [0.0]))
 
-    def percent(value: float, interval: Sequence[float], sign: str = "") -> str:
-        low, high = (f"{100 * x:{sign}.1f}" for x in interval)
-        return f"{100 * value:{sign}.1f} [{low}, {high}]"
 
-    lines = [
-        "| method | accuracy, % [95 % interval] | minus own self-edit, points |",
-        "|---|---|---|",
+def _log_likelihood(outcomes: Sequence[Any], left: float | None) -> float:
+    """Return the mean over the seeds of a self-edit; `left` is that of the base model."""
+    values = [
+        _number(one.log_likelihood)
+        if one.finite and (one.log_likelihood is None or np.isfinite(one.log_likelihood))
+        else _number(left)
+        for one in outcomes
     ]
-    for arm, row in summary["arms"].items():
-        versus = ""
-        if "minus_own" in row:
-            versus = percent(row["minus_own"], row["minus_own_interval"], "+")
-        lines.append(f"| {titles[arm]} | {percent(row['accuracy'], row['interval'])} | {versus} |")
-    num, seal = summary["num_problems"], summary["arms"].get("seal", {})
-    if "minus_random" in seal:
-        versus = percent(seal["minus_random"], seal["minus_random_interval"], "+")
-        lines += [
-            "",
-            f"SEAL policy minus random control (what selection is worth): {versus} points",
-        ]
-    lines += [
-        "",
-        f"{num} held-out {titles['problems']}, {summary['num_questions']} {titles['questions']};"
-        f" {summary['num_edits']} self-edit(s) x {summary['num_seeds']} seed(s) for each."
-        f" Intervals: paired bootstrap over {titles['problems']}.",
-    ]
-    if num < 50:
-        lines.append(
-            f"With {num} {titles['problems']} the intervals are wide, and a bootstrap over so few"
-            " still makes them too narrow: a difference whose interval includes 0, or barely not,"
-            " is not shown."
-        )
-    lines += describe_reliability(summary.get("reward_reliability", {}))
-    lines.append(f"Rejected self-edits (counted as 0): {summary['rejected_self_edits']}")
-    return "\n".join(lines) + "\n"
+    return float(np.mean(values or [_number(left)]))
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value

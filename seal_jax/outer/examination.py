@@ -151,7 +151,8 @@ def reward(edits: Edits, evaluated: Evaluated | None, section: RewardSettings) -
 def examination_of(settings: Settings, step: OuterStep, edits: Edits, known: Known) -> Examination:
     """Return what is to be examined in a step."""
     to_make = partial(runs_to_make, settings, step, edits, known)
-    return Examination(to_make, pending(step.folder, step.number), step.label)
+    golds = "log_likelihood" in settings.reward.weights
+    return Examination(to_make, pending(step.folder, step.number), step.label, golds)
 
 
 def outcomes_of(problem_id: str, r: int, outcomes: Outcomes) -> list[Outcome]:

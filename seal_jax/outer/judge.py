@@ -5,25 +5,15 @@ contain, so that it cannot end the data and speak as we do. A verdict is strict 
 none: a failure of the judge is None, never a score.
 """
 
-import asyncio
-import functools
-import http
 import json
-import os
-import re
 import secrets
-import ssl
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import urlsplit
 
+from seal_jax.hosts.endpoint import Endpoint, Failure, ask, check_url
 from seal_jax.hosts.json_text import parse_json
-
-if TYPE_CHECKING:
-    import httpx2  # imported where a judge is asked: it takes 0.1 s
 
 _QUESTIONS = {
     "supported": "is every statement in it supported by the passage?",
@@ -39,9 +29,7 @@ _RULES = (
     + "\n".join(f"  {name}: {question}" for name, question in _QUESTIONS.items())
     + "\nAnswer with one JSON object with these keys and integer values, and nothing else."
 )
-_REFUSED = (*range(300, 400), 400, 401, 403, 404, 405, 407)  # asking again would not help
-_HOST = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"  # the last point stands for the root
-_MOST_BYTES = 2**20  # of an answer's body, decompressed; a verdict is some hundred
+_NO_VERDICT = Failure("no verdict")
 
 
 @dataclass(frozen=True)
@@ -76,129 +64,29 @@ def judge(
       ValueError: the server refuses the request itself (a wrong key, URL or model, a redirect), or
         URL, key, or the environment's proxy cannot be used.
     """
-    check_url(settings.url)
+    check_url(settings.url, "reward.judge_url")
     if not self_edit.strip():
         return 0.0
-    key = _key(settings.key_variable)
-    content = _content(settings, passage, self_edit)
-    for attempt in range(settings.num_tries):
-        answer = asyncio.run(_post(settings, key, content))
-        if answer.status in _REFUSED:
-            raise ValueError(_refusal(settings, key, answer))
-        score = parse_verdict(answer.body) if answer.status == 200 and answer.whole else None
-        if score is not None:
-            return score
-        if attempt + 1 < settings.num_tries:
-            after = answer.retry_after
-            wait(min(float(after) if after.isdecimal() else 2.0 ** min(attempt, 6), 60.0))
+    endpoint = Endpoint(
+        settings.url,
+        settings.key_variable,
+        settings.timeout,
+        settings.num_tries,
+        who="the judge",
+        url_option="reward.judge_url",
+        model_option="reward.judge_model",
+    )
+    found = ask(endpoint, _content(settings, passage, self_edit), _verdict, wait)
+    if not isinstance(found, Failure):
+        return found
+    if found.status:
+        raise ValueError(found.reason)
     return None
 
 
-def check_url(url: str) -> None:
-    """Raise ValueError unless it can be a judge's; a password in it is not repeated."""
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.port != 0 and parts.netloc[-1:] != ":"
-        host = parts.hostname or ""  # a name, an IPv4 address, or an IPv6 one of brackets
-        good = good and (":" in host or re.fullmatch(_HOST, host) is not None)
-    except ValueError:  # brackets, or a port that is none
-        good = False
-    secret = any(mark in url for mark in "@?#")
-    if not good or secret or not url.isascii() or not url.isprintable() or " " in url:
-        raise ValueError(
-            f"reward.judge_url{'' if secret else f' = {url!r}'}: needs http:// or https://, a host"
-            " and perhaps a port and a path. A name, a password or a key (@ ? #) would be written"
-            " into the run's folder: keys come from the environment"
-        )
-
-
-def _key(variable: str) -> str:
-    """Return the key of the environment, or ''."""
-    key = os.environ.get(variable, "")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(
-            f"${variable} has a space, a line break or another character that no key has"
-            " (it is not shown here)"
-        )
-    return key
-
-
-class _Answer(NamedTuple):
-    """What a server said, as far as it came."""
-
-    status: int = 0  # 0: nothing
-    retry_after: str = ""
-    body: bytes = b""
-    whole: bool = False
-
-
-async def _post(settings: Judge, key: str, content: bytes) -> _Answer:
-    """Return the answer to one request: no redirect is followed, no other credential is sent."""
-    import httpx2
-
-    url = f"{settings.url.rstrip('/')}/chat/completions"
-    headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    client, answer, body = _client(), _Answer(), bytearray()
-    try:
-        # The time limits of httpx2 are for each read: a server that drips would hold us forever.
-        async with (
-            asyncio.timeout(settings.timeout),
-            client,
-            client.stream("POST", url, content=content, headers=headers) as response,
-        ):
-            answer = _Answer(response.status_code, response.headers.get("Retry-After", ""))
-            if response.headers.get("Content-Encoding", "gzip").lower() not in ("gzip", "identity"):
-                return answer  # several layers could unpack for hours without a byte for us
-            async for piece in response.aiter_bytes():
-                body += piece
-                if len(body) > _MOST_BYTES:
-                    return answer
-        return answer._replace(body=bytes(body), whole=True)
-    except (httpx2.InvalidURL, UnicodeError) as error:  # a host that no name can be
-        raise ValueError(f"reward.judge_url = {settings.url!r}: not a URL: {error}") from error
-    except (httpx2.HTTPError, httpx2.StreamError, OSError):  # nobody there, too slow, or cut off
-        return answer
-
-
-def _client() -> "httpx2.AsyncClient":
-    """Return a client with the environment's proxy and certificates."""
-    import httpx2
-
-    try:
-        return httpx2.AsyncClient(verify=_certificates(), timeout=None, follow_redirects=False)
-    except (ValueError, OSError, ImportError, httpx2.InvalidURL) as error:
-        # Its text, and a trace with it, could show the proxy's password.
-        raise ValueError(
-            f"the environment's proxy or certificates cannot be used ({type(error).__name__}):"
-            " check $HTTP_PROXY, $HTTPS_PROXY, $ALL_PROXY, $NO_PROXY, $SSL_CERT_FILE and"
-            " $SSL_CERT_DIR"
-        ) from None
-
-
-@functools.cache
-def _certificates() -> ssl.SSLContext:
-    import httpx2
-
-    return httpx2.create_ssl_context()
-
-
-def _refusal(settings: Judge, key: str, answer: _Answer) -> str:
-    """Word a refusal, with the start of what the server said: without the key or control codes."""
-    try:
-        phrase = http.HTTPStatus(answer.status).phrase
-    except ValueError:
-        phrase = ""
-    said = answer.body.decode("utf-8", "replace")
-    said = said.replace(key, "***") if key else said
-    said = "".join(c if c.isprintable() else " " for c in said[:300])
-    hint = "; redirects are not followed" if 300 <= answer.status < 400 else ""
-    return (
-        f"the judge at {settings.url} refuses requests: HTTP {answer.status} {phrase}{hint};"
-        f" check reward.judge_url, reward.judge_model and ${settings.key_variable}"
-        + (f". It said: {said}" if said.strip() else "")
-    )
+def _verdict(body: bytes) -> float | Failure:
+    score = parse_verdict(body)
+    return _NO_VERDICT if score is None else score
 
 
 def judge_all(

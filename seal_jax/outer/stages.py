@@ -158,6 +158,18 @@ def parse(stages: Stages, batch: Batch, texts: Sequence[str]) -> list[list[Edit]
     ]
 
 
+def parse_given(stages: Stages, batch: Batch, texts: Sequence[Sequence[str]]) -> list[list[Edit]]:
+    """Return self-edits [P][any] that somebody else wrote: no thoughts of the model's are in them.
+
+    One that has a text beyond the model's context is rejected, as the model's own are.
+    """
+    limit = longest_text(stages)
+    return [
+        [_reject_unusable(stages, stages.task.parse(problem, text), limit) for text in row]
+        for (problem, _), row in zip(batch, texts, strict=True)
+    ]
+
+
 def longest_text(stages: Stages) -> int:
     """Return how many tokens a training text may have: in this model, and in a batch."""
     room = LONGEST // stages.settings.inner.batch_size

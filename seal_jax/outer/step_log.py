@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,15 +31,26 @@ def describe_step(
 
 
 def trust(evaluated: Evaluated, section: RewardSettings) -> dict[str, float]:
-    """Return the reliability report of an outer step; see reliability.py."""
-    rewards = [
-        [
-            seed_rewards(found, section.weights) if all(o.finite for o in found.outcomes) else []
-            for found in row
+    """Return the reliability report of an outer step; see reliability.py.
+
+    And, where the reward is another, that of accuracy alone on the same inner runs, as
+    reliability/accuracy/NAME.
+    """
+
+    def report(weights: Mapping[str, float], prefix: str) -> dict[str, float]:
+        rewards = [
+            [
+                seed_rewards(found, weights) if all(o.finite for o in found.outcomes) else []
+                for found in row
+            ]
+            for row in evaluated.evidence
         ]
-        for row in evaluated.evidence
-    ]
-    return {f"reliability/{name}": value for name, value in reliability(rewards).items()}
+        return {f"{prefix}/{name}": value for name, value in reliability(rewards).items()}
+
+    found = report(section.weights, "reliability")
+    if set(section.weights) != {"accuracy"}:
+        found |= report({"accuracy": 1.0}, "reliability/accuracy")
+    return found
 
 
 def summarize(attempts: Attempts) -> dict[str, float]:

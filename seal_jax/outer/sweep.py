@@ -137,8 +137,7 @@ def stages_settings(settings: Sequence[Setting], members: Sequence[int]) -> Sett
     """
     one = settings[members[0]].settings
     size = max(settings[i].settings.inner.batch_size for i in members)
-    reward = one.reward._replace(weights={"log_likelihood": 1.0})
-    return one._replace(inner=one.inner._replace(batch_size=size), reward=reward)
+    return one._replace(inner=one.inner._replace(batch_size=size))
 
 
 def run_sweep(sweep: Sweep, stages: Sequence[Stages], evaluate: Evaluate) -> Found:
@@ -172,7 +171,7 @@ def run_sweep(sweep: Sweep, stages: Sequence[Stages], evaluate: Evaluate) -> Fou
             edits = write_edits(sweep, stages[g], range(before, seen), g, label)
             runs = list(runs_of(sweep, present, edits, range(before, seen)))
             ledger = os.path.join(sweep.folder, "tune_runs.jsonl")
-            examination = Examination(partial(all_of, runs), ledger, label)
+            examination = Examination(partial(all_of, runs), ledger, label, golds=True)
             params = inner_base(stages[g], stages[g].model.params)
             outcomes = evaluate(stages[g], params, examination)
             for i in present:
@@ -322,7 +321,7 @@ def _scores(
 
 def _of_outcome(outcome: Outcome) -> tuple[float, float, float, float]:
     score, beside = outcome.log_likelihood, outcome.log_likelihood_elsewhere
-    assert score is not None and beside is not None  # the stages' reward asks for them
+    assert score is not None and beside is not None  # `golds` asks for them
     if not (outcome.finite and np.isfinite(score) and np.isfinite(beside)):
         return 0.0, -np.inf, 0.0, -np.inf
     return outcome.accuracy, score, outcome.others[ELSEWHERE], beside

@@ -74,6 +74,7 @@ class Examination(NamedTuple):
     runs_to_make: Callable[[dict[RunName, Outcome]], list[InnerRun]]
     ledger: str
     label: str  # of the progress
+    golds: bool = False  # whether it is measured how likely the gold answers are
 
 
 def inner_runs(

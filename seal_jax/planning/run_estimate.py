@@ -9,12 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seal_jax.config.setup import longest_row, text_limit
+from seal_jax.config.setup import (
+    configured_objective,
+    further_objectives,
+    longest_row,
+    text_limit,
+)
 from seal_jax.models.mesh_fit import undivided
-from seal_jax.objectives import make_objective
 from seal_jax.outer.comparison import titles_of
 from seal_jax.outer.stages import Stages
 from seal_jax.outer.sweep import Sweep, groups_of, num_runs
+from seal_jax.planning.pilot import describe_power
 from seal_jax.tasks.task import Exam, Problem
 
 EFFICIENCY = 0.37  # of the matmul rate over a whole quick start: compiling and writing included
@@ -25,7 +30,7 @@ class Estimate(NamedTuple):
     """What a run takes."""
 
     num_params: int
-    num_runs: int  # inner runs that give rewards
+    num_runs: int  # inner runs that give rewards, for each policy that learns from them
     num_arms: int  # ways to adapt the base model to a held-out problem, with self-edits
     num_held_out_runs: int
     num_tokens: float  # that are trained on
@@ -64,14 +69,17 @@ def estimate_run(
     length = np.mean([sum(len(stages.encode(x, False).tokens) for x in texts) for texts in own])
     added = WRITTEN if text_limit(settings) is None else 0
     prompt = np.mean([len(encode(task.edit_prompt(problem))) for problem, _ in used])
-    objective = make_objective(outer.objective, **outer.objective_kwargs)
+    objective = configured_objective(settings)
     edits = len(used) * settings.sample.num_edits
     runs = edits * inner.num_seeds if objective.needs_rewards else 0
-    arms = 3 if held.random_control else 2
+    further = further_objectives(settings)
+    all_runs = runs + edits * inner.num_seeds * sum(o.needs_rewards for o in further.values())
+    policies = 2 + len(further) + held.random_control
+    arms = policies + len(held.texts)
     tests = arms * len(held_out) * held.num_edits * held.num_seeds
     controls = len(held_out) * held.num_seeds
-    rows = outer.num_steps * outer.problems_per_step * outer.num_epochs * (arms - 1)
-    tokens = inner.num_epochs * ((runs + tests) * length * (1 + added) + controls * length)
+    rows = outer.num_steps * outer.problems_per_step * outer.num_epochs * (policies - 1)
+    tokens = inner.num_epochs * ((all_runs + tests) * length * (1 + added) + controls * length)
     return Estimate(
         num_params=sum(math.prod(x.shape) for x in jax.tree.leaves(stages.model.params)),
         num_runs=runs,
@@ -96,7 +104,8 @@ def describe(
     minutes = 4 * found.num_params * found.num_tokens / (matmul_rate() * EFFICIENCY) / 60
     settings, problems = stages.settings, titles_of(stages)["problems"]
     outer = settings.outer
-    control = " (and once more for the random control)" if settings.eval.random_control else ""
+    others = [*settings.eval.objectives, *["the random control"] * settings.eval.random_control]
+    control = f" (and once more for {' and for '.join(others)})" if others else ""
     lines = [
         f"SEAL on {settings.model.source}: {found.num_params / 1e6:.0f}M parameters,"
         f" {settings.model.dtype}, on {jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -109,6 +118,7 @@ def describe(
         f"  about {found.num_tokens / 1e3:.0f} thousand training tokens,"
         f" about {minutes:.0f} minutes here",
     ]
+    lines += [f"  {line}" for line in describe_power(settings.eval, len(held_out), problems)]
     if whole := undivided(stages.mesh, stages.model.config):
         lines.append(f"  {whole}")
     return "\n".join(lines)

@@ -107,11 +107,12 @@ def step_counts(settings: Settings, lengths: Lengths, shards: int) -> dict[str, 
       shards: over how many parts of the mesh the population is divided.
     """
     outer, inner, held_out = settings.outer, settings.inner, settings.eval
-    arms = 2 if held_out.random_control else 1
+    rewarded = 1 + len(held_out.objectives)  # policies that are trained by rewards
+    arms = rewarded + held_out.random_control
     problems = outer.num_steps * outer.problems_per_step
     tests = held_out.num_problems * held_out.num_edits
     written = problems * settings.sample.num_edits * arms + tests * (arms + 1)
-    runs = problems * settings.sample.num_edits * inner.num_seeds
+    runs = rewarded * problems * settings.sample.num_edits * inner.num_seeds
     runs += (tests * (arms + 1) + held_out.num_problems) * held_out.num_seeds
     asked = runs * lengths.num_questions
     tokens = runs * inner.num_epochs * 2 * lengths.passage  # the passage, and as much written

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from seal_jax.hosts.exchange import is_first
 from seal_jax.hosts.files import read_object
+from seal_jax.hosts.manifest import arm_names
 from seal_jax.hosts.replacing import whole_folder
 from seal_jax.models.model import Model, save_config
 
@@ -18,17 +19,18 @@ from seal_jax.models.model import Model, save_config
 class RunFolder(NamedTuple):
     """Where a run keeps its things."""
 
-    folder: Path  # has checkpoints/ and adapters/: the run's own, or that of its random control
+    folder: Path  # has checkpoints/ and adapters/: the run's own, or that of another arm
     root: Path  # has config.json and model/
     config: dict[str, Any]  # what config.json holds
 
 
 def find_run(path: str | os.PathLike) -> RunFolder | None:
-    """Return the run of RUN, RUN/random or the checkpoints of either; None if it is none."""
+    """Return the run of RUN, of RUN/ARM or of the checkpoints of either; None if it is none."""
     folder = Path(path).expanduser().absolute()
     if folder.name == "checkpoints":
         folder = folder.parent
-    for root in (folder, folder.parent if folder.name == "random" else folder):
+    is_arm = folder.name in arm_names(folder.parent)
+    for root in (folder, folder.parent if is_arm else folder):
         try:
             config = read_object(root / "config.json")
         except (OSError, ValueError):

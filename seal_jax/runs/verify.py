@@ -10,6 +10,7 @@ from seal_jax.hosts.manifest import (
     MANIFEST,
     Entry,
     added,
+    arm_folders,
     is_unfinished,
     losses,
     not_entered,
@@ -26,7 +27,7 @@ _WITHOUT_HASHES = (
 
 
 def verify_run(path: str) -> tuple[list[str], list[str]]:
-    """Return what is good, and what is damaged or lost with why, of a run and its random control.
+    """Return what is good, and what is damaged or lost with why, of a run and its other arms.
 
     Files are compared with the manifest. Checkpoints and adapters are read whole and compared with
     their hashes.
@@ -49,7 +50,7 @@ def unfinished(path: str) -> list[str]:
     return [
         f"{(folder / 'adapters' / adapter).relative_to(root)}: left by a kill, and not used: it is"
         " made again where it is wanted"
-        for folder in (root, root / "random")
+        for folder in arm_folders(root)
         for adapter in list_adapters(str(folder))
         if _is_unfinished(folder, adapter)
     ]
@@ -58,7 +59,7 @@ def unfinished(path: str) -> list[str]:
 def unknown(path: str) -> str:
     """Return a sentence on what `verify_run` cannot know of a run."""
     root = _root_of(path)
-    folders = [folder for folder in (root, root / "random") if folder.is_dir()]
+    folders = [folder for folder in arm_folders(root) if folder.is_dir()]
     if any(_entries(folder) is None for folder in folders):
         return (
             "Not known: whether a file was changed, cut or deleted such that the rest can be read:"
@@ -97,7 +98,7 @@ def _entries(folder: Path) -> dict[str, Entry] | None:
 
 def _checks(root: Path) -> Iterator[tuple[Path, Callable[[], dict]]]:
     """Yield each path, and a function that returns what is wrong there, by step or by ''."""
-    for folder in (root, root / "random"):
+    for folder in arm_folders(root):
         lost = _late(folder) | losses(folder)
         found = {path.name for path in folder.glob("[!.]*.json*")}
         for name in sorted({*found, *(_entries(folder) or ()), *lost}):

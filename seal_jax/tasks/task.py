@@ -162,6 +162,11 @@ def asks_itself(task: Task) -> TypeGuard[AbleTask]:
     return hasattr(task, "question_prompt")
 
 
+def asks_once(task: Task | Callable[..., Task]) -> bool:
+    """Return whether a task, or its class, asks every question by one prompt, for its gold text."""
+    return not hasattr(task, "queries")
+
+
 def join_shares(shares: Iterable[Iterable[tuple[Problem, Exam]]]) -> list[tuple[Problem, Exam]]:
     """Return the problems of all shares in their order, each once and with all its questions.
 

@@ -65,6 +65,8 @@ class Arc:
         "own": "own self-edit, without RL",
         "seal": "self-edit of the SEAL policy",
         "random": "self-edit of the random-control policy",
+        "objective": "self-edit of the policy trained by {}",
+        "external": "self-edit of {}",
         "problems": "tasks",
         "questions": "test grids, solved in two attempts",
     }

@@ -96,7 +96,7 @@ def load_passages(path: str) -> list[Problem]:
     else:
         items = read_value(path)
     if not isinstance(items, list) or not items:
-        raise ValueError(f"{path}: expected a list of {{title, context}}, found {_describe(items)}")
+        raise ValueError(f"{path}: expected a list of {{title, context}}, found {describe(items)}")
     problems = (_problem(item, f"{path}: [{index}]") for index, item in enumerate(items))
     return list({problem.id: problem for problem in problems}.values())
 
@@ -140,14 +140,14 @@ def _questions(item: Mapping[str, Any], where: str) -> Iterable[Question | None]
     name = "qas" if "qas" in item else "questions"
     if name not in item:
         if "question" not in item:
-            raise ValueError(f"{where}: no field 'questions'; found {_describe(item)}")
+            raise ValueError(f"{where}: no field 'questions'; found {describe(item)}")
         yield _question(item, where)
         return
     questions = item[name]
     if isinstance(questions, Mapping):
         questions = _records(questions, f"{where}.{name}")
     if not isinstance(questions, (list, tuple)):
-        raise ValueError(f"{where}: field {name!r} is {_describe(questions)}, expected a list")
+        raise ValueError(f"{where}: field {name!r} is {describe(questions)}, expected a list")
     if not questions and name == "questions":  # SQuAD's own files have paragraphs without any
         raise ValueError(f"{where}: field 'questions' is empty, expected at least one question")
     for index, entry in enumerate(questions):
@@ -164,7 +164,7 @@ def _question(entry: Any, where: str) -> Question | None:
     is_impossible = entry.get("is_impossible")
     if is_impossible not in (None, True, False):
         raise ValueError(
-            f"{where}: field 'is_impossible' is {_describe(is_impossible)}, expected true or false"
+            f"{where}: field 'is_impossible' is {describe(is_impossible)}, expected true or false"
         )
     if is_impossible:
         return None
@@ -187,7 +187,7 @@ def _answers(answers: Any, where: str) -> list[str]:
         found = answers.get("text", answers)
     if not isinstance(found, (list, tuple)):
         raise ValueError(
-            f"{where}: field 'answers' is {_describe(answers)}, "
+            f"{where}: field 'answers' is {describe(answers)}, "
             "expected {text: [...]} or [{text}]"
         )
     texts = []
@@ -201,7 +201,7 @@ def _answers(answers: Any, where: str) -> list[str]:
 def _object(value: Any, where: str, form: str, *fields: str) -> Mapping[str, Any]:
     """Return a value that must be an object with these fields; `form` describes it."""
     if not isinstance(value, Mapping) or not set(fields) <= value.keys():
-        raise ValueError(f"{where}: expected {{{form}}}, found {_describe(value)}")
+        raise ValueError(f"{where}: expected {{{form}}}, found {describe(value)}")
     return value
 
 
@@ -209,7 +209,7 @@ def _records(columns: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """Return records for columns, into which both libraries can turn a list of records."""
     for name, column in columns.items():
         if not isinstance(column, (list, tuple)):
-            raise ValueError(f"{where}: field {name!r} is {_describe(column)}, expected a list")
+            raise ValueError(f"{where}: field {name!r} is {describe(column)}, expected a list")
     if len(set(map(len, columns.values()))) > 1:
         raise ValueError(f"{where}: the columns {', '.join(columns)} differ in length")
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -218,13 +218,13 @@ def _records(columns: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 def _text(item: Mapping[str, Any], field: str, where: str) -> str:
     """Return a field that must hold text, without the white space around it."""
     if field not in item:
-        raise ValueError(f"{where}: no field {field!r}; found {_describe(item)}")
+        raise ValueError(f"{where}: no field {field!r}; found {describe(item)}")
     value = item[field]
     try:
         if isinstance(value, bytes):  # tensorflow_datasets hands out bytes
             value = value.decode()
         if not isinstance(value, str):
-            raise ValueError(f"{where}: field {field!r} is {_describe(value)}, expected text")
+            raise ValueError(f"{where}: field {field!r} is {describe(value)}, expected text")
         value.encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
     except UnicodeError as error:
         raise ValueError(f"{where}: field {field!r} is not valid Unicode: {error}") from error
@@ -233,7 +233,7 @@ def _text(item: Mapping[str, Any], field: str, where: str) -> str:
     return value.strip()
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     """Say what a value is, briefly, in JSON's words."""
     if isinstance(value, Mapping):
         return f"an object with fields {', '.join(map(str, list(value)[:8])) or '(none)'}"
@@ -256,12 +256,12 @@ def _json_items(
         return [items[index] for index in part(len(items), share)]
     if isinstance(content, Mapping) and SPLIT_NAMES.keys() & content.keys():
         if split not in content:
-            raise ValueError(f"{where}: no split {split!r}; found {_describe(content)}")
+            raise ValueError(f"{where}: no split {split!r}; found {describe(content)}")
         name, content = split, content[split]
     if not isinstance(content, list):
         raise ValueError(
             f"{where}: expected a list of {{title, context, questions}}, an object with 'train' "
-            f"and 'eval' lists of them, or SQuAD's {{data: [...]}}; found {_describe(content)}"
+            f"and 'eval' lists of them, or SQuAD's {{data: [...]}}; found {describe(content)}"
         )
     return [(f"{where}: {name}[{index}]", content[index]) for index in part(len(content), share)]
 
@@ -285,5 +285,5 @@ def _squad_items(data: Any, where: str) -> list[tuple[str, Any]]:
 
 def _list(value: Any, where: str) -> list:
     if not isinstance(value, list):
-        raise ValueError(f"{where}: expected a list, found {_describe(value)}")
+        raise ValueError(f"{where}: expected a list, found {describe(value)}")
     return value

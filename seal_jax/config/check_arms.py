@@ -11,7 +11,8 @@ from seal_jax.tasks.task import asks_once
 
 # Of arms, and of what else a run's folder has.
 _TAKEN = (
-    *("base", "passage", "own", "seal", "random", "external"),
+    *("base", "passage", "own", "seal", "random", "external", "objective"),
+    *("problems", "questions"),  # titles, too
     *("adapters", "checkpoints", "model"),
 )
 
@@ -36,6 +37,7 @@ def arm_conflicts(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"eval.objective_kwargs.{name} = {options!r}: needs a dict of its options"
     arms = ["base", "passage", "own", "seal", *objectives, *values["eval.texts"]]
     arms += ["random"] if values["eval.random_control"] else []
+    arms += values.get("eval.texts", ())  # external arms, by name
     for text in values["eval.primary"]:
         if read_pair(text, arms) is None:
             yield (

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,8 @@ def baseline_marks(stages: Stages, params: Params, batch: Batch) -> Marks:
 def baseline_logp(stages: Stages, params: Params, batch: Batch) -> list[list[float]]:
     """Return log p per token of the gold answers under the unadapted policy, by problem."""
     golds = [_gold_texts(stages, *posed) for posed in batch]
-    return mean_logp(stages.model, params, None, golds, mesh=stages.mesh)
+    values = iter(_mean_logp(stages, params, None, [list(chain.from_iterable(golds))])[0])
+    return [[next(values) for _ in group] for group in golds]
 
 
 def _baseline_answers(stages: Stages, params: Params, batch: Batch) -> list[list[str]]:
@@ -142,13 +144,7 @@ def base_outcomes(
     logps: list[float | None] = [None] * len(runs)
     if golds:
         texts = [_gold_texts(stages, run.problem, run.exam) for run in runs]
-        flat = [text for group in texts for text in group]
-        size = max(1, min(stages.settings.answer.max_rows, len(flat)))
-        found: list[float] = []
-        for i in range(0, len(flat), size):
-            rows = (flat[i : i + size] * size)[:size]  # one program: the last rows are repeated
-            found += mean_logp(stages.model, params, None, [rows], mesh=stages.mesh)[0]
-        values = iter(found)
+        values = iter(_mean_logp(stages, params, None, [list(chain.from_iterable(texts))])[0])
         logps = [float(np.mean([next(values) for _ in group])) for group in texts]
     answers = _baseline_answers(stages, params, batch)
     return [
@@ -176,7 +172,14 @@ def gold_logp(stages: Stages, params: Params, adapters: Adapters, wave: Wave) ->
         else []
         for place in wave.places
     ]
-    return mean_logp(stages.model, params, adapters, golds, mesh=stages.mesh)
+    return _mean_logp(stages, params, adapters, golds)
+
+
+def _mean_logp(
+    stages: Stages, params: Params, adapters: Adapters | None, texts: Sequence[Sequence[Text]]
+) -> list[list[float]]:
+    most = stages.settings.answer.max_rows
+    return mean_logp(stages.model, params, adapters, texts, mesh=stages.mesh, max_rows=most)
 
 
 def _scored(run: InnerRun) -> list[tuple[Problem, Exam]]:
@@ -220,22 +223,38 @@ def mean_logp(
     texts: Sequence[Sequence[Text]],
     *,
     mesh: Mesh,
+    max_rows: int | None = None,
 ) -> list[list[float]]:
-    """Return the mean log-probability per token, over each text's loss mask, under adapter i."""
-    most = max(len(group) for group in texts)
+    """Return the mean log-probability per token, over each text's loss mask, under adapter i.
+
+    Args:
+      max_rows: scored at once, but one of every adapter in any case; all by default.
+    """
+    count = max(len(group) for group in texts)
+    most = count if max_rows is None else min(count, max(1, max_rows // len(texts)))
     T = bucket_of(max(len(text.tokens) for group in texts for text in group))
-    shape = (len(texts) * most, T)
-    tokens = np.full(shape, model.tokenizer.pad_id, np.int32)
+    found: list[list[float]] = [[] for _ in texts]
+    for start in range(0, count, most):
+        groups = [group[start : start + most] for group in texts]
+        rows = _padded_rows(groups, (len(texts) * most, T), model.tokenizer.pad_id)
+        arrays = to_device(rows, leading(mesh, "rows", len(texts) * most, model.config.rules))
+        with jax.set_mesh(mesh):
+            logp = to_host(score_rows(model.config, params, adapters, *arrays))
+        for i, values in enumerate(logp.reshape(len(texts), most)):
+            found[i] += values[: len(groups[i])].tolist()
+    return found
+
+
+def _padded_rows(
+    groups: Sequence[Sequence[Text]], shape: tuple[int, int], pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return tokens, segments and loss mask [B T]; every group has as many rows, some empty."""
+    tokens = np.full(shape, pad_id, np.int32)
     segments, loss_mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for i, group in enumerate(texts):
-        for row, text in enumerate(group, start=i * most):
+    for i, group in enumerate(groups):
+        for row, text in enumerate(group, start=i * (shape[0] // len(groups))):
             length = len(text.tokens)
             tokens[row, :length] = text.tokens
             segments[row, :length] = 1
             loss_mask[row, :length] = text.loss_mask
-    where = leading(mesh, "rows", shape[0], model.config.rules)
-    arrays = to_device((tokens, segments, loss_mask), where)
-    with jax.set_mesh(mesh):
-        logp = to_host(score_rows(model.config, params, adapters, *arrays))
-    logp = logp.reshape(len(texts), most)
-    return [logp[i, : len(group)].tolist() for i, group in enumerate(texts)]
+    return tokens, segments, loss_mask

@@ -46,6 +46,8 @@ from seal_jax.sharding import (
     shaped,
     tree_bytes,
 )
+from seal_jax.tasks import TASKS
+from seal_jax.tasks.task import asks_once
 from seal_jax.types import Adapters, InnerBatch, OuterSettings, Params, Settings, TrainState
 
 Shape = jax.ShapeDtypeStruct
@@ -89,7 +91,8 @@ def programs(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> 
     base = jax.eval_shape(partial(quantize_params, word=settings.inner.quantize), model.params)
     base = shaped(base, param_shardings(mesh, base, model.config.rules))
     yield _inner_step(settings, model, base, mesh, lengths)
-    if "log_likelihood" in settings.reward.weights:
+    asked_once = asks_once(TASKS[settings.task["name"]])  # then the final table has log-likelihoods
+    if "log_likelihood" in settings.reward.weights or asked_once:
         yield _scoring(settings, model, base, mesh, lengths)
     yield _policy_update(settings, model, mesh, lengths)
 
@@ -172,13 +175,18 @@ def _inner_step(
 def _scoring(
     settings: Settings, model: Model, base: Params, mesh: Mesh, lengths: Lengths
 ) -> Program:
-    """Return the likelihood of the right answers, asked of every adapter in flight."""
+    """Return the likelihood of the right answers, asked of every adapter in flight.
+
+    As in `mean_logp` there are `answer.max_rows` rows at once, or one of every adapter.
+    """
     A, adapters = num_adapters(settings, mesh), _adapter_shapes(settings, model, mesh)
-    shape = (A * lengths.num_questions, bucket_of(lengths.question + settings.answer.max_tokens))
+    each = min(lengths.num_questions, max(1, settings.answer.max_rows // A))
+    shape = (A * each, bucket_of(lengths.question + settings.answer.max_tokens))
     tokens = _rows(model, mesh, *shape)
     arrays = tokens, tokens, _rows(model, mesh, *shape, dtype=jnp.bool_)
     score = partial(score_rows.trace, model.config, base, adapters, *arrays)
-    return Program("scoring", score, size=A, key="inner.max_adapters")
+    size = max(1, A * each // lengths.num_questions)  # adapters that a call is the whole exam of
+    return Program("scoring", score, size=size, key="inner.max_adapters")
 
 
 def _policy_update(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> Program:

@@ -127,6 +127,7 @@ class AnswerSettings(NamedTuple):
     stop: tuple[str, ...]
     max_rows: int
     max_thought_tokens: int = 0
+    prefix: str = ""  # what every answer begins with, which is not generated
 
     @property
     def most_tokens(self) -> int:

@@ -174,6 +174,11 @@ def _check_thoughts(settings: Settings, model: Model) -> None:
             raise ValueError(
                 f"{name}.max_thought_tokens = {section.max_thought_tokens}: expected 0, as {why}"
             )
+    if thoughts is not None and thoughts.is_open and settings.answer.prefix:
+        raise ValueError(
+            f"answer.prefix = {settings.answer.prefix!r}: expected '', as prompts of {source} begin"
+            " a thought, and the answer comes behind it; see model.template_args"
+        )
     if thoughts is not None and thoughts.is_open and settings.sample.constrained:
         raise ValueError(
             f"sample.constrained = True: prompts of {source} begin a thought, which no grammar of a"

@@ -284,6 +284,7 @@ FIELDS: dict[str, Field] = {
     "answer.max_tokens": Field(64, _COUNT),
     "answer.max_thought_tokens": Field(0, _integer(0), added=True),
     "answer.stop": Field((), _STRINGS),
+    "answer.prefix": Field("", rule_like(""), added=True),  # what every answer begins with
     "answer.max_rows": Field(64, _COUNT, placement=True),
     # The inner loop: one LoRA adapter for each self-edit and seed.
     "inner.rank": Field(32, _integer(1, 4096)),

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from seal_jax import keys
 from seal_jax.hosts.exchange import exchange_shares, spread
-from seal_jax.inner.texts import Text, text_of
+from seal_jax.inner.texts import Text
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.logits import next_token_logp
 from seal_jax.models.model import Model
@@ -20,7 +20,7 @@ from seal_jax.models.thoughts import Thoughts, read
 from seal_jax.models.transformer import hidden_states
 from seal_jax.outer.problems import Batch
 from seal_jax.outer.rewards import ELSEWHERE, Outcome
-from seal_jax.outer.stages import Stages, exam_prompts, thoughts_of
+from seal_jax.outer.stages import Stages, exam_prompts, gold_text, thoughts_of
 from seal_jax.outer.waves import InnerRun, Wave
 from seal_jax.sampling.draw import make_settings
 from seal_jax.sampling.generate import generate
@@ -188,15 +188,10 @@ def _scored(run: InnerRun) -> list[tuple[Problem, Exam]]:
 
 
 def _gold_texts(stages: Stages, problem: Problem, exam: Exam) -> list[Text]:
-    # Behind raw text the answer begins with a space, in a chat as its template says. What ends the
-    # answer does not count.
-    tokenizer, chat = stages.model.tokenizer, stages.settings.model.chat
-    texts = []
-    for question in exam.questions:
-        asked, gold = stages.task.answer_prompt(problem, question.question), question.answer
-        tokens, marked = tokenizer.encode_turn([(asked, False)], gold if chat else f" {gold}", chat)
-        texts.append(text_of(tokens[:-1], marked.index(True)))
-    return texts
+    return [
+        gold_text(stages, stages.task.answer_prompt(problem, question.question), question.answer)
+        for question in exam.questions
+    ]
 
 
 @partial(jax.jit, static_argnames="config")

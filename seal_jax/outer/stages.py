@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from seal_jax import keys
 from seal_jax.hosts.console import progress
 from seal_jax.inner.packing import LONGEST
-from seal_jax.inner.texts import PAD_SAMPLES, Text
+from seal_jax.inner.texts import PAD_SAMPLES, Text, text_of
 from seal_jax.inner.update import InnerUpdate
 from seal_jax.models.chat_template import ChangedByTemplate
 from seal_jax.models.model import Model
@@ -67,8 +67,38 @@ def inner_base(stages: Stages, params: Params) -> Params:
 
 def exam_prompts(stages: Stages, problem: Problem, exam: Exam) -> list[list[int]]:
     """Return the tokens of the prompts that ask an exam, without the passage."""
-    encode, chat = stages.model.tokenizer.encode_prompt, stages.settings.model.chat
-    return [encode(prompt, chat) for prompt in prompts_of(stages.task, problem, exam)]
+    return [ask_tokens(stages, prompt) for prompt in prompts_of(stages.task, problem, exam)]
+
+
+def ask_tokens(stages: Stages, prompt: str) -> list[int]:
+    """Return the tokens of a question, and of `answer.prefix`, which its answer begins with."""
+    if not stages.settings.answer.prefix:
+        return stages.model.tokenizer.encode_prompt(prompt, stages.settings.model.chat)
+    return _answered(stages, prompt, stages.settings.answer.prefix)[0]
+
+
+def gold_text(stages: Stages, prompt: str, gold: str) -> Text:
+    """Return a question with its gold answer, whose tokens alone are in the loss mask.
+
+    Behind raw text the answer begins with a space, in a chat as its template says. What ends the
+    answer does not count, nor does `answer.prefix`.
+    """
+    prefix = stages.settings.answer.prefix
+    if not prefix:
+        return text_of(*_answered(stages, prompt, gold))
+    before = ask_tokens(stages, prompt)
+    tokens, first = _answered(stages, prompt, f"{prefix} {gold}")
+    while first < len(before) and tokens[first] == before[first]:
+        first += 1
+    return text_of(tokens, first)
+
+
+def _answered(stages: Stages, prompt: str, answer: str) -> tuple[list[int], int]:
+    """Return the tokens of a question and its answer, and where the answer begins."""
+    tokenizer, chat = stages.model.tokenizer, stages.settings.model.chat
+    answer = answer if chat else f" {answer}"
+    tokens, marked = tokenizer.encode_turn([(prompt, False)], answer, chat)
+    return tokens[:-1], marked.index(True)
 
 
 def check_prompts(stages: Stages, problems: Batch) -> None:

@@ -14,11 +14,10 @@ from seal_jax.models.model import save_config
 from seal_jax.models.thoughts import Thoughts, find_tags, read, state_of, text_before
 from seal_jax.models.tokenizer import HFTokenizer
 from seal_jax.models.weights import save_safetensors
-from seal_jax.outer.answers import _gold_texts
 from seal_jax.outer.ledger import append_outcome, read_ledger
 from seal_jax.outer.problems import split_problems
 from seal_jax.outer.rewards import Outcome
-from seal_jax.outer.stages import parse
+from seal_jax.outer.stages import exam_prompts, gold_text, parse
 from seal_jax.outer.waves import InnerRun
 from seal_jax.sources import load_model
 from seal_jax.tasks.task import Rejected, SelfEdit
@@ -224,18 +223,36 @@ def test_a_gold_answer_stands_where_the_template_puts_answers(one_device, tmp_pa
     for template, between in ((THINKS, "assistant\n<think>\n\n</think>\n\n"), (BEGINS, "")):
         stages = stages_of(tmp_path / str(len(between)), template)
         problem, exam = split_problems(stages.settings, stages.task)[0][0]
-        run = InnerRun(("x", 0, 0), 0, problem, exam, stages.task.passage_only(problem))
-        text, question = _gold_texts(stages, run)[0], exam.questions[0]
+        question = exam.questions[0]
         asked = stages.task.answer_prompt(problem, question.question)
+        text = gold_text(stages, asked, question.answer)
         tail = "" if template is BEGINS else "\n"
         expected = f"{asked}{tail}{between}{question.answer}"
         assert stages.model.tokenizer.decode(text.tokens).endswith(expected)
         assert text.tokens[-1] not in stages.model.tokenizer.stop_ids
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_an_answer_begins_with_the_prefix(one_device, tmp_path, chat):
+    plain = stages_of(tmp_path / "plain", TEMPLATE, f"model.chat={chat}")
+    stages = stages_of(tmp_path / "m", TEMPLATE, f"model.chat={chat}", "answer.prefix=Answer:")
+    problem, exam = split_problems(stages.settings, stages.task)[0][0]
+    question = exam.questions[0]
+    asked = stages.task.answer_prompt(problem, question.question)
+    decode = stages.model.tokenizer.decode
+    bare, prompt = exam_prompts(plain, problem, exam)[0], exam_prompts(stages, problem, exam)[0]
+    assert decode(prompt) == decode(bare) + ("Answer:" if chat else " Answer:")
+    text = gold_text(stages, asked, question.answer)
+    assert decode(text.tokens) == f"{decode(prompt)} {question.answer}"
+    inside = [t for t, counts in zip(text.tokens, text.loss_mask, strict=True) if counts]
+    assert decode(inside).strip() == question.answer
+    assert list(text.tokens[: len(prompt)]) == prompt  # what is scored is what is generated
+
+
 @pytest.mark.parametrize(
     ("template", "overrides", "message"),
     [
+        (BEGINS, ["answer.prefix=Answer:"], "answer.prefix = 'Answer:': expected ''.*a thought"),
         (TEMPLATE, ["sample.max_thought_tokens=8"], "sample.*= 8: expected 0.*knows no thoughts"),
         (
             THINKS,

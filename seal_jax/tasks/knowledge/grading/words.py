@@ -107,7 +107,8 @@ def split_words(text: str) -> list[str]:
     if " the " in text:
         text = _REGNAL.sub(_as_roman, text)
     text = fold(_AMERICA.sub(" united states ", text) if "U" in text else text)
-    text = _DOTTED.sub(lambda m: m.group().replace(".", "") + " ", text)
+    if "." in text:
+        text = _DOTTED.sub(lambda m: m.group().replace(".", "") + " ", text)
     words: list[str] = []
     value, is_ten = None, False  # the number being read, and whether it ends in a bare ten
     for word in _WORD.findall(_POSSESSIVE.sub("", text) if "'" in text else text):

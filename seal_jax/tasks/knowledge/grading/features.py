@@ -157,7 +157,8 @@ def features(key: Key, text: Text, prediction: str) -> dict[str, float]:
     overlap = [_is_in(s, found.by_letter) for s in key.question_content]
     overlap_share = sum(overlap) / max(1, len(overlap))
     is_hit = 2 * found.num_missed < len(key.targets)
-    letters = key.letters if key.initials in found.hits else trigrams("".join(text.words))
+    letters = f"^{''.join(text.words)}$"  # that hold a trigram of the gold's, or not
+    num_found = sum(trigram in letters for trigram in key.letters)
     numbers = [w for w in text.words if is_number(w)]
     names = [strength.get(s, 0.0) >= ALIKE for s in key.names]
     others = set(capitalized(prediction.partition(" ")[2])) if names else set()
@@ -167,7 +168,7 @@ def features(key: Key, text: Text, prediction: str) -> dict[str, float]:
             sum(strength.get(s, 0.0) for s in reading) / len(reading)
             for reading in (key.targets, *key.readings)
         ),
-        "recall_letters": len(letters & key.letters) / len(key.letters),
+        "recall_letters": 1.0 if key.initials in found.hits else num_found / len(key.letters),
         "longest_run": longest_run(key.content, content) / len(key.content),
         "precision": _share([s in found.hits for s in new]),
         "question_overlap": overlap_share,

@@ -61,6 +61,7 @@ _DENYING_PAIRS |= {
     (w, "but")
     for w in "anyone anything anybody anywhere all everyone everything everywhere".split()
 }
+_HEDGING_PAIRS = {("may", "be"), ("some", "say"), ("others", "say")}
 _WRONG = frozenset("wrong false incorrect untrue not never".split())
 _REFUSES = frozenset("refused refuses failed fails declined declines lost loses".split())
 _ASKS_DENIAL = _DENIALS | frozenset("forbidden prohibited avoid prevent refuse fail stop".split())
@@ -76,7 +77,7 @@ _ASKS_NAME = frozenset(
 )
 _RANKS = frozenset("younger second third fourth fifth sixth seventh eighth".split())
 _TRIGGERS = _DENIALS | _WRONG | HEDGES | RELATIONS | ROLES_BEFORE | IDENTITY_BEFORE
-_TRIGGERS |= _REFUSES | COMPOUNDS | {"than"}
+_TRIGGERS |= _REFUSES | COMPOUNDS | {"than", "may", "some"}
 _TRIGGERS |= IDENTITY_AFTER | _JOINTS | {pair[0] for pair in _DENYING_PAIRS} | {"city", "younger"}
 _TRIGGER = re.compile(
     rf"[/|?&]|['’]s\b|n't|n’t|\b(?:{'|'.join(sorted(filter(str.isalpha, _TRIGGERS)))})",
@@ -86,6 +87,11 @@ _NUMERAL = frozenset(("th", *map(str, range(1, 40))))  # of Louis XIV
 _ROMAN = re.compile(r"\b[IVX]+\b")
 _MAX_ITEM = 4  # words of an alternative
 _MAX_CHOICE = 16  # words and signs of an answer that chooses; a longer one tells a story
+_FALSE_THAT = re.compile(
+    r"^\W*(?:it is|it's|that is)? ?(?:false|untrue|wrong|incorrect|not (?:true|the case)) that\b"
+    r"|^\W*(?:nobody|no one|no-one) (?:would|will|can|could) (?:say|claim|think)\b",
+    re.IGNORECASE,
+)
 _NO_IDEA = re.compile(
     r"\bno (?:idea|clue|comment|answer|opinion)\b|\b(?:not |un)sure\b", re.IGNORECASE
 )
@@ -110,7 +116,8 @@ _AUXILIARIES = frozenset(
 @functools.lru_cache(maxsize=64)
 def plain(text: str) -> str:
     """Return `text` without the negations that deny nothing: no doubt, not only, not until."""
-    return _NO_NEGATION.sub(" ", _SURE.sub("certainly", text))
+    may_deny = "no" in (lower := text.lower()) or "without" in lower
+    return _NO_NEGATION.sub(" ", _SURE.sub("certainly", text)) if may_deny else text
 
 
 @functools.lru_cache(maxsize=1024)
@@ -153,6 +160,8 @@ def misnames(key: Key, question: str, gold: str, raw: str) -> str | None:
     """
     if _names_another(key, raw):
         return "name"
+    if not key.is_yes_no and _FALSE_THAT.search(raw):
+        return "denial"
     if not any(s in key.targets for s in read(raw).stems):
         return None
     if not (_TRIGGER.search(raw) or _ROMAN.search(raw) or _may_lack(gold)):
@@ -184,10 +193,10 @@ def misnames(key: Key, question: str, gold: str, raw: str) -> str | None:
             or ("relation" if _is_relative(text, start, end) else None)
             or ("alternatives" if _is_choice(key, text, start, end) else None)
         )
-        if reason is None:
-            return None
+        if reason == "denial" and "and" in text.golds:
+            return reason  # X without Y for X and Y
         reasons.append(reason)
-    return reasons[0]
+    return reasons[0] if all(reasons) else None
 
 
 def _names_another(key: Key, raw: str) -> bool:
@@ -240,7 +249,8 @@ def _is_denied(key: Key, text: _Answer, start: int, end: int) -> bool:
             return True
         is_near = i == start - 1 and token.isalnum() and token not in _NOT_NEAR
         is_known = token in STOP or text.stems[i] in key.gold_stems | key.question_stems
-        if not is_near and (not is_known or token in ("but", "and", "or")):
+        is_joint = token in ("but", "and", "or") and token not in text.golds
+        if not is_near and (not is_known or is_joint):
             break
     n = end + 1
     while text.at(n) in _CLOSING:
@@ -309,8 +319,8 @@ def _is_choice(key: Key, text: _Answer, start: int, end: int) -> bool:
         len(text.tokens) >= 2 * _MAX_ITEM and not _ASKS_NAME.isdisjoint(text.asked)
     ):
         return False
-    hedges = [i for i, token in enumerate(text.tokens) if token in HEDGES or token == "?"]
-    if len(hedges) > 1:
+    pairs = zip(text.tokens, (*text.tokens[1:], ""), strict=True)
+    if sum(pair[0] in HEDGES or pair[0] == "?" or pair in _HEDGING_PAIRS for pair in pairs) > 1:
         return True
     return _joins(key, text, end, 1) or _joins(key, text, start, -1)
 
@@ -361,4 +371,4 @@ def says_yes(key: Key, answer: str) -> bool | None:
     if not _WRONG.isdisjoint(words[:5]) and "that" in words[:6]:  # it is false that it is not
         is_negative = "not" in words[words.index("that") :]
         return is_negative != ("not" in words[: words.index("that")])
-    return NEGATIONS.isdisjoint(words)
+    return None if {"or", "not"} <= set(words) else NEGATIONS.isdisjoint(words)

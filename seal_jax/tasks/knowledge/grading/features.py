@@ -2,10 +2,11 @@
 
     question, gold -> Key        once per question (cached)
     Key, Text      -> features   recall of what the question does not give away, precision, numbers,
-                                 names, negation, lists, shape
+                                 names, polarity
 
 Each feature is a number that means something alone, so that `points.json` can be read.
-`NONE` says that the feature does not apply. Left out: any notion of who did what to whom.
+`NONE` says that the feature does not apply. Left out: any notion of who did what to whom, and
+features that fit the passages they were fitted to and do not help on others.
 """
 
 import functools
@@ -109,8 +110,7 @@ class Match(NamedTuple):
 
     strength: dict[str, float]  # of each gold stem, in [0, 1]
     hits: frozenset[str]  # the prediction's stems that count as the gold's
-    recall: float  # of the targets
-    num_missed: int
+    num_missed: int  # of the targets
     by_letter: dict[str, list[str]]  # the prediction's stems by their first letter
 
 
@@ -136,14 +136,8 @@ def match(key: Key, text: Text) -> Match:
     for short in key.short_forms.intersection(strength):
         if strength[short] < 0.9 and len(short) >= shortest and short in initials:
             strength[short] = 0.9
-    scores = [strength[s] for s in key.targets]
-    return Match(
-        strength,
-        frozenset(hits),
-        sum(scores) / max(1, len(scores)),
-        sum(score < ALIKE for score in scores),
-        by_letter,
-    )
+    num_missed = sum(strength[s] < ALIKE for s in key.targets)
+    return Match(strength, frozenset(hits), num_missed, by_letter)
 
 
 def longest_run(a: Sequence[str], b: Sequence[str]) -> int:
@@ -155,32 +149,42 @@ def longest_run(a: Sequence[str], b: Sequence[str]) -> int:
     return best
 
 
-def _recall_features(key: Key, text: Text, found: Match) -> dict[str, float]:
-    strength, num_targets = found.strength, len(key.targets)
-    content = text.stems_without()
+def features(key: Key, text: Text, prediction: str) -> dict[str, float]:
+    """Return the features of a prediction that has at least one word."""
+    found = match(key, text)
+    strength, content = found.strength, text.stems_without()
     new = [s for s in content if s not in key.question_stems]
-    precision = sum(s in found.hits for s in new) / len(new) if new else NONE
     overlap = [_is_in(s, found.by_letter) for s in key.question_content]
     overlap_share = sum(overlap) / max(1, len(overlap))
-    is_hit = 2 * found.num_missed < num_targets
-    items = [max(strength.get(s, 0.0) for s in item) >= ALIKE for item in key.items]
-    letters = key.letters if key.initials in found.hits else trigrams("".join(text.words))
+    is_hit = 2 * found.num_missed < len(key.targets)
+    letters = f"^{''.join(text.words)}$"  # that hold a trigram of the gold's, or not
+    num_found = sum(trigram in letters for trigram in key.letters)
+    numbers = [w for w in text.words if is_number(w)]
+    names = [strength.get(s, 0.0) >= ALIKE for s in key.names]
+    others = set(capitalized(prediction.partition(" ")[2])) if names else set()
+    starts_negative = not NEGATIONS.isdisjoint(text.words[:12])
     return {
         "recall_any_reading": max(
             sum(strength.get(s, 0.0) for s in reading) / len(reading)
             for reading in (key.targets, *key.readings)
         ),
-        "recall_exact": sum(strength[s] == 1 for s in key.gold.stems) / len(key.gold.stems),
-        "recall_last_word": strength[key.targets[-1]],
-        "recall_letters": len(letters & key.letters) / len(key.letters),
+        "recall_letters": 1.0 if key.initials in found.hits else num_found / len(key.letters),
         "longest_run": longest_run(key.content, content) / len(key.content),
-        "items_found": sum(items) / len(items) if len(items) > 1 else NONE,
-        "precision": precision,
-        "num_new_words_if_hit": len(new) if is_hit else NONE,
+        "precision": _share([s in found.hits for s in new]),
         "question_overlap": overlap_share,
         "question_overlap_if_hit": overlap_share if is_hit else NONE,
-        "gold_in_question": sum(s in key.question_stems for s in key.content) / len(key.content),
+        "gold_in_question": _share([s in key.question_stems for s in key.content]),
+        "number_recall": _share([n in numbers for n in key.numbers]),
+        "number_bound": _meets_bound(key, numbers),
+        "name_recall": _share(names),
+        "num_stray_names": len(others - key.question_stems - key.gold_stems) if names else NONE,
+        "same_polarity": (2.0 * (key.is_negative == starts_negative) - 1) * key.is_yes_no,
+        "num_gold_items": len(key.items),
     }
+
+
+def _share(hits: Sequence[bool]) -> float:
+    return sum(hits) / len(hits) if hits else NONE
 
 
 def _meets_bound(key: Key, numbers: list[str]) -> float:
@@ -196,52 +200,3 @@ def _meets_bound(key: Key, numbers: list[str]) -> float:
         for value in values
     ]
     return 1.0 if meets[0] else 0.5 if any(meets) else -1.0
-
-
-def _number_features(key: Key, text: Text) -> dict[str, float]:
-    numbers = [w for w in text.words if is_number(w)]
-    recall, num_stray = NONE, NONE
-    if key.numbers:
-        recall = sum(n in numbers for n in key.numbers) / len(key.numbers)
-    else:
-        num_stray = sum(n not in key.question.words for n in numbers)
-    bound = _meets_bound(key, numbers)
-    return {"number_recall": recall, "number_bound": bound, "num_stray_numbers": num_stray}
-
-
-def _shape_features(key: Key, text: Text, found: Match, prediction: str) -> dict[str, float]:
-    negative = not NEGATIONS.isdisjoint(text.words)
-    starts_negative = not NEGATIONS.isdisjoint(text.words[:12])
-    asked_negative = key.is_negative or not NEGATIONS.isdisjoint(key.question.words)
-    places = [i for i, s in enumerate(text.stems) if s in found.hits]
-    name_recall, num_stray = NONE, NONE
-    if key.names:
-        named = sum(found.strength.get(s, 0.0) >= ALIKE for s in key.names)
-        name_recall = named / len(key.names)
-        after_first = prediction.partition(" ")[2]
-        num_stray = len(set(capitalized(after_first)) - key.question_stems - key.gold_stems)
-    return {
-        "name_recall": name_recall,
-        "num_stray_names": num_stray,
-        "words_after": len(text.words) - 1 - places[-1] if places else NONE,
-        "share_of_distinct_words": len(set(text.stems)) / max(1, len(text.stems)),
-        "stray_negation": float(negative) - float(asked_negative),
-        "gold_negation": _sign(negative) if key.is_negative else 0.0,
-        "same_polarity": _sign(key.is_negative == starts_negative) if key.is_yes_no else 0.0,
-        "num_gold_words": len(key.gold.words),
-        "num_gold_items": len(key.items),
-    }
-
-
-def _sign(is_so: bool) -> float:
-    return 1.0 if is_so else -1.0
-
-
-def features(key: Key, text: Text, prediction: str) -> dict[str, float]:
-    """Return the features of a prediction that has at least one word."""
-    found = match(key, text)
-    return (
-        _recall_features(key, text, found)
-        | _number_features(key, text)
-        | _shape_features(key, text, found, prediction)
-    )

@@ -14,8 +14,8 @@ from seal_jax.tasks.knowledge.grading.features import Key, longest_run, read_key
 from seal_jax.tasks.knowledge.grading.words import STOP, Text, fold, is_number, read
 
 MAX_CHARS = 2000  # of an answer; a longer one is a dump, not an answer
-MAX_WORDS = 200
-MAX_OTHERS = 3  # items of a list beside the gold's
+MAX_WORDS = 80  # a passage recited word by word holds every answer
+MAX_OTHERS = 3  # items of a list beside the gold's, one less where all is list
 MAX_ITEM_WORDS = 3
 
 
@@ -119,7 +119,12 @@ _EVERYTHING = re.compile(
     r"|\b(?:every|all|any) possible (?:answers?|options?|names?|words?)\b"
 )
 _POLAR = (("yes",), ("no",), ("true",), ("false",))
-_SEPARATOR = re.compile(r"[,;|/\n•]|\s-\s|\band\b|\bor\b|\d\.\s")
+_SEPARATOR = re.compile(
+    r"[,;|/\n•?]|\s-\s|\band\b|\bor\b|\d\.\s|(?<=[a-z]{3})[.!](?:\s|$)"
+    r"|(?:\boption )?(?:\(|\b)[a-h](?:\)|:\s)"
+)
+_FIRST_ITEM = re.compile(r"\W*(?:1[.)]|(?:option )?\(?a[):.])\s")
+_SECOND_ITEM = re.compile(r"\s(?:2[.)]|(?:option )?\(?b[):.])\s")
 _ALTERNATIVES = re.compile(r"\b(?:or|could|might|may|maybe|perhaps|possibly|either|one of|any)\b")
 
 
@@ -195,9 +200,9 @@ def _is_echo(key: Key, text: Text, answer: str) -> bool:
 
 
 def _is_numbered(key: Key, folded: str) -> bool:
-    """Return whether an answer numbers its items where the gold is one: 1. X 2. Y."""
+    """Return whether an answer numbers its items where the gold is one: 1. X 2. Y, or a) X b) Y."""
     is_one = len(key.items) == 1 and not key.numbers and len(folded) < _MAX_NUMBERED
-    return is_one and bool(re.match(r"\W*1[.)]\s", folded) and re.search(r"\s2[.)]\s", folded))
+    return is_one and bool(_FIRST_ITEM.match(folded) and _SECOND_ITEM.search(folded))
 
 
 def _adds_items(key: Key, text: Text, folded: str) -> bool:
@@ -225,27 +230,33 @@ def _lists_numbers(key: Key, text: Text) -> bool:
 
 
 def _is_list(key: Key, text: Text, folded: str) -> bool:
-    """Return whether the gold is at most one of many short items, numbers or bare names."""
+    """Return whether the gold is at most one of many short items, numbers or bare names.
+
+    What most items have is their frame, and no part of them: 'The capital is Oslo. The capital is'.
+    """
     if _lists_numbers(key, text):
         return True
     known = key.question_stems | key.gold_stems
     may_be = _ALTERNATIVES.search(folded) is not None
     allowed = MAX_OTHERS + len(key.items) - 1 - may_be
-    if len(set(text.stems) - known) <= allowed:
+    if len(set(text.stems) - known) < allowed:
         return False
     parts = _SEPARATOR.split(folded)
-    items = [t for part in parts if (t := read(part)).words] if len(parts) > allowed else []
+    items = [t for part in parts if (t := read(part)).words] if len(parts) >= allowed else []
     if len(parts) == 1 and STOP.isdisjoint(text.words):  # names without commas
         return len(set(text.stems) - known) > allowed + 1
-    num_total = sum(len(item.words) for item in items)
+    times = collections.Counter(s for item in items for s in set(item.stems))
+    bare = [[s for s in item.stems if 2 * times[s] <= len(items)] for item in items]
+    num_total = sum(map(len, bare))
+    allowed -= all(len(stems) <= MAX_ITEM_WORDS for stems in bare)
     num_others, num_words, has_gold = 0, 0, False  # of the chain of short items being read
-    for item in items:
-        if len(item.words) <= MAX_ITEM_WORDS:
-            num_others += known.isdisjoint(item.stems)
-            num_words += len(item.words)
-            has_gold |= not key.gold_stems.isdisjoint(item.stems)
+    for stems in filter(None, bare):
+        if len(stems) <= MAX_ITEM_WORDS:
+            num_others += known.isdisjoint(stems)
+            num_words += len(stems)
+            has_gold |= not key.gold_stems.isdisjoint(stems)
         else:  # a chain of alternatives may begin at the end of a clause
-            has_gold = may_be and item.stems[-1] in key.gold_stems
+            has_gold = may_be and stems[-1] in key.gold_stems
             num_others, num_words = 0, 0
         if has_gold and num_others > allowed and (may_be or 2 * num_words > num_total):
             return True

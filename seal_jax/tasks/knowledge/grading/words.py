@@ -106,8 +106,9 @@ def split_words(text: str) -> list[str]:
     """Split `text` into folded words; 'twenty-five', '1.4 million' and '9,430' become digits."""
     if " the " in text:
         text = _REGNAL.sub(_as_roman, text)
-    text = fold(_AMERICA.sub(" united states ", text) if "U" in text else text)
-    text = _DOTTED.sub(lambda m: m.group().replace(".", "") + " ", text)
+    text = fold(_AMERICA.sub(" united states ", text) if "US" in text or "U.S" in text else text)
+    if "." in text:
+        text = _DOTTED.sub(lambda m: m.group().replace(".", "") + " ", text)
     words: list[str] = []
     value, is_ten = None, False  # the number being read, and whether it ends in a bare ten
     for word in _WORD.findall(_POSSESSIVE.sub("", text) if "'" in text else text):

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from seal_jax.config.load import default_config
 from seal_jax.config.setup import settings_of
-from seal_jax.outer.examination import Evaluated
+from seal_jax.outer.examination import Evaluated, reward
 from seal_jax.outer.reliability import reliability, seed_rounds
 from seal_jax.outer.rewards import EARLIER, OWN, REWARDS, Evidence, Outcome, copying, reward_of
 from seal_jax.outer.step_log import trust
+from seal_jax.tasks.task import Rejected, SelfEdit
 
 NAN = float("nan")
 
@@ -62,6 +63,22 @@ def test_what_no_grader_could_tell_is_missing_and_not_zero():
 def test_rejected_and_overflowing_self_edits_earn_what_is_configured():
     assert reward_of(evidence(), {"judge": 1.0}, -9.0) == -9.0
     assert reward_of(evidence(outcome(1.0), outcome(1.0, NAN)), {"accuracy": 1.0}, -9.0) == -9.0
+
+
+def test_a_rejected_self_edit_never_earns_more_than_one_that_was_applied():
+    section = settings_of(default_config()).reward._replace(weights={"log_likelihood": 1.0})
+    applied, rejected = SelfEdit("p", "", "t", ("t",)), Rejected("p", "", "t", "empty")
+    edits = [[applied, rejected, applied, applied], [rejected] * 4]
+    found = [
+        [evidence(outcome(0.5)), evidence(), evidence(outcome(1.0)), evidence(outcome(0.0, NAN))],
+        [evidence()] * 4,
+    ]
+    rewards = reward(edits, Evaluated(found, {}, [0.0, 0.0]), section)
+    assert rewards.values[0].tolist() == [-1.0, -2.0, -2.0, -2.0]  # reward.rejected is 0
+    assert rewards.values[1].tolist() == [0.0] * 4
+    assert rewards.keepable[0].tolist() == [True, False, True, False]
+    lower = reward(edits, Evaluated(found, {}, [0.0, 0.0]), section._replace(rejected=-9.0))
+    assert lower.values[0].tolist() == [-1.0, -9.0, -2.0, -9.0]
 
 
 @given(st.text(), st.text())

@@ -138,13 +138,21 @@ def runs_to_make(
 
 
 def reward(edits: Edits, evaluated: Evaluated | None, section: RewardSettings) -> Rewards:
-    """Return the rewards [P R] of self-edits; where nothing was evaluated, all nan."""
+    """Return the rewards [P R] of self-edits; where nothing was evaluated, all nan.
+
+    What was rejected, or whose training was not finite, earns `section.rejected`, and never more
+    than the worst of its problem's other self-edits: rewards may all be negative.
+    """
     keepable = np.array([[isinstance(edit, SelfEdit) for edit in row] for row in edits])
     values = np.full(keepable.shape, np.nan, np.float32)
     for p, row in enumerate(evaluated.evidence if evaluated else ()):
         for r, found in enumerate(row):
             values[p, r] = reward_of(found, section.weights, section.rejected)
             keepable[p, r] &= all(outcome.finite for outcome in found.outcomes)
+        applied = values[p][keepable[p] & ~np.isnan(values[p])]
+        values[p] = np.where(
+            keepable[p], values[p], np.minimum(values[p], min(applied, default=np.inf))
+        )
     return Rewards(values, keepable)
 
 

@@ -249,4 +249,4 @@ def _log_likelihood(outcomes: Sequence[Any], left: float | None) -> float:
 
 
 def _number(value: float | None) -> float:
-    return np.nan if value is None else value
+    return value if value is not None and np.isfinite(value) else np.nan

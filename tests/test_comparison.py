@@ -182,6 +182,12 @@ def test_what_was_rejected_or_overflowed_counts_as_0_or_as_the_base_model():
     dense = [((-1 - 2) / 2 + -4) / 2, ((-0.5 - 3) / 2 + (-2 - 3) / 2) / 2]
     np.testing.assert_allclose(scores["log_likelihood"]["seal"], dense)
     np.testing.assert_allclose(scores["log_likelihood"]["base"], [-4, -3])
+    held = SimpleNamespace(num_edits=2, num_seeds=2, num_bootstrap=9, primary=(), primary_score="")
+    stages = SimpleNamespace(settings=SimpleNamespace(eval=held, seed=0))
+    arms["own"] = ArmRuns([[EDIT], [EDIT]], BASE.outcomes | {("b", 0, 0): outcomes["b", 0, 0]})
+    summary = compare.summarize(stages, PROBLEMS, arms, {})
+    assert summary["not_finite"] == {"own": 1, "seal": 2}
+    assert summary["rejected_self_edits"] == {"seal": 1, "own": 0}
 
 
 def test_what_was_not_measured_has_no_score():

@@ -69,6 +69,7 @@ from seal_jax.runs.folder import claim_model
 from seal_jax.runs.kept_adapters import Keep, keep_for
 from seal_jax.runs.train_state import checkpoint, extend, record, refuse_skipped, restore_state
 from seal_jax.sharding import to_host
+from seal_jax.tasks.task import asks_once
 from seal_jax.types import Params, Rollout, TrainState
 
 
@@ -101,7 +102,8 @@ def train_alone(config: ConfigDict, workdir: str) -> dict[str, Any]:
     stages = make_stages(settings)
     check_rewards(stages)
     training, held_out = split_problems(settings, stages.task)
-    check_prompts(stages, [*training, *held_out])
+    check_prompts(stages, training, golds="log_likelihood" in settings.reward.weights)
+    check_prompts(stages, held_out, golds=asks_once(stages.task))
     external = read_external(stages, held_out)
     say(describe(stages, training, held_out))  # what does not fit is refused
     claim_workdir(config, workdir, external.digests)

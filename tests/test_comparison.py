@@ -139,6 +139,7 @@ def test_the_summary_says_how_far_rewards_could_be_trusted():
         {"reliability/reliability_of_mean": 0.2, "reliability/reliability_of_one": 0.1},
         {"reliability/reliability_of_mean": 0.4, "reliability/reliability_of_one": 0.2, "other": 9},
         {"reliability/gain_apparent": 0.14, "reliability/gain_cross_validated": 0.036},
+        {"reliability/reliability_of_mean": None},  # it was not finite
     ]
     report = mean_reliability(rows)
     assert report["reliability_of_mean"] == pytest.approx(0.3)
@@ -181,6 +182,12 @@ def test_what_was_rejected_or_overflowed_counts_as_0_or_as_the_base_model():
     dense = [((-1 - 2) / 2 + -4) / 2, ((-0.5 - 3) / 2 + (-2 - 3) / 2) / 2]
     np.testing.assert_allclose(scores["log_likelihood"]["seal"], dense)
     np.testing.assert_allclose(scores["log_likelihood"]["base"], [-4, -3])
+    held = SimpleNamespace(num_edits=2, num_seeds=2, num_bootstrap=9, primary=(), primary_score="")
+    stages = SimpleNamespace(settings=SimpleNamespace(eval=held, seed=0))
+    arms["own"] = ArmRuns([[EDIT], [EDIT]], BASE.outcomes | {("b", 0, 0): outcomes["b", 0, 0]})
+    summary = compare.summarize(stages, PROBLEMS, arms, {})
+    assert summary["not_finite"] == {"own": 1, "seal": 2}
+    assert summary["rejected_self_edits"] == {"seal": 1, "own": 0}
 
 
 def test_what_was_not_measured_has_no_score():
@@ -189,10 +196,10 @@ def test_what_was_not_measured_has_no_score():
     scores = compare.scores_of(PROBLEMS, {"base": BASE, "gpt": ArmRuns([[EDIT], []], outcomes)})
     np.testing.assert_array_equal(scores["accuracy"]["gpt"], [1.0, np.nan])
     np.testing.assert_array_equal(scores["log_likelihood"]["gpt"], [np.nan, np.nan])
-    old = {name: one._replace(log_likelihood=None) for name, one in BASE.outcomes.items()}
-    assert "log_likelihood" not in compare.scores_of(
-        PROBLEMS, {"base": BASE._replace(outcomes=old)}
-    )
+    for value in (None, -np.inf):  # an infinite one becomes nan in the ledger
+        old = {name: one._replace(log_likelihood=value) for name, one in BASE.outcomes.items()}
+        arms = {"base": BASE._replace(outcomes=old)}
+        assert "log_likelihood" not in compare.scores_of(PROBLEMS, arms)
 
 
 def test_an_arm_examines_every_self_edit_that_was_not_rejected():

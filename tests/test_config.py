@@ -106,6 +106,7 @@ def test_every_key_refuses_nan_infinity_and_another_type(key):
         ("task.name", "knowlege", ["task.name = 'knowlege'", "knowledge"]),
         ("task.styl", "qa", ["unknown key 'task.styl'", "'task.style'"]),
         ("outer.objective", "grop", ["'rest_em'", "'grpo'"]),
+        ("answer.prefix", "Answer: ", ["answer.prefix = 'Answer: '", "no space or line end"]),
         ("eval.objectives", ("grop",), ["different names from", "grpo", "or ()"]),
         ("eval.objectives", ("grpo", "grpo"), ["different names"]),
         ("eval.objectives", ("rest_em",), ["eval.objectives has 'rest_em'", "outer.objective"]),

@@ -6,8 +6,10 @@ import json
 import numpy as np
 import pytest
 from test_comparison import percentile
+from test_tune import made_up
 
 from seal_jax.outer import differences
+from seal_jax.outer.sweep_report import summarize
 from seal_jax.planning import pilot
 from seal_jax.types import EvalSettings
 
@@ -65,6 +67,8 @@ def test_a_pair_is_read_where_names_have_hyphens():
     assert differences.read_pair("seal-random", arms) is None
     assert differences.read_pair("seal-seal", arms) is None
     assert differences.read_pair("seal", arms) is None
+    arms += ["4.1-seal", "gpt-4.1-seal"]  # gpt and 4.1-seal, or gpt-4.1 and seal
+    assert differences.read_pair("gpt-4.1-seal", arms) is None
 
 
 def test_the_smallest_difference_is_shown_in_80_percent_of_cases():
@@ -119,26 +123,18 @@ def test_a_pilot_says_what_a_run_can_show(tmp_path, scores):
 
 
 def test_a_sweep_is_a_pilot(tmp_path):
-    """Wherever its lists of problems stand; what they do not share is left out."""
-    rng = np.random.default_rng(1)
-    settings = [
-        {
-            "learning_rate": rate,
-            "problems": [
-                {"problem": p, "accuracy": rng.random(), "log_likelihood": rng.normal()}
-                for p in range(10 - i)
-            ],
-        }
-        for i, rate in enumerate((1e-4, 1e-3, 1e-2))
-    ]
-    path = tmp_path / "tune.json"
-    path.write_text(json.dumps({"rounds": [{"settings": settings}], "best": 1e-3}))
-    spreads = []
-    for one, other in itertools.combinations(settings, 2):
-        pairs = zip(one["problems"], other["problems"], strict=False)
-        spreads.append(np.std([a["accuracy"] - b["accuracy"] for a, b in pairs], ddof=1))
+    """By its base model and the settings that went through to its end without diverging."""
+    summary = summarize(*made_up())
+    ended = [summary["base"], *summary["settings"][1:]]
+    assert [len(row["outcomes"]) for row in summary["settings"]] == [2, 4, 4]
+    values = [np.array([one["log_likelihood"] for one in row["outcomes"]]) for row in ended]
+    spreads = [np.std(a - b, ddof=1) for a, b in itertools.combinations(values, 2)]
+    spreads = [spread for spread in spreads if spread > 1e-9]  # two settings differ by a constant
+    (tmp_path / "tune.json").write_text(json.dumps(summary))
     (line,) = pilot.describe_power(held(pilot=str(tmp_path)), 100, "passages")
-    assert f"{100 * 0.28016 * np.median(spreads):.1f} points (its 3 pairs of arms" in line
+    said = f"{0.28016 * np.median(spreads):.3f} nats per token (its 2 pairs of arms"
+    assert len(spreads) == 2 and said in line
+    assert "points" not in line and "settings of a sweep share self-edits" in line
 
 
 def test_without_a_pilot_the_start_says_so():
@@ -153,6 +149,8 @@ def test_without_a_pilot_the_start_says_so():
         (None, "no such file"),
         ("{}", "has no scores of single problems"),
         ('{"accuracy_by_problem": {"a": {"seal": "high"}}}', "has no scores"),
+        ('{"settings": [1, {"outcomes": [2, {"accuracy": 1.0}]}], "base": 3}', "no two arms"),
+        ('{"settings": 4}', "has no scores"),
         ('{"accuracy_by_problem": {"a": {"seal": 1.0, "own": 0.5}}}', "no two arms"),
         ("[1]", "expected a JSON object"),
     ],

@@ -425,7 +425,7 @@ def test_normalize():
 @needs_graded
 def test_agrees_with_the_judge():
     with GRADED.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+        rows = [json.loads(line) for line in file][::3]  # a `long` test below takes all
     start = time.perf_counter()
     verdicts = [grade(row["question"], row["gold"], row["prediction"]) for row in rows]
     seconds = time.perf_counter() - start

@@ -244,6 +244,13 @@ def test_a_further_objective_takes_as_much_as_seal_and_its_arm():
     tests = held.num_problems * held.num_edits * held.num_seeds
     assert further["scoring"] - found["scoring"] == runs + tests
     assert found["scoring"] - single["scoring"] == tests  # the control has no rewards
+    others = settings._replace(
+        eval=held._replace(texts={"gpt-4.1": "json:FILE"}),
+        reward=settings.reward._replace(weights={"accuracy": 1.0}),
+    )
+    counts = slice_plan.step_counts(others, SHORT, 4)  # the table alone needs log-likelihoods
+    assert counts["scoring"] == found["scoring"] - runs + tests
+    assert counts["decode"] - found["decode"] == tests * SHORT.num_questions * 4
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ from seal_jax.models.weights import save_safetensors
 from seal_jax.outer.ledger import append_outcome, read_ledger
 from seal_jax.outer.problems import split_problems
 from seal_jax.outer.rewards import Outcome
-from seal_jax.outer.stages import exam_prompts, gold_text, parse
+from seal_jax.outer.stages import check_prompts, exam_prompts, gold_text, parse
 from seal_jax.outer.waves import InnerRun
 from seal_jax.sources import load_model
 from seal_jax.tasks.task import Rejected, SelfEdit
@@ -230,6 +230,16 @@ def test_a_gold_answer_stands_where_the_template_puts_answers(one_device, tmp_pa
         expected = f"{asked}{tail}{between}{question.answer}"
         assert stages.model.tokenizer.decode(text.tokens).endswith(expected)
         assert text.tokens[-1] not in stages.model.tokenizer.stop_ids
+
+
+def test_a_gold_answer_that_cannot_be_scored_is_refused_before_the_run(one_device, tmp_path):
+    stages = stages_of(tmp_path / "m", THINKS)
+    problem, exam = split_problems(stages.settings, stages.task)[0][0]
+    question = exam.questions[0]._replace(answer="a</think>b")  # the template leaves b of it
+    asked = [(problem, exam._replace(questions=(exam.questions[1], question)))]
+    check_prompts(stages, asked)  # nobody scores it
+    with pytest.raises(ValueError, match=f"problem {problem.id}: .*changes the text 'a</think>b'"):
+        check_prompts(stages, asked, golds=True)
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -48,7 +48,9 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> None:
     from seal_jax.outer.comparison import compare
     from seal_jax.outer.external import read_external
     from seal_jax.outer.problems import split_problems
+    from seal_jax.outer.stages import check_prompts
     from seal_jax.runs.checkpoint import tree_hash
+    from seal_jax.tasks.task import asks_once
     from seal_jax.train import evaluate
 
     ask_first("workdir", lambda: check_workdir(config, workdir))
@@ -56,6 +58,7 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> None:
     with hold(workdir):
         stages = make_stages(settings_of(config))
         _, held_out = split_problems(stages.settings, stages.task)
+        check_prompts(stages, held_out, golds=asks_once(stages.task))
         external = read_external(stages, held_out)
         with jax.transfer_guard("disallow"):
             policies = {"base": stages.model.params, "seal": policy_params(stages, policy)}

@@ -135,7 +135,7 @@ def _tune_alone(
     groups = groups_of(sweep.settings)
     stages = [make_stages(stages_settings(sweep.settings, one), own.model) for one in groups]
     for one in stages:
-        check_prompts(one, [*sweep.problems, *sweep.others])
+        check_prompts(one, [*sweep.problems, *sweep.others], golds=True)
     claim_workdir(config, workdir)
     _claim(sweep)
     with jax.transfer_guard("disallow"):

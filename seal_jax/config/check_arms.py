@@ -37,11 +37,11 @@ def arm_conflicts(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"eval.objective_kwargs.{name} = {options!r}: needs a dict of its options"
     arms = ["base", "passage", "own", "seal", *objectives, *values["eval.texts"]]
     arms += ["random"] if values["eval.random_control"] else []
-    arms += values.get("eval.texts", ())  # external arms, by name
     for text in values["eval.primary"]:
         if read_pair(text, arms) is None:
             yield (
-                f"eval.primary has {text!r}: needs ARM-ARM, two different ones of {', '.join(arms)}"
+                f"eval.primary has {text!r}: needs ARM-ARM, which names one pair of different arms"
+                f" among {', '.join(arms)}"
             )
     task = values["task.name"]
     if values["eval.primary_score"] == "log_likelihood" and not asks_once(TASKS[task]):

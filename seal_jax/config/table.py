@@ -185,6 +185,11 @@ def weights(*names: str) -> Allowed:
 
 _TEXT = Allowed("a non-empty string", lambda v: isinstance(v, str) and v != "", _unquote)
 _ANY_TEXT = Allowed("a string", lambda v: isinstance(v, str), _unquote)
+_PREFIX = Allowed(  # the answer follows behind a space
+    "a string with no space or line end around it",
+    lambda v: isinstance(v, str) and v == v.strip(),
+    _unquote,
+)
 _STRINGS = Allowed(
     "a tuple of non-empty strings",
     lambda v: isinstance(v, tuple) and all(isinstance(s, str) and s for s in v),
@@ -284,7 +289,7 @@ FIELDS: dict[str, Field] = {
     "answer.max_tokens": Field(64, _COUNT),
     "answer.max_thought_tokens": Field(0, _integer(0), added=True),
     "answer.stop": Field((), _STRINGS),
-    "answer.prefix": Field("", rule_like(""), added=True),  # what every answer begins with
+    "answer.prefix": Field("", _PREFIX, added=True),  # what every answer begins with
     "answer.max_rows": Field(64, _COUNT, placement=True),
     # The inner loop: one LoRA adapter for each self-edit and seed.
     "inner.rank": Field(32, _integer(1, 4096)),

@@ -32,14 +32,8 @@ KEY = "manifest"  # config.json has it, so that a manifest that is lost is misse
 _FILES = (
     *("config.json", "policy.json", "texts.json", "summary.json", "summary.md", "model/**/*"),
     *("metrics.jsonl", "edits.jsonl", "eval_*.jsonl", "pending_*.jsonl", "judged_*.json"),
-    *(
-        "tune.json",
-        "tune.md",
-        "tune.png",
-        "tune_sweep.json",
-        "tune_runs.jsonl",
-        "tune_texts_*.json",
-    ),
+    *("tune.json", "tune.md", "tune.png", "tune_sweep.json", "tune_runs.jsonl"),
+    "tune_texts_*.json",
 )
 _REMADE = (
     *(MANIFEST, "summary.", "eval_", "pending_", "adapters/", "checkpoints/"),
@@ -242,9 +236,8 @@ def is_unfinished(folder: str | os.PathLike, name: str) -> bool:
       name: adapters/ID.
     """
     found = read_manifest(folder)
-    return (
-        found is not None and name not in found.folders and not Path(folder, name, _RECORD).exists()
-    )
+    is_new = found is not None and name not in found.folders
+    return is_new and not Path(folder, name, _RECORD).exists()
 
 
 def refuse_damaged(root: str | os.PathLike, reads: tuple[str, ...] = ("",)) -> None:

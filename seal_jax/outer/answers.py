@@ -20,7 +20,7 @@ from seal_jax.models.thoughts import Thoughts, read
 from seal_jax.models.transformer import hidden_states
 from seal_jax.outer.problems import Batch
 from seal_jax.outer.rewards import ELSEWHERE, Outcome
-from seal_jax.outer.stages import Stages, exam_prompts, gold_text, thoughts_of
+from seal_jax.outer.stages import Stages, exam_prompts, gold_texts, thoughts_of
 from seal_jax.outer.waves import InnerRun, Wave
 from seal_jax.sampling.draw import make_settings
 from seal_jax.sampling.generate import generate
@@ -121,7 +121,7 @@ def baseline_marks(stages: Stages, params: Params, batch: Batch) -> Marks:
 
 def baseline_logp(stages: Stages, params: Params, batch: Batch) -> list[list[float]]:
     """Return log p per token of the gold answers under the unadapted policy, by problem."""
-    golds = [_gold_texts(stages, *posed) for posed in batch]
+    golds = [gold_texts(stages, *posed) for posed in batch]
     values = iter(_mean_logp(stages, params, None, [list(chain.from_iterable(golds))])[0])
     return [[next(values) for _ in group] for group in golds]
 
@@ -143,7 +143,7 @@ def base_outcomes(
     batch = [(run.problem, run.exam) for run in runs]
     logps: list[float | None] = [None] * len(runs)
     if golds:
-        texts = [_gold_texts(stages, run.problem, run.exam) for run in runs]
+        texts = [gold_texts(stages, run.problem, run.exam) for run in runs]
         values = iter(_mean_logp(stages, params, None, [list(chain.from_iterable(texts))])[0])
         logps = [float(np.mean([next(values) for _ in group])) for group in texts]
     answers = _baseline_answers(stages, params, batch)
@@ -167,7 +167,7 @@ def gold_logp(stages: Stages, params: Params, adapters: Adapters, wave: Wave) ->
     those to the exams of kind ELSEWHERE.
     """
     golds = [
-        [text for posed in _scored(place.run) for text in _gold_texts(stages, *posed)]
+        [text for posed in _scored(place.run) for text in gold_texts(stages, *posed)]
         if place
         else []
         for place in wave.places
@@ -185,13 +185,6 @@ def _mean_logp(
 def _scored(run: InnerRun) -> list[tuple[Problem, Exam]]:
     elsewhere = [(problem, exam) for kind, problem, exam in run.others if kind == ELSEWHERE]
     return [(run.problem, run.exam), *elsewhere]
-
-
-def _gold_texts(stages: Stages, problem: Problem, exam: Exam) -> list[Text]:
-    return [
-        gold_text(stages, stages.task.answer_prompt(problem, question.question), question.answer)
-        for question in exam.questions
-    ]
 
 
 @partial(jax.jit, static_argnames="config")

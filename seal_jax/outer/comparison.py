@@ -29,6 +29,7 @@ from seal_jax.outer.examination import outcomes_of
 from seal_jax.outer.examples import ArmRuns, examples_of
 from seal_jax.outer.ledger import Outcomes, append_outcome, read_ledger
 from seal_jax.outer.problems import Batch, OuterStep
+from seal_jax.outer.rewards import Outcome
 from seal_jax.outer.stages import Edits, Stages, inner_base, parse, sample
 from seal_jax.outer.summary_text import TITLES, to_markdown
 from seal_jax.outer.waves import Examination, all_of, inner_runs
@@ -202,7 +203,7 @@ def summarize(
 
 def _num_bad(name: str, arm: ArmRuns) -> int:
     runs = () if name == "base" else arm.outcomes.values()
-    return sum(not one.finite for one in runs)
+    return sum(map(_is_lost, runs))
 
 
 def scores_of(problems: Batch, arms: Mapping[str, ArmRuns]) -> Scores:
@@ -233,20 +234,21 @@ def scores_of(problems: Batch, arms: Mapping[str, ArmRuns]) -> Scores:
     return found
 
 
-def _accuracy(outcomes: Sequence[Any]) -> float:
+def _accuracy(outcomes: Sequence[Outcome]) -> float:
     return float(np.mean([o.accuracy if o.finite else 0.0 for o in outcomes] or [0.0]))
 
 
-def _log_likelihood(outcomes: Sequence[Any], left: float | None) -> float:
+def _log_likelihood(outcomes: Sequence[Outcome], left: float | None) -> float:
     """Return the mean over the seeds of a self-edit; `left` is that of the base model."""
-    values = [
-        _number(one.log_likelihood)
-        if one.finite and (one.log_likelihood is None or np.isfinite(one.log_likelihood))
-        else _number(left)
-        for one in outcomes
-    ]
+    values = [_number(left if _is_lost(one) else one.log_likelihood) for one in outcomes]
     return float(np.mean(values or [_number(left)]))
 
 
+def _is_lost(one: Outcome) -> bool:
+    """Return whether a training, or what it made of the gold answers, was not finite."""
+    measured = one.log_likelihood is not None
+    return not one.finite or measured and not np.isfinite(one.log_likelihood)
+
+
 def _number(value: float | None) -> float:
-    return np.nan if value is None else value
+    return value if value is not None and np.isfinite(value) else np.nan

@@ -110,16 +110,14 @@ def pairs_of(arms: Sequence[str], external: Collection[str] = ()) -> list[tuple[
 
 
 def read_pair(text: str, arms: Collection[str]) -> tuple[str, str] | None:
-    """Return the pair that 'ARM-ARM' names; None where it names none of these arms.
+    """Return the pair that 'ARM-ARM' names; None where it names none of these arms, or several.
 
     Names may have hyphens themselves.
     """
     parts = text.split("-")
-    for i in range(1, len(parts)):
-        pair = "-".join(parts[:i]), "-".join(parts[i:])
-        if set(pair) <= set(arms) and pair[0] != pair[1]:
-            return pair
-    return None
+    cut = [("-".join(parts[:i]), "-".join(parts[i:])) for i in range(1, len(parts))]
+    found = [pair for pair in cut if {*pair} <= {*arms} and pair[0] != pair[1]]
+    return found[0] if len(found) == 1 else None
 
 
 def compare_pairs(

@@ -99,7 +99,8 @@ def read_ledger(ledger: str, runs: Sequence[InnerRun]) -> Outcomes:
         if wanted.get(name) != (entry.pop("step"), entry.pop("text")):
             continue
         for field in _MAY_BE_NAN:
-            entry[field] = math.nan if entry[field] == "nan" else entry[field]
+            if entry.get(field) == "nan":  # an older version's may lack it
+                entry[field] = math.nan
         entry["answers"] = tuple(entry["answers"])
         try:
             outcomes[name] = Outcome(**entry)

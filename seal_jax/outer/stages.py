@@ -77,6 +77,14 @@ def ask_tokens(stages: Stages, prompt: str) -> list[int]:
     return _answered(stages, prompt, stages.settings.answer.prefix)[0]
 
 
+def gold_texts(stages: Stages, problem: Problem, exam: Exam) -> list[Text]:
+    """Return each question of an exam with its first gold answer."""
+    return [
+        gold_text(stages, stages.task.answer_prompt(problem, question.question), question.answer)
+        for question in exam.questions
+    ]
+
+
 def gold_text(stages: Stages, prompt: str, gold: str) -> Text:
     """Return a question with its gold answer, whose tokens alone are in the loss mask.
 
@@ -101,8 +109,12 @@ def _answered(stages: Stages, prompt: str, answer: str) -> tuple[list[int], int]
     return tokens[:-1], marked.index(True)
 
 
-def check_prompts(stages: Stages, problems: Batch) -> None:
-    """Raise ValueError now, and not hours later, where a prompt exceeds the model's context."""
+def check_prompts(stages: Stages, problems: Batch, golds: bool = False) -> None:
+    """Raise ValueError now, and not hours later, where a prompt exceeds the model's context.
+
+    Args:
+      golds: gold answers are going to be scored. None may be a text that the model cannot be given.
+    """
     settings, encode = stages.settings, stages.model.tokenizer.encode_prompt
     limit = longest_text(stages)
     most = max_tokens_of(stages.task) or 0
@@ -113,10 +125,12 @@ def check_prompts(stages: Stages, problems: Batch) -> None:
         )
     for problem, exam in problems:
         prompt = encode(stages.task.edit_prompt(problem), settings.model.chat)
-        questions = exam_prompts(stages, problem, exam)
         try:
+            questions = exam_prompts(stages, problem, exam)
+            scored = [text.tokens for text in gold_texts(stages, problem, exam)] if golds else []
             check_lengths(stages.model.config, [prompt], settings.sample.most_tokens)
             check_lengths(stages.model.config, questions, settings.answer.most_tokens)
+            check_lengths(stages.model.config, scored, 0)
         except ValueError as error:
             raise ValueError(f"problem {problem.id}: {error}") from error
 

@@ -161,7 +161,7 @@ def mean_reliability(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():
-            if name.startswith("reliability/"):
+            if name.startswith("reliability/") and value is not None:  # null: not finite
                 found.setdefault(name.removeprefix("reliability/"), []).append(value)
     return {name: sum(values) / len(values) for name, values in found.items()}
 

@@ -1,13 +1,13 @@
 """How large a difference a run can show, said before it starts: by the spread in a pilot.
 
-A pilot is an earlier run on other problems, or a sweep: any JSON with the scores of problems. What
-counts is how much paired differences vary from problem to problem.
+A pilot is an earlier run on other problems, or a sweep. What counts is how much paired differences
+vary from problem to problem.
 """
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,14 @@ ByProblem = dict[str, dict[str, float]]  # {arm: {problem id: value}}
 _FILES = ("summary.json", "tune.json")  # of a pilot's folder
 _FEWEST = 3  # problems that two arms must have in common
 _UNITS = {"accuracy": (100, "points"), "log_likelihood": (1, "nats per token")}
+_SHARED = " (settings of a sweep share self-edits and seeds: the arms of a run may vary more)"
+
+
+class Pilot(NamedTuple):
+    """What a pilot has measured."""
+
+    scores: dict[str, ByProblem]
+    is_sweep: bool
 
 
 def describe_power(held: EvalSettings, num_problems: int, problems: str) -> list[str]:
@@ -41,19 +49,20 @@ def describe_power(held: EvalSettings, num_problems: int, problems: str) -> list
             f"{head}: not known without an earlier run (eval.pilot). Differences of accuracy lie"
             f" in [-1, 1], so their spread is 1 at most: at worst {bound}",
         ]
-    pilot = ask_first("eval.pilot", lambda: read_pilot(held.pilot))
+    pilot = Pilot(*ask_first("eval.pilot", lambda: read_pilot(held.pilot)))
     wanted = held.primary or ("seal-own", "seal-random")
     said = [
         text
         for score in SCORES
-        if score in pilot
-        for text in _shown(pilot[score], wanted, num_problems, *_UNITS[score])
+        if score in pilot.scores
+        for text in _shown(pilot.scores[score], wanted, num_problems, *_UNITS[score])
     ]
     if not said:
         raise ValueError(
             f"eval.pilot = {held.pilot!r}: no two arms whose scores differ on {_FEWEST} problems"
         )
-    return [*lines, f"{head}, by {held.pilot}: {'; '.join(said)}"]
+    note = _SHARED if pilot.is_sweep else ""
+    return [*lines, f"{head}, by {held.pilot}: {'; '.join(said)}{note}"]
 
 
 def _shown(
@@ -94,7 +103,7 @@ def paired_spreads(values: ByProblem) -> dict[tuple[str, str], float]:
     return found
 
 
-def read_pilot(path: str) -> dict[str, ByProblem]:
+def read_pilot(path: str) -> Pilot:
     """Return the scores in a run's summary.json, in a sweep's tune.json, or in a folder with one.
 
     Raises:
@@ -110,45 +119,45 @@ def read_pilot(path: str) -> dict[str, ByProblem]:
         content = read_object(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"eval.pilot = {path!r}: {error}") from error
-    found = scores_in(content)
+    is_sweep = "settings" in content
+    found = _scores(_of_sweep(content) if is_sweep else _of_run(content))
     if not found:
         raise ValueError(f"eval.pilot = {path!r}: has no scores of single problems")
-    return found
+    return Pilot(found, is_sweep)
 
 
-def scores_in(content: Mapping[str, Any]) -> dict[str, ByProblem]:
-    """Return {score: {arm: {problem id: value}}} of what a summary or a sweep holds.
-
-    A summary has accuracy_by_problem and log_likelihood_by_problem, as {problem id: {arm: value}}.
-    In a sweep every list of objects with `problem` and a score is an arm, wherever it stands.
-    """
-    found: dict[str, ByProblem] = {}
+def _of_run(content: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any]]:
+    """Yield score, arm, problem and value of a summary's {problem id: {arm: value}}."""
     for score in SCORES:
-        by_problem = content.get(f"{score}_by_problem")
-        for problem, row in by_problem.items() if isinstance(by_problem, dict) else ():
-            for arm, value in row.items() if isinstance(row, dict) else ():
-                _enter(found, score, arm, problem, value)
-    if not found:
-        for arm, rows in _lists_of_problems(content):
-            for row in rows:
-                for score in SCORES:
-                    _enter(found, score, arm, str(row.get("problem")), row.get(score))
+        for problem, row in _items(content.get(f"{score}_by_problem")):
+            for arm, value in _items(row):
+                yield score, arm, problem, value
+
+
+def _of_sweep(content: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any]]:
+    """Yield the same of a sweep's base model and the settings that went through to its end."""
+    settings = content["settings"] if isinstance(content["settings"], list) else []
+    ended = {
+        f"setting {i}": row
+        for i, row in enumerate(settings)
+        if isinstance(row, dict)
+        and row.get("num_problems") == content.get("num_problems")
+        and not row.get("diverged")
+    }
+    for arm, row in {"base": content.get("base"), **ended}.items():
+        for one in dict(_items(row)).get("outcomes") or ():
+            for score, value in _items(one):
+                if score in SCORES:
+                    yield score, arm, str(one.get("problem")), value
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    return iter(value.items() if isinstance(value, dict) else ())
+
+
+def _scores(entries: Iterator[tuple[str, str, str, Any]]) -> dict[str, ByProblem]:
+    found: dict[str, ByProblem] = {}
+    for score, arm, problem, value in entries:
+        if isinstance(value, int | float) and np.isfinite(value):
+            found.setdefault(score, {}).setdefault(arm, {})[problem] = float(value)
     return found
-
-
-def _enter(found: dict[str, ByProblem], score: str, arm: str, problem: str, value: Any) -> None:
-    if isinstance(value, int | float) and np.isfinite(value):
-        found.setdefault(score, {}).setdefault(arm, {})[problem] = float(value)
-
-
-def _lists_of_problems(value: Any, place: str = "") -> Iterator[tuple[str, list[dict]]]:
-    """Yield the lists of objects with `problem`, and where each stands."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _lists_of_problems(item, f"{place}.{key}" if place else str(key))
-    elif isinstance(value, list):
-        if value and all(isinstance(item, dict) and "problem" in item for item in value):
-            yield place, value
-        else:
-            for i, item in enumerate(value):
-                yield from _lists_of_problems(item, f"{place}[{i}]")

@@ -112,8 +112,10 @@ def step_counts(settings: Settings, lengths: Lengths, shards: int) -> dict[str, 
     problems = outer.num_steps * outer.problems_per_step
     tests = held_out.num_problems * held_out.num_edits
     written = problems * settings.sample.num_edits * arms + tests * (arms + 1)
-    runs = rewarded * problems * settings.sample.num_edits * inner.num_seeds
-    runs += (tests * (arms + 1) + held_out.num_problems) * held_out.num_seeds
+    rewards = rewarded * problems * settings.sample.num_edits * inner.num_seeds
+    ways = tests * (arms + 1 + len(held_out.texts))  # with self-edits
+    table = (ways + held_out.num_problems) * held_out.num_seeds
+    runs = rewards + table
     asked = runs * lengths.num_questions
     tokens = runs * inner.num_epochs * 2 * lengths.passage  # the passage, and as much written
     trained = arms * problems * outer.num_epochs
@@ -121,7 +123,7 @@ def step_counts(settings: Settings, lengths: Lengths, shards: int) -> dict[str, 
         "prefill": problems * arms + tests * (arms + 1) + asked,
         "decode": written * settings.sample.most_tokens + asked * settings.answer.most_tokens,
         "inner step": tokens / (inner.tokens_per_step * shards),
-        "scoring": runs,
+        "scoring": runs if "log_likelihood" in settings.reward.weights else table,
         "policy update": trained / outer.batch_size * outer.microbatch_size,
     }
 

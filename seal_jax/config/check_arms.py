@@ -37,7 +37,6 @@ def arm_conflicts(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"eval.objective_kwargs.{name} = {options!r}: needs a dict of its options"
     arms = ["base", "passage", "own", "seal", *objectives, *values["eval.texts"]]
     arms += ["random"] if values["eval.random_control"] else []
-    arms += values.get("eval.texts", ())  # external arms, by name
     for text in values["eval.primary"]:
         if read_pair(text, arms) is None:
             yield (

@@ -224,12 +224,19 @@ def _put_parts(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def shaped(tree: Any, shardings: Any) -> Any:
-    """Return the tree as ShapeDtypeStructs; `shardings` is one for all, or a tree of them."""
-    if isinstance(shardings, Sharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )
+    """Return the tree as ShapeDtypeStructs.
+
+    Args:
+      shardings: one for all, or a tree of them; each holds for all that the tree has in its place,
+        which may be nothing.
+    """
+
+    def placed(sharding: Sharding, part: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part
+        )
+
+    return jax.tree.map(placed, shardings, tree)
 
 
 def tree_bytes(tree: Any) -> int:

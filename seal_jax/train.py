@@ -56,7 +56,7 @@ from seal_jax.outer.examination import (
     look_up,
     reward,
 )
-from seal_jax.outer.external import read_external
+from seal_jax.outer.external import parse_texts, read_texts
 from seal_jax.outer.ledger import Outcomes, append_outcome, outcomes_of_wave, read_ledger
 from seal_jax.outer.problems import Batch, OuterStep, split_problems, take_problems
 from seal_jax.outer.stages import Edits, Stages, check_prompts, inner_base, parse, sample
@@ -69,6 +69,7 @@ from seal_jax.runs.folder import claim_model
 from seal_jax.runs.kept_adapters import Keep, keep_for
 from seal_jax.runs.train_state import checkpoint, extend, record, refuse_skipped, restore_state
 from seal_jax.sharding import to_host
+from seal_jax.tasks import make_task
 from seal_jax.tasks.task import asks_once
 from seal_jax.types import Params, Rollout, TrainState
 
@@ -99,14 +100,17 @@ def train_alone(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Do as `train` does, in a folder into which no other run writes."""
     settings = settings_of(config)
     objective, further = configured_objective(settings), further_objectives(settings)
+    # What is wrong with the data is said before the model is loaded.
+    task = make_task(**settings.task)
+    training, held_out = split_problems(settings, task)
+    texts = read_texts(settings, task)
     stages = make_stages(settings)
     check_rewards(stages)
-    training, held_out = split_problems(settings, stages.task)
     check_prompts(stages, training, golds="log_likelihood" in settings.reward.weights)
     check_prompts(stages, held_out, golds=asks_once(stages.task))
-    external = read_external(stages, held_out)
+    external = parse_texts(stages, held_out, texts)
     say(describe(stages, training, held_out))  # what does not fit is refused
-    claim_workdir(config, workdir, external.digests)
+    claim_workdir(config, workdir, {name: one.digest for name, one in texts.items()})
     claim_model(workdir, stages.model, settings.model.dtype)
     manifest.update(workdir)
     with jax.transfer_guard("disallow"):
@@ -123,7 +127,7 @@ def train_alone(config: ConfigDict, workdir: str) -> dict[str, Any]:
             policies[name] = loop(other, folder=folder, label=label).params
         rows = ask_first("metrics", lambda: read_jsonl(os.path.join(workdir, "metrics.jsonl")))
         reliability = mean_reliability(rows)
-        return compare(stages, evaluate, policies, held_out, workdir, reliability, external.edits)
+        return compare(stages, evaluate, policies, held_out, workdir, reliability, external)
 
 
 def outer_loop(

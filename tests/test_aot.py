@@ -21,7 +21,7 @@ from seal_jax.models.quantize import quantize_params
 from seal_jax.models.transformer import init_params
 from seal_jax.optim import make_optimizer
 from seal_jax.sampling.decode import cache_sharding
-from seal_jax.sharding import batch_sharding, leading, num_shards, param_shardings
+from seal_jax.sharding import batch_sharding, leading, num_shards, param_shardings, shaped
 
 # No TPU is asked for, so neither is the cloud about it, and several processes may compile at once.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -48,15 +48,6 @@ def tpu_mesh(data=8, fsdp=1, tensor=1):
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
     devices = np.array(topology.devices).reshape(data, fsdp, tensor)
     return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-
-
-def shaped(tree, shardings):
-    """Return the tree as ShapeDtypeStructs; `shardings` is one for all, or a tree of them."""
-    if not isinstance(shardings, NamedSharding):
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-        )
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings), tree)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

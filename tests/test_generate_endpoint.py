@@ -122,14 +122,14 @@ def test_a_refusal_ends_it_at_once_and_a_text_that_came_is_kept(server, out, gen
     code, _, error = generate("--set", "sample.num_edits=20")
     assert code == 2 and "refuses requests: HTTP 401" in error and "no such key" in error
     assert "check --url, --model and $OPENAI_API_KEY" in error
-    assert list(texts_in(out).values()) == ["a"] and len(server.requests) < 40
+    assert list(texts_in(out).values()) == ["a"] and len(server.requests) <= 9
 
 
 def test_an_endpoint_that_is_gone_is_left(server, out, generate):
     server.replies = [written("a"), (503, {}, b"")]
     code, _, error = generate("--set", "sample.num_edits=40")
     assert code == 2 and "gave no text 24 times in a row (at last: HTTP 503" in error
-    assert "the same command goes on from here" in error and len(server.requests) < 60
+    assert "the same command goes on from here" in error and len(server.requests) <= 40
     assert [text for text in texts_in(out).values() if text] == ["a"]
 
 
@@ -177,7 +177,7 @@ def test_a_file_of_something_else_is_left_as_it_is(server, out, generate, conten
         (("--tries", "0"), "--tries needs at least 1"),
         (("--timeout", "nan"), "--timeout a number of seconds above 0"),
         (("--model", ""), "needs --url, --model and --out: add --model"),
-        (("--out", "/dev/null"), "--out /dev/null: expected a file that keeps what is written"),
+        (("--out", "texts.json"), "--out texts.json: expected a name that ends in .jsonl"),
         (("--set", "eval.num_problems=9999"), "eval.num_problems = 9999; the task has 32"),
     ],
 )

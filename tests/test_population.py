@@ -26,7 +26,7 @@ from seal_jax.inner.update import InnerSetup, make_inner_loop
 from seal_jax.models.lora import init_adapters
 from seal_jax.optim import make_optimizer
 from seal_jax.outer.problems import split_problems
-from seal_jax.planning.run_estimate import describe
+from seal_jax.planning.run_estimate import describe, estimate_run
 from seal_jax.sharding import (
     batch_sharding,
     leading,
@@ -190,6 +190,15 @@ def test_a_run_that_counts_for_itself_gives_what_a_fixed_number_gives(
     problems = split_problems(stages.settings, stages.task)
     assert "8 inner runs, up to 8 at once" in describe(stages, *problems)
     assert "inner loop: 8 adapters at once" in capsys.readouterr().out
+    settings = stages.settings
+    external = settings.eval._replace(texts={"a": "a.jsonl", "b": "b.jsonl"}, num_seeds=3)
+    without, both = (
+        estimate_run(stages._replace(settings=settings._replace(eval=held)), *problems)
+        for held in (external._replace(texts={}), external)
+    )
+    more = 2 * len(problems[1]) * external.num_edits * 3
+    assert more and both.num_held_out_runs == without.num_held_out_runs + more
+    assert both.num_tokens > without.num_tokens
     run_loop(config, tmp_path)
     expected = read_jsonl(finished / "edits.jsonl")[:4]  # of the first step
     for edit, other in zip(read_jsonl(tmp_path / "edits.jsonl"), expected, strict=True):

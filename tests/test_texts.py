@@ -82,6 +82,15 @@ def test_a_text_of_another_passage_with_the_same_title_is_not_taken(write):
         load_texts(write([item]), [MILL], 1)
 
 
+def test_a_title_that_another_passage_of_the_split_has_names_nothing(write):
+    """Its writer may have meant the passage that is not asked."""
+    by_title = write({"The Mill": "m", FERRY.title: "a"})
+    assert load_texts(by_title, [MILL, FERRY], 1).of == [("m",), ("a",)]
+    with pytest.raises(ValueError, match="shared by several problems of the split.*'The Mill'"):
+        load_texts(by_title, [MILL, FERRY], 1, [NIGHT])
+    assert load_texts(write({MILL.id: "m"}), [MILL], 1, [NIGHT]).of == [("m",)]
+
+
 def test_a_text_that_came_later_takes_the_place_of_an_error(write):
     error, text = line(FERRY, 0, None, error="HTTP 500"), line(FERRY, 0, "a")
     for lines in ([error, text], [text, error]):
@@ -149,7 +158,7 @@ def test_a_line_that_a_kill_tore_is_named(write):
 
 
 def test_a_title_that_several_passages_share_is_no_name(write):
-    with pytest.raises(ValueError, match="shared by several held-out problems.*'The Mill'"):
+    with pytest.raises(ValueError, match="shared by several problems of the split.*'The Mill'"):
         load_texts(write({"The Mill": "a", FERRY.id: "b"}), [FERRY, MILL, NIGHT], 1)
     told_apart = write({MILL.id: "a", NIGHT.passage: "b"})
     assert load_texts(told_apart, [FERRY, MILL, NIGHT], 1).of == [(), ("a",), ("b",)]
@@ -261,12 +270,13 @@ def test_two_writers_are_two_rows_and_their_texts_are_part_of_the_run(
         ({"somewhere": 3}, "gpt", "'somewhere' is int 3, expected text"),
     ],
 )
-def test_bad_texts_end_a_run_before_it_begins(
-    one_device, write, tmp_path, capsys, content, name, why
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_bad_texts_end_a_run_before_a_model_is_loaded(
+    one_device, write, tmp_path, capsys, content, name, why, command
 ):
-    path = write(content)
-    code, _, err = run(
-        capsys, *train_arguments(tmp_path / "run", f"eval.texts={{'{name}': '{path}'}}")
-    )
+    texts = f"eval.texts={{'{name}': '{write(content)}'}}"
+    words = train_arguments(tmp_path / "run", texts, "model.source=no/such/model")[1:]
+    more = ["--policy", "no/such/run"] if command == "eval" else []
+    code, _, err = run(capsys, command, *words, *more)
     assert code == 2 and why in err
     assert not (tmp_path / "run").exists()

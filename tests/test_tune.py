@@ -2,7 +2,9 @@
 
 import json
 import math
+import shlex
 from functools import partial
+from signal import SIGKILL
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from tiny_run import CONFIG, run_process
 
 from seal_jax import keys
 from seal_jax.commands import main as cli
+from seal_jax.commands import tune
 from seal_jax.config import sweeps
 from seal_jax.config.load import ConfigError, load_config, to_json, with_overrides
 from seal_jax.config.setup import make_stages, settings_of
@@ -46,9 +49,15 @@ def tune_arguments(folder, *more):
 
 @pytest.fixture(scope="module")
 def tuned(compiled, tmp_path_factory):
-    """Return the folder of a finished sweep; only read it."""
+    """Return the folder of a sweep that was killed and went on to its end; only read it."""
     folder = tmp_path_factory.mktemp("tune") / "sweep"
+    kill = f"{folder}/tune_runs.jsonl:19"  # in the second round
+    assert run_process(*tune_arguments(folder), kill=kill, check=False).returncode == -SIGKILL
+    assert not (folder / "tune.json").exists() and not (folder.parent / "sweep.py").exists()
+    done = (folder / "tune_runs.jsonl").read_text()
+    assert done.count("\n") == 18
     run_process(*tune_arguments(folder))
+    assert (folder / "tune_runs.jsonl").read_text().startswith(done)
     return folder
 
 
@@ -76,7 +85,7 @@ def slow_scores(stages, config, problem, texts, golds):
 
 
 def test_a_sweep_is_a_slow_loop_over_its_settings(tuned, one_device):
-    """Each setting by itself: the same scores, and the same best."""
+    """Each setting by itself: the same scores, and the same best, though a kill was in between."""
     found = json.loads((tuned / "tune.json").read_text())
     config = load_config(CONFIG)
     stages = make_stages(settings_of(config))
@@ -120,21 +129,16 @@ def test_a_sweep_is_a_slow_loop_over_its_settings(tuned, one_device):
     assert len({row["outcomes"][0]["log_likelihood"] for row in found["settings"]}) == 8
 
 
+@pytest.mark.long
 def test_a_killed_sweep_ends_as_if_it_had_not_been(tuned, tmp_path):
     folder = tmp_path / "sweep"
-    kill = f"{folder}/tune_runs.jsonl:19"  # in the second round
-    assert run_process(*tune_arguments(folder), kill=kill, check=False).returncode != 0
-    assert not (folder / "tune.json").exists() and not (tmp_path / "sweep.py").exists()
-    done = (folder / "tune_runs.jsonl").read_text()
-    assert done.count("\n") == 18
     run_process(*tune_arguments(folder))
-    assert (folder / "tune_runs.jsonl").read_text().startswith(done)
     for name in ("tune.json", "tune.md", "tune_texts_0_2.json"):
         assert (folder / name).read_text() == (tuned / name).read_text(), name
-    assert verify_run(str(folder))[1] == []
 
 
 def test_the_written_config_is_the_best_setting(tuned):
+    assert verify_run(str(tuned))[1] == []
     found = json.loads((tuned / "tune.json").read_text())
     best = found["settings"][found["best"]]["set"]
     written = load_config(str(tuned.parent / "sweep.py"))
@@ -148,7 +152,7 @@ def test_a_finished_sweep_is_said_to_be_done_and_is_nothing_else_s(tuned, one_de
     said = capsys.readouterr().out
     assert "is done already" in said and "Best: --set inner.learning_rate=" in said
     assert cli.main(tune_arguments(tuned, "--edits", "2")) == 2
-    assert "holds another sweep: its edits are 1, asked for 2" in capsys.readouterr().err
+    assert "holds another sweep: edits = 1, asked for 2" in capsys.readouterr().err
     (tuned.parent / "sweep.py").write_text("mine")
     assert cli.main(tune_arguments(tuned)) == 2
     assert "sweep.py exists" in capsys.readouterr().err
@@ -281,11 +285,42 @@ def test_passages_are_those_that_neither_training_nor_the_table_uses(tmp_path):
         fresh_problems(settings, task, 3, 16, 8)
 
 
-def test_a_sweep_without_passages_is_refused(tmp_path):
-    content = {"train": [passage(i) for i in range(2)], "eval": [passage(9), passage(8)]}
-    settings, task = passages_file(tmp_path, content)
-    with pytest.raises(ValueError, match="needs 2 training problems, and 0 are left: the task"):
-        fresh_problems(settings, task, None, 16, 8)
+def test_a_sweep_without_passages_is_refused_before_a_model_is_loaded(tmp_path, capsys):
+    path = tmp_path / "passages.json"
+    path.write_text(json.dumps({"train": [passage(1), passage(2)], "eval": [passage(8)]}))
+    command = ["tune", "--config", CONFIG, "--workdir", str(tmp_path / "w")]
+    changes = "task.name=knowledge", f"task.source={path}", "model.source=no/such/model"
+    options = [word for change in (*changes, "outer.num_steps=1") for word in ("--set", change)]
+    assert cli.main([*command, *options, "--set", "eval.num_problems=1"]) == 2
+    found = capsys.readouterr().err
+    assert "needs 2 training problems, and 0 are left: the task" in found
+    assert found.count("\n") == 1 and not (tmp_path / "w").exists()
+
+
+def test_a_task_whose_gold_answers_are_not_scored_is_refused(tmp_path, capsys):
+    command = ["tune", "--config", "configs/arc_tiny.py", "--workdir", str(tmp_path / "w")]
+    assert cli.main(command) == 2
+    assert "task.name = 'arc': it asks each question in several ways" in capsys.readouterr().err
+
+
+def test_a_sweep_goes_on_with_the_same_settings_and_questions_alone(tmp_path):
+    sweep, _ = made_up()
+    sweep = sweep._replace(folder=str(tmp_path))
+    tune._claim(sweep)
+    tune._refuse_other_sweep(sweep)
+    (problem, exam), *rest = sweep.problems
+    changed = [(problem, exam._replace(questions=exam.questions[1:])), *rest]
+    with pytest.raises(ValueError, match="holds another sweep: questions = "):
+        tune._refuse_other_sweep(sweep._replace(problems=changed))
+    fewer = sweep._replace(settings=sweep.settings[:2])
+    with pytest.raises(ValueError, match=r"settings\[2\] = .*1e-3'\], asked for None"):
+        tune._refuse_other_sweep(fewer)
+
+
+def test_the_best_is_printed_as_a_shell_takes_it():
+    texts = ["inner.targets=('q_proj', 'v_proj')", "inner.learning_rate=1e-3"]
+    printed = tune._as_options({"set": texts})
+    assert shlex.split(printed) == ["--set", texts[0], "--set", texts[1]]
 
 
 def test_what_self_edits_choose_themselves_cannot_be_swept():
@@ -314,10 +349,10 @@ def test_what_is_data_shares_a_program_and_styles_share_none():
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_that_is_data_has_the_rates_of_one_that_is_not(name):
     rate = jax.jit(partial(scheduled_rate, warmup_steps=2))
+    expected = jax.jit(partial(scheduled_rate, name, warmup_steps=2))
     for step in range(9):
         numbers = jnp.float32(3e-3), jnp.int32(step), jnp.int32(8)
-        expected = jax.jit(partial(scheduled_rate, name, warmup_steps=2))(*numbers)
-        assert rate(jnp.int32(SCHEDULES.index(name)), *numbers) == expected
+        assert rate(jnp.int32(SCHEDULES.index(name)), *numbers) == expected(*numbers)
 
 
 def test_jobs_side_by_side_have_all_a_schedule_or_none():
@@ -370,7 +405,8 @@ def test_the_table_pairs_by_passage_and_names_what_diverged_and_what_forgets(tmp
     assert diverged["log_likelihood"]["mean"] is None
     assert summary["best"] == 1 and summary["best_that_forgets_nothing"] == 2
     text = to_markdown(summary, "From here.")
-    assert "| **best**, forgets |" in text and "diverged |" in text and "From here." in text
+    assert "| **best**, forgets, 4 rejected |" in text and "| diverged, 2 rejected |" in text
+    assert text.endswith("From here.\n")
     assert "+1.01 [+0.99, +1.04]" in text or "+1.02 [+0.99, +1.04]" in text
     plot(summary, str(tmp_path / "tune.png"))
     assert (tmp_path / "tune.png").read_bytes()[:4] == b"\x89PNG"
@@ -382,11 +418,18 @@ def test_a_setting_that_diverged_once_never_goes_on():
     assert sweeping.best_of(found.settings, [0, 1, 2], 1) == [1]
 
 
-def test_a_written_config_has_functions_by_import_and_refuses_those_of_the_file(tmp_path):
-    config = load_config(CONFIG, ["inner.optimizer=optax:lion"])
-    text = sweeps.config_source(config, "One.")
+def test_a_written_config_has_functions_by_import_and_refuses_those_of_the_file(
+    tmp_path, monkeypatch
+):
+    mine = "import optax\n\n\ndef lion(rate):\n    return optax.sgd(rate)\n"
+    (tmp_path / "other_lion.py").write_text(mine)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    both = ["inner.optimizer=optax:lion", "outer.optimizer=other_lion:lion"]
+    text = sweeps.config_source(load_config(CONFIG, both), "One.")
     (tmp_path / "new.py").write_text(text)
-    assert load_config(str(tmp_path / "new.py")).inner.optimizer is optax.lion
+    found = load_config(str(tmp_path / "new.py"))
+    assert found.inner.optimizer is optax.lion
+    assert found.outer.optimizer.__module__ == "other_lion"
     own = tmp_path / "own.py"
     own.write_text(
         "import optax\nfrom seal_jax import default_config\n\n\ndef mine(rate):\n"

@@ -46,25 +46,29 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> None:
     from seal_jax.hosts.exchange import ask_first
     from seal_jax.hosts.folder_lock import hold
     from seal_jax.outer.comparison import compare
-    from seal_jax.outer.external import read_external
+    from seal_jax.outer.external import parse_texts, read_texts
     from seal_jax.outer.problems import split_problems
     from seal_jax.outer.stages import check_prompts
     from seal_jax.runs.checkpoint import tree_hash
+    from seal_jax.tasks import make_task
     from seal_jax.tasks.task import asks_once
     from seal_jax.train import evaluate
 
     ask_first("workdir", lambda: check_workdir(config, workdir))
     ask_first("workdir", lambda: refuse_other_kind(workdir, evaluates=True))
     with hold(workdir):
-        stages = make_stages(settings_of(config))
-        _, held_out = split_problems(stages.settings, stages.task)
+        settings = settings_of(config)
+        task = make_task(**settings.task)
+        _, held_out = split_problems(settings, task)
+        texts = read_texts(settings, task)
+        stages = make_stages(settings)
         check_prompts(stages, held_out, golds=asks_once(stages.task))
-        external = read_external(stages, held_out)
+        external = parse_texts(stages, held_out, texts)
         with jax.transfer_guard("disallow"):
             policies = {"base": stages.model.params, "seal": policy_params(stages, policy)}
-            claim_workdir(config, workdir, external.digests)
+            claim_workdir(config, workdir, {name: one.digest for name, one in texts.items()})
             claim_policy(workdir, policy, tree_hash(policies["seal"]))
-            compare(stages, evaluate, policies, held_out, workdir, external=external.edits)
+            compare(stages, evaluate, policies, held_out, workdir, external=external)
 
 
 def claim_policy(workdir: str, policy: str, policy_hash: str) -> None:

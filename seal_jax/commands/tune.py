@@ -1,8 +1,11 @@
 """`seal-jax tune`."""
 
 import argparse
+import hashlib
 import os
+import shlex
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from seal_jax.commands import add_config, read_config, start
@@ -110,12 +113,14 @@ def _tune_alone(
     from seal_jax.outer.sweep import Setting, Sweep, groups_of, run_sweep, stages_settings
     from seal_jax.outer.sweep_report import write_report
     from seal_jax.planning.run_estimate import describe_sweep
+    from seal_jax.tasks import make_task
     from seal_jax.train import evaluate
 
     workdir = arguments.workdir
-    own = make_stages(settings_of(config))
+    settings = settings_of(config)
     asked = arguments.others * (arguments.passages or NUM_PASSAGES)
-    fresh = fresh_problems(own.settings, own.task, arguments.passages, NUM_PASSAGES, asked)
+    task = make_task(**settings.task)
+    fresh = fresh_problems(settings, task, arguments.passages, NUM_PASSAGES, asked)
     sweep = Sweep(
         [Setting(one.overrides, settings_of(one.config)) for one in tried],
         own_index(config, tried),
@@ -130,6 +135,7 @@ def _tune_alone(
     if done is not None:
         say(f"{workdir} is done already; nothing was run. Another --workdir runs again.")
         return done
+    own = make_stages(settings)
     say(describe_sweep(own, sweep))
     say(f"  {fresh.which}")
     groups = groups_of(sweep.settings)
@@ -145,10 +151,12 @@ def _tune_alone(
 
 def _claim_of(sweep: "Sweep") -> dict[str, Any]:
     """Return what a sweep is over, as its folder says it."""
+    exams = [exam for _, exam in (*sweep.problems, *sweep.others)]
     return {
         "settings": [list(one.overrides) for one in sweep.settings],
         "passages": [problem.id for problem, _ in sweep.problems],
         "other passages": [problem.id for problem, _ in sweep.others],
+        "questions": hashlib.sha256(repr(exams).encode()).hexdigest(),
         "edits": sweep.num_edits,
         "others": sweep.num_others,
     }
@@ -165,11 +173,16 @@ def _refuse_other_sweep(sweep: "Sweep") -> None:
     if found is None:
         return
     for name, value in claim.items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"{sweep.folder} holds another sweep: its {name} are {found.get(name)}, asked for"
-                f" {value}. Choose another --workdir"
-            )
+        had = found.get(name, value)
+        if had == value:
+            continue
+        if isinstance(value, list):  # the first that differs is enough
+            pairs = enumerate(zip_longest(had, value))
+            name, had, value = next((f"{name}[{i}]", a, b) for i, (a, b) in pairs if a != b)
+        raise ValueError(
+            f"{sweep.folder} holds another sweep: {name} = {had}, asked for {value}. Choose another"
+            " --workdir"
+        )
 
 
 def _claim(sweep: "Sweep") -> None:
@@ -193,17 +206,21 @@ def _print_best(
         raise ValueError(
             "no setting's training was finite on all passages: there is no best; lower rates may do"
         )
-    line = " ".join(f"--set {text}" for text in best["set"])
-    print(f"Best: {line or 'the config as it is'}")
+    print(f"Best: {_as_options(best)}")
     if best["forgets"]:
         unharmed = summary["best_that_forgets_nothing"]
-        other = "none" if unharmed is None else summary["settings"][unharmed]["set"] or "the config"
+        other = "none" if unharmed is None else _as_options(summary["settings"][unharmed])
         print(f"It lowers the score on questions about other passages; best without that: {other}")
     if arguments.out is not None:
         _write_best(summary, tried, arguments)
         print(f"{arguments.out}: a config file with it")
     print(f"Files in {workdir}: tune.md, tune.json (every setting on every passage), tune.png,")
     print("tune_runs.jsonl (every inner run), tune_texts_*.json (the self-edits)")
+
+
+def _as_options(row: dict[str, Any]) -> str:
+    options = " ".join(f"--set {shlex.quote(text)}" for text in row["set"])
+    return options or "the config as it is"
 
 
 def _write_best(

@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from seal_jax.config.load import ConfigError, default_config, flatten, with_overrides
 from seal_jax.config.table import FIELDS
+from seal_jax.tasks import TASKS
+from seal_jax.tasks.task import asks_once
 
 # What may differ within one compiled program; what needs another; what needs other self-edits.
 DATA = ("inner.learning_rate", "inner.num_epochs", "inner.schedule", "inner.batch_size")
@@ -56,8 +58,13 @@ def candidates(config: ConfigDict, over: Sequence[str], num_samples: int | None)
     logarithm, is drawn from once, and each value of a list about equally often.
 
     Raises:
-      ConfigError: a key or a value that cannot be tried; the message names it.
+      ConfigError: a key or a value that cannot be tried, or a task; the message names it.
     """
+    if not asks_once(TASKS[config.task.name]):
+        raise ConfigError(
+            f"task.name = {config.task.name!r}: it asks each question in several ways, and its gold"
+            " answers are not scored; a sweep is decided by their log-likelihood"
+        )
     axes = [_read_axis(config, text) for text in over or DEFAULT]
     keys = [axis.key for axis in axes]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
@@ -160,7 +167,7 @@ def config_source(config: ConfigDict, docstring: str) -> str:
       ConfigError: it has a function that only the given config file defines.
     """
     plain, defaults = dict(flatten(config)), dict(flatten(default_config()))
-    lines, imports = [], []
+    lines, imports = [], {}
     for key, value in plain.items():
         value = _plain(value)
         if key in defaults and value == _plain(defaults[key]):
@@ -172,8 +179,8 @@ def config_source(config: ConfigDict, docstring: str) -> str:
                     f"--out: {key} is the function {name} of the given config file, which a file"
                     " that stands alone does not have: put it into a module"
                 )
-            imports.append(f"from {module} import {name}\n")
-            value_text = name
+            imports[f"import {module}\n"] = None  # two functions may have one name
+            value_text = f"{module}.{name}"
         else:
             value_text = repr(value)
         lines.append(f"    config.{key} = {value_text}\n")

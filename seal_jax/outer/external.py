@@ -1,45 +1,49 @@
 """Rows of the final table whose self-edits somebody else wrote: the config's `eval.texts`."""
 
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from seal_jax.hosts.console import say
 from seal_jax.hosts.exchange import ask_first
-from seal_jax.outer.comparison import refuse_external
-from seal_jax.outer.problems import Batch
+from seal_jax.outer.problems import Batch, read_problems
 from seal_jax.outer.stages import Edit, Stages, parse_given
-from seal_jax.tasks.knowledge.texts import load_texts
-from seal_jax.tasks.task import Rejected
+from seal_jax.tasks.knowledge.texts import Texts, load_texts
+from seal_jax.tasks.task import Rejected, Task
+from seal_jax.types import Settings
 
 
-class External(NamedTuple):
-    """What others wrote on the held-out problems, by the name of its row."""
-
-    edits: dict[str, list[list[Edit]]]  # [P][at most eval.num_edits]
-    digests: dict[str, str]  # of the files
-
-
-def read_external(stages: Stages, problems: Batch) -> External:
-    """Read and parse the texts of `eval.texts`, and say what of them is used.
+def read_texts(settings: Settings, task: Task) -> dict[str, Texts]:
+    """Read the texts of `eval.texts`, by the name of their row; no model is needed.
 
     Raises:
-      ValueError: see `load_texts`; or a row has another row's name.
-      FileNotFoundError: there is no such file.
+      ValueError, FileNotFoundError: see `load_texts`.
     """
-    section = stages.settings.eval
-    asked = [problem for problem, _ in problems]
+    section = settings.eval
+    if not section.texts:
+        return {}
+    split = [problem for problem, _ in read_problems(task, "eval")]
+    asked, beside = split[: section.num_problems], split[section.num_problems :]
     read = ask_first(
         "eval.texts",
-        lambda: [load_texts(source, asked, section.num_edits) for source in section.texts.values()],
+        lambda: [
+            load_texts(source, asked, section.num_edits, beside)
+            for source in section.texts.values()
+        ],
     )
-    found = External({}, {})
-    for (name, source), (texts, remarks, digest) in zip(section.texts.items(), read, strict=True):
-        found.digests[name] = digest
-        found.edits[name] = parse_given(stages, problems, texts)
-        say(f"eval.texts, {name!r} of {source}: {describe(found.edits[name])}")
-        for remark in remarks:
+    return {name: Texts(*one) for name, one in zip(section.texts, read, strict=True)}
+
+
+def parse_texts(
+    stages: Stages, problems: Batch, texts: Mapping[str, Texts]
+) -> dict[str, list[list[Edit]]]:
+    """Return the self-edits [P][at most eval.num_edits] of each row, and say what is used."""
+    found = {}
+    for name, one in texts.items():
+        found[name] = parse_given(stages, problems, one.of)
+        source = stages.settings.eval.texts[name]
+        say(f"eval.texts, {name!r} of {source}: {describe(found[name])}")
+        for remark in one.remarks:
             say(f"  {remark}")
-    refuse_external(found.edits, dict.fromkeys(section.objectives))
     return found
 
 

@@ -161,6 +161,7 @@ def _notes(summary: Mapping[str, Any], i: int) -> str:
     row = summary["settings"][i]
     named = ((i == summary["best"], "**best**"), (i == summary["own"], "the config's own"))
     found = ((row["diverged"], "diverged"), (row["forgets"], "forgets"))
+    found += ((row["num_rejected"], f"{row['num_rejected']} rejected"),)
     return ", ".join(word for holds, word in (*named, *found) if holds)
 
 
@@ -170,7 +171,6 @@ def _explain(summary: Mapping[str, Any]) -> list[str]:
         f"{count} settings on {seen - before} passages"
         for (_, before), (count, seen) in pairwise([(0, 0), *summary["rounds"]])
     ]
-    rejected = summary["settings"][summary["own"]]["num_rejected"]
     return [
         "The dense score is the mean log-likelihood per token of the gold answers, asked without"
         " the passage; it decides. In brackets: 95 % intervals of the mean over passages, by"
@@ -184,7 +184,7 @@ def _explain(summary: Mapping[str, Any]) -> list[str]:
         " throughout. Settings that saw fewer passages are compared on those alone. The best is"
         " chosen on what it is measured on: its figures are somewhat too good.",
         f"{summary['num_edits']} self-edit(s) for each passage, the same for all settings of a"
-        f" style. Rejected (counted as the base model): {rejected} of the config's own setting.",
+        " style. Those that were rejected count as the base model.",
     ]
 
 

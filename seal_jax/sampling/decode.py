@@ -166,7 +166,7 @@ def no_rows(config: ModelConfig, shape: RowsShape, mesh: Mesh) -> Rows:
 def rows_shapes(config: ModelConfig, shape: RowsShape, mesh: Mesh) -> Rows:
     """Return `no_rows` as ShapeDtypeStructs with their shardings."""
     rows = jax.eval_shape(lambda: no_rows(config, shape, mesh))
-    return jax.tree.map(lambda s, part: shaped(part, s), _where(config, mesh, rows), rows)
+    return shaped(rows, _where(config, mesh, rows))
 
 
 @partial(jax.jit, static_argnames=("config", "shape", "mesh"))

@@ -87,6 +87,11 @@ def ask_endpoint(config: ConfigDict, arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"an endpoint that writes needs --url, --model and --out: add {missing[0]}"
         )
+    if not arguments.out.endswith(".jsonl"):
+        raise ValueError(
+            f"--out {arguments.out}: expected a name that ends in .jsonl, by which eval.texts knows"
+            " a file of lines"
+        )
     if arguments.adapter:
         raise ValueError("--adapter and --url are two writers: leave one of them out")
     if not (arguments.tries >= 1 and 0 < arguments.timeout < float("inf")):

@@ -8,14 +8,14 @@ is a line with an `error`. The lines are a file of `eval.texts`; see tasks/knowl
 import contextlib
 import fcntl
 import json
-import os
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,8 +148,6 @@ def _check(request: Request) -> None:
 def _alone(out: str) -> Generator[None]:
     """Keep others from writing to a file, which is made if there is none."""
     with open(out, "ab") as file:
-        if not os.path.isfile(out):
-            raise ValueError(f"--out {out}: expected a file that keeps what is written")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -164,16 +162,19 @@ def _ask_all(
     todo: Sequence[tuple[Problem, int]],
     write_one: Callable[[tuple[Problem, int]], dict[str, Any] | Failure],
 ) -> Generator[dict[str, Any]]:
-    """Yield the lines as they were written, some asked for at once.
+    """Yield the lines as they are written, some asked for at once, and none in advance.
 
     Raises:
       ValueError: the endpoint refuses, or fails again and again. What is under way is written.
     """
-    failed = 0
+    failed, waiting = 0, iter(todo)
     bar = progress(len(todo), f"texts of {request.model}", "text")
-    with ThreadPoolExecutor(_PARALLEL) as pool:
-        try:
-            for line in pool.map(write_one, todo):
+    with contextlib.closing(bar), futures.ThreadPoolExecutor(_PARALLEL) as pool:
+        running = {pool.submit(write_one, one) for one in islice(waiting, _PARALLEL)}
+        while running:
+            done, running = futures.wait(running, return_when=futures.FIRST_COMPLETED)
+            for future in done:
+                line = future.result()
                 if isinstance(line, Failure):
                     raise ValueError(line.reason)
                 failed = failed + 1 if line["error"] else 0
@@ -184,9 +185,7 @@ def _ask_all(
                     )
                 bar.update(1)
                 yield line
-        finally:
-            pool.shutdown(cancel_futures=True)
-            bar.close()
+            running |= {pool.submit(write_one, one) for one in islice(waiting, len(done))}
 
 
 def _write_one(

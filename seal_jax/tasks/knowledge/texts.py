@@ -8,8 +8,8 @@ Three forms of file are read:
     object    {id, title or passage: text or [text, ...]}
 
 A record may be a line or an item of a list, and names its passage by `problem` (or `id`), `context`
-or `title`: the first of them that it has. Only where a passage has the title to itself can a title
-name it. White space does not count.
+or `title`: the first of them that it has. Only where a passage of the split has the title to itself
+can a title name it. White space does not count.
 
 What cannot be used is an error that names the file, the place in it and what was expected.
 """
@@ -48,21 +48,24 @@ class _Entry(NamedTuple):
     missing: int = 0  # texts that their writer could not give
 
 
-def load_texts(source: str, problems: Sequence[Problem], num_texts: int) -> Texts:
+def load_texts(
+    source: str, problems: Sequence[Problem], num_texts: int, beside: Sequence[Problem] = ()
+) -> Texts:
     """Return the first `num_texts` texts that a file has for each problem.
 
     Args:
       source: 'json:FILE', or a path that ends in .json or .jsonl. A .jsonl file has lines.
+      beside: the others of the split, whose titles may be the same.
 
     Raises:
       ValueError: the file is not of a form above, has a passage twice or an empty text, names by
-        its title what several problems share, or has nothing for any problem.
+        a title that several problems have, or has nothing for any problem.
       FileNotFoundError: there is no such file.
     """
     path = path_of(source)
     text = read_text(path)
     entries = _entries(path, text)
-    places = _match(entries, problems, path)
+    places = _match(entries, problems, beside, path)
     found = [() if i is None else entries[i].texts for i in places]
     missing = sum(entries[i].missing for i in places if i is not None)
     if not any(found):
@@ -208,13 +211,18 @@ def _text(value: Any, where: str) -> str:
 # --- which entry is whose ---
 
 
-def _match(entries: Sequence[_Entry], problems: Sequence[Problem], path: str) -> list[int | None]:
+def _match(
+    entries: Sequence[_Entry], problems: Sequence[Problem], beside: Sequence[Problem], path: str
+) -> list[int | None]:
     """Return the entry of each problem, None where it has none."""
     index: dict[tuple[str, str], list[int]] = {}
     for p, problem in enumerate(problems):
         fields = {"id": problem.id, "context": problem.passage, "title": problem.title}
         for kind, value in fields.items():
             index.setdefault((kind, _plain(kind, value)), []).append(p)
+    for p, problem in enumerate(beside, start=len(problems)):
+        if same := index.get(("title", _plain("title", problem.title))):
+            same.append(p)
     places: list[int | None] = [None] * len(problems)
     shared: dict[str, None] = {}
     for i, entry in enumerate(entries):
@@ -230,9 +238,9 @@ def _match(entries: Sequence[_Entry], problems: Sequence[Problem], path: str) ->
             places[p] = i
     if shared:
         raise ValueError(
-            f"{path}: what it names is shared by several held-out problems, of {len(shared)}"
-            f" title(s): {_list(list(shared))}. Expected what tells them apart: their id (field"
-            " 'problem'), or the passage (field 'context')"
+            f"{path}: what it names is shared by several problems of the split, of"
+            f" {len(shared)} title(s): {_list(list(shared))}. Expected what tells them apart: their"
+            " id (field 'problem'), or the passage (field 'context')"
         )
     return places
 

@@ -129,7 +129,7 @@ def without_orbax(run, copy):
 
 def test_no_damage_to_any_file_of_a_finished_run_goes_unnamed(finished, tmp_path):
     count, missed = unnamed(without_orbax(finished, tmp_path / "run"))
-    assert count == 7 * 16 and missed == set()
+    assert count == 7 * 17 and missed == set()
 
 
 def test_no_damage_to_any_file_of_a_killed_run_goes_unnamed(old_run, tmp_path):

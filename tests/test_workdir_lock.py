@@ -154,7 +154,8 @@ def test_the_first_of_several_processes_holds_for_all(port, tmp_path):
 
 # `seal-jax` that says "ready" at a point, and then computes for ever.
 WAIT = """
-import sys, threading
+import signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from seal_jax.commands import main as cli
 def wait(*arguments, **named):
     print("ready", flush=True)

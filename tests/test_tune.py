@@ -27,7 +27,7 @@ from seal_jax.outer import sweep as sweeping
 from seal_jax.outer.answers import mean_logp
 from seal_jax.outer.problems import fresh_problems
 from seal_jax.outer.sweep import Found, Scores, Setting, Sweep, halving
-from seal_jax.outer.sweep_report import plot, summarize, to_markdown
+from seal_jax.outer.sweep_report import describe_mean, plot, summarize, to_markdown
 from seal_jax.runs.verify import verify_run
 from seal_jax.tasks import make_task
 from seal_jax.tasks.task import SelfEdit
@@ -403,6 +403,7 @@ def test_the_table_pairs_by_passage_and_names_what_diverged_and_what_forgets(tmp
     assert forgets["log_likelihood_minus_own"]["mean"] == pytest.approx(0.5)
     assert forgets["forgets"] and not own["forgets"] and diverged["diverged"]
     assert diverged["log_likelihood"]["mean"] is None
+    assert describe_mean([1.0, 2.0])["interval"] is None  # two tell too little
     assert summary["best"] == 1 and summary["best_that_forgets_nothing"] == 2
     text = to_markdown(summary, "From here.")
     assert "| **best**, forgets, 4 rejected |" in text and "| diverged, 2 rejected |" in text

@@ -37,7 +37,10 @@ def write_report(sweep: Sweep, found: Found, where: str) -> dict[str, Any]:
 
 
 def describe_mean(values: Sequence[float]) -> dict[str, Any]:
-    """Return the mean, its 95 % interval and the standard deviation; None where unknown."""
+    """Return the mean, its 95 % interval and the standard deviation; None where unknown.
+
+    Two values have no interval: by Student's t it is twelve times as wide as they lie apart.
+    """
     num = len(values)
     if not num or not np.isfinite(values).all():
         return {"mean": None, "interval": None, "sd": None}
@@ -45,6 +48,8 @@ def describe_mean(values: Sequence[float]) -> dict[str, Any]:
     if num < 2:
         return {"mean": mean, "interval": None, "sd": None}
     sd = float(np.std(values, ddof=1))
+    if num < 3:
+        return {"mean": mean, "interval": None, "sd": sd}
     half = float(stdtrit(num - 1, 0.975)) * sd / math.sqrt(num)
     return {"mean": mean, "interval": [mean - half, mean + half], "sd": sd}
 
@@ -210,6 +215,8 @@ def plot(summary: Mapping[str, Any], path: str) -> None:
 def _panel(
     figure: Any, column: int, summary: Mapping[str, Any], name: str, title: str, factor: float
 ) -> None:
+    from matplotlib.ticker import LogLocator
+
     rows, most = summary["settings"], summary["num_problems"]
     axes = figure.add_subplot(1, 2, column + 1)
     kinds = list(dict.fromkeys(map(_kind, rows)))
@@ -245,7 +252,9 @@ def _panel(
     axes.margins(0.12)
     steps = sorted({max(round(row["num_steps"]), 1) for row in rows})
     axes.set_yticks(steps if len(steps) <= 8 else steps[:: -(-len(steps) // 8)])
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.set_title(title)
     figure.colorbar(shown, ax=axes)

@@ -231,7 +231,7 @@ def run(capsys, *arguments):
     return code, out, err
 
 
-@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.parametrize("command", [pytest.param("train", marks=pytest.mark.long), "eval"])
 def test_two_writers_are_two_rows_and_their_texts_are_part_of_the_run(
     finished, one_device, write, tmp_path, capsys, command
 ):

@@ -61,9 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = read_config(arguments)
     tried = candidates(config, arguments.over, arguments.samples)
     if arguments.out is not None:
-        if not os.path.exists(
-            _result(arguments)
-        ):  # else it may be there already, see `_write_best`
+        if not os.path.exists(_result(arguments)):  # else see `_write_best`
             check_new(arguments.out)
         for one in tried:
             config_source(one.config, "")

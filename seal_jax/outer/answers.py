@@ -143,9 +143,7 @@ def base_outcomes(
     batch = [(run.problem, run.exam) for run in runs]
     logps: list[float | None] = [None] * len(runs)
     if golds:
-        texts = [gold_texts(stages, run.problem, run.exam) for run in runs]
-        values = iter(_mean_logp(stages, params, None, [list(chain.from_iterable(texts))])[0])
-        logps = [float(np.mean([next(values) for _ in group])) for group in texts]
+        logps = [float(np.mean(found)) for found in baseline_logp(stages, params, batch)]
     answers = _baseline_answers(stages, params, batch)
     return [
         Outcome(

@@ -31,6 +31,7 @@ class Estimate(NamedTuple):
 
     num_params: int
     num_runs: int  # inner runs that give rewards, for each policy that learns from them
+    num_rewarded: int  # these policies
     num_arms: int  # ways to adapt the base model to a held-out problem, with self-edits
     num_held_out_runs: int
     num_tokens: float  # that are trained on
@@ -64,29 +65,48 @@ def estimate_run(
     settings, task, encode = stages.settings, stages.task, stages.model.tokenizer.encode
     outer, inner, held = settings.outer, settings.inner, settings.eval
     used = training[: outer.problems_per_step * outer.num_steps]
-    own = [task.passage_only(problem).training_texts for problem, _ in used]
-    # What a problem's own texts have, and what a self-edit adds where its text is trained on.
-    length = np.mean([sum(len(stages.encode(x, False).tokens) for x in texts) for texts in own])
-    added = WRITTEN if text_limit(settings) is None else 0
+    length, added = _lengths(stages, used)
     prompt = np.mean([len(encode(task.edit_prompt(problem))) for problem, _ in used])
-    objective = configured_objective(settings)
-    edits = len(used) * settings.sample.num_edits
-    runs = edits * inner.num_seeds if objective.needs_rewards else 0
-    further = further_objectives(settings)
-    all_runs = runs + edits * inner.num_seeds * sum(o.needs_rewards for o in further.values())
-    policies = 2 + len(further) + held.random_control
+    trained = [configured_objective(settings), *further_objectives(settings).values()]
+    rewarded = sum(objective.needs_rewards for objective in trained)
+    runs = len(used) * settings.sample.num_edits * inner.num_seeds if rewarded else 0
+    policies = 1 + len(trained) + held.random_control
     arms = policies + len(held.texts)
     tests = arms * len(held_out) * held.num_edits * held.num_seeds
     controls = len(held_out) * held.num_seeds
     rows = outer.num_steps * outer.problems_per_step * outer.num_epochs * (policies - 1)
-    tokens = inner.num_epochs * ((all_runs + tests) * length * (1 + added) + controls * length)
+    tokens = inner.num_epochs * (
+        (rewarded * runs + tests) * length * (1 + added) + controls * length
+    )
     return Estimate(
-        num_params=sum(math.prod(x.shape) for x in jax.tree.leaves(stages.model.params)),
+        num_params=_num_params(stages),
         num_runs=runs,
+        num_rewarded=rewarded,
         num_arms=arms,
         num_held_out_runs=tests + controls,
         num_tokens=tokens + rows * (prompt + length * added),
         at_once=stages.at_once(longest_row(stages, [*used, *held_out])),
+    )
+
+
+def _lengths(stages: Stages, problems: Sequence[tuple[Problem, Exam]]) -> tuple[float, float]:
+    """Return the mean tokens of a problem's own texts, and of what a self-edit adds, as a share.
+
+    It adds nothing where its text is not what is trained on.
+    """
+    own = [stages.task.passage_only(problem).training_texts for problem, _ in problems]
+    length = np.mean([sum(len(stages.encode(x, False).tokens) for x in texts) for texts in own])
+    return float(length), WRITTEN if text_limit(stages.settings) is None else 0
+
+
+def _num_params(stages: Stages) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(stages.model.params))
+
+
+def _describe_time(num_params: int, num_tokens: float) -> str:
+    minutes = 4 * num_params * num_tokens / (matmul_rate() * EFFICIENCY) / 60
+    return (
+        f"  about {num_tokens / 1e3:.0f} thousand training tokens, about {minutes:.0f} minutes here"
     )
 
 
@@ -101,7 +121,7 @@ def describe(
       ValueError: as `estimate_run`.
     """
     found = estimate_run(stages, training, held_out)
-    minutes = 4 * found.num_params * found.num_tokens / (matmul_rate() * EFFICIENCY) / 60
+    each = f" for each of {found.num_rewarded} policies" if found.num_rewarded > 1 else ""
     settings, problems = stages.settings, titles_of(stages)["problems"]
     outer = settings.outer
     others = [*settings.eval.objectives, *["the random control"] * settings.eval.random_control]
@@ -111,12 +131,11 @@ def describe(
         f" {settings.model.dtype}, on {jax.device_count()} x {jax.devices()[0].device_kind}",
         f"  {outer.num_steps} round(s) of {outer.objective}{control}:"
         f" {outer.problems_per_step} {problems} x {settings.sample.num_edits} self-edits x"
-        f" {settings.inner.num_seeds} seed(s) = {found.num_runs} inner runs,"
+        f" {settings.inner.num_seeds} seed(s) = {found.num_runs} inner runs{each},"
         f" up to {found.at_once} at once",
         f"  then {len(held_out)} held-out {problems}: the base model and {found.num_arms + 1} ways"
         f" to adapt it, {found.num_held_out_runs} inner runs",
-        f"  about {found.num_tokens / 1e3:.0f} thousand training tokens,"
-        f" about {minutes:.0f} minutes here",
+        _describe_time(found.num_params, found.num_tokens),
     ]
     lines += [f"  {line}" for line in describe_power(settings.eval, len(held_out), problems)]
     if whole := undivided(stages.mesh, stages.model.config):
@@ -127,13 +146,10 @@ def describe(
 def describe_sweep(stages: Stages, sweep: Sweep) -> str:
     """Return a few lines: the settings, the inner runs, the tokens, and an estimate of the time."""
     epochs = np.mean([one.settings.inner.num_epochs for one in sweep.settings])
-    own = [stages.task.passage_only(problem).training_texts for problem, _ in sweep.problems]
-    length = np.mean([sum(len(stages.encode(x, False).tokens) for x in texts) for texts in own])
-    added = WRITTEN if text_limit(stages.settings) is None else 0
+    length, added = _lengths(stages, sweep.problems)
     runs, programs = num_runs(sweep), len(groups_of(sweep.settings))
     tokens = runs * epochs * length * (1 + added)
-    num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(stages.model.params))
-    minutes = 4 * num_params * tokens / (matmul_rate() * EFFICIENCY) / 60
+    num_params = _num_params(stages)
     at_once = stages.at_once(longest_row(stages, sweep.problems))
     rounds = ", ".join(f"{count} to passage {seen}" for count, seen in sweep.rounds)
     return "\n".join(
@@ -144,7 +160,6 @@ def describe_sweep(stages: Stages, sweep: Sweep) -> str:
             f"  successive halving: {rounds}; {sweep.num_edits} self-edit(s) for each passage",
             f"  at most {runs} inner runs, up to {at_once} at once"
             + (f", in {programs} programs, one after the other" if programs > 1 else ""),
-            f"  about {tokens / 1e3:.0f} thousand training tokens,"
-            f" about {minutes:.0f} minutes here",
+            _describe_time(num_params, tokens),
         ]
     )

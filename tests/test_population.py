@@ -199,6 +199,9 @@ def test_a_run_that_counts_for_itself_gives_what_a_fixed_number_gives(
     more = 2 * len(problems[1]) * external.num_edits * 3
     assert more and both.num_held_out_runs == without.num_held_out_runs + more
     assert both.num_tokens > without.num_tokens
+    further = settings._replace(eval=settings.eval._replace(objectives=("rloo",)))
+    said = describe(stages._replace(settings=further), *problems)
+    assert "8 inner runs for each of 2 policies, up to 8 at once" in said
     run_loop(config, tmp_path)
     expected = read_jsonl(finished / "edits.jsonl")[:4]  # of the first step
     for edit, other in zip(read_jsonl(tmp_path / "edits.jsonl"), expected, strict=True):

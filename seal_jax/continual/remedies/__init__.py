@@ -1,0 +1,1 @@
+"""Ways to forget less, a file each."""

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-SAMPLE, ADAPTER, SHUFFLE, POLICY, SELECT, QUESTIONS, EARLIER = range(7)  # purposes
+SAMPLE, ADAPTER, SHUFFLE, POLICY, SELECT, QUESTIONS, EARLIER, REFERENCE = range(8)  # purposes
 # What stands in the place of the outer step in the final evaluation, and in a sweep of `tune`.
 EVAL_STEP, TUNE_STEP = 1_000_000, 1_000_001
+CONTINUAL_STEP = 2_000_000  # and from there on, where one self-edit follows another
 
 
 def number_of(name: str) -> int:

@@ -33,7 +33,9 @@ SOURCES = """valid sources are
   RUN             the folder of a run of ours, or its checkpoints: the policy that it trained
   random:NAME     random parameters over bytes, for tests: random:byte-tiny; for timings, the sizes
                   of a known model: random:qwen2.5-7b
-  tiny:arc        trained on the spot, for configs/arc_tiny.py; kept in ~/.cache/seal_jax"""
+  tiny:NAME       trained on the spot and kept in ~/.cache/seal_jax: tiny:arc for ARC tasks,
+                  tiny:facts and tiny:facts-asked for synthetic facts"""
+_TINY = ("arc", "facts", "facts-asked")
 # What a model needs, and nothing that can run code; and what is not in Hugging Face's layout: some
 # repositories hold every tensor twice.
 _HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja")
@@ -60,8 +62,8 @@ def load_model(
     path = Path(source).expanduser()
     on_hub = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", source)
     is_file = path.suffix.lower() == ".gguf"
-    if kind == "tiny" and name != "arc":
-        raise FileNotFoundError(f"no tiny model {name!r}; found arc. {SOURCES}")
+    if kind == "tiny" and name not in _TINY:
+        raise FileNotFoundError(f"no tiny model {name!r}; found {', '.join(_TINY)}. {SOURCES}")
     if kind not in ("package", "random", "tiny") and not path.is_dir() and not is_file:
         if path.exists():
             raise ValueError(f"{source}: a file, but not a .gguf; {SOURCES}")
@@ -69,6 +71,7 @@ def load_model(
             raise FileNotFoundError(f"model {source!r}: no such file or folder; {SOURCES}")
     from seal_jax.models.model import load_folder, load_gguf, random_model
     from seal_jax.models.toys.tiny_arc import tiny_arc_folder
+    from seal_jax.models.toys.tiny_facts import tiny_facts_folder
     from seal_jax.runs.folder import find_run
 
     placed = dtype, mesh, rules
@@ -77,7 +80,10 @@ def load_model(
     if kind == "random":
         return random_model(name, *placed)
     if kind == "tiny":
-        return load_folder(tiny_arc_folder(Path("~/.cache/seal_jax").expanduser()), *placed)
+        cache = Path("~/.cache/seal_jax").expanduser()
+        if name == "arc":
+            return load_folder(tiny_arc_folder(cache), *placed)
+        return load_folder(tiny_facts_folder(cache, only_asked=name == "facts-asked"), *placed)
     if path.is_dir():
         run = find_run(path)
         return load_folder(path, *placed) if run is None else _load_run(run, *placed)
@@ -162,7 +168,7 @@ def config_of(source: str) -> ModelConfig:
     kind, _, name = source.partition(":")
     if kind == "random" and name in RANDOM:
         return RANDOM[name]
-    if source == "tiny:arc":
+    if kind == "tiny" and name in _TINY:
         return TINY
     path = Path(source).expanduser()
     if kind == "package":

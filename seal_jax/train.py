@@ -91,7 +91,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         fit the config.
     """
     ask_first("workdir", lambda: check_workdir(config, workdir))
-    ask_first("workdir", lambda: refuse_other_kind(workdir, evaluates=False))
+    ask_first("workdir", lambda: refuse_other_kind(workdir, "train"))
     with hold(workdir):
         return train_alone(config, workdir)
 

@@ -217,6 +217,18 @@ class EvalSettings(NamedTuple):
     pilot: str = ""  # an earlier run, by which it is said what this one can show
 
 
+class ContinualSettings(NamedTuple):
+    """One self-edit after another."""
+
+    num_sequences: int = 8  # S
+    num_edits: int = 8  # N, in each
+    num_control: int = 16  # problems that no edit is on
+    ask_every: int = 1
+    remedies: tuple[str, ...] = ()
+    remedy_kwargs: Mapping[str, Any] = {}  # options of these, by name
+    memory_tokens: int = 4096  # of each sequence
+
+
 class CheckpointSettings(NamedTuple):
     keep: int
     best: int
@@ -244,6 +256,7 @@ class Settings(NamedTuple):
     reward: RewardSettings
     outer: OuterSettings
     eval: EvalSettings
+    continual: ContinualSettings
     checkpoint: CheckpointSettings
     mesh: MeshSettings
     rules: ParamRules  # the section `sharding`

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from tiny_run import run_process
 
-from seal_jax.bench import facts_model, learning
+from seal_jax.bench import learning
 from seal_jax.commands import main as cli
 from seal_jax.models.byte_tokenizer import ByteTokenizer
+from seal_jax.models.toys import tiny_facts
 from seal_jax.sources import load_model
 from seal_jax.tasks.facts import Facts
 from seal_jax.tasks.task import SelfEdit
@@ -34,17 +35,17 @@ def test_a_short_run_rises(compiled, tmp_path):
     assert (tmp_path / "runs" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "rest_em    held-out reward" in ended.stdout and "policy update" in ended.stderr
     # Its model is a model source like any other, and the same command trains nothing again.
-    assert load_model(str(tmp_path / "runs" / "model")).config.num_layers == 2
+    assert load_model(str(tmp_path / "runs" / "tiny-facts-1")).config.num_layers == 2
     again, ended = bench_quick(tmp_path)
     assert again == figures
     assert "policy update" not in ended.stderr
 
 
-@pytest.mark.parametrize("style", facts_model.STYLES)
+@pytest.mark.parametrize("style", tiny_facts.STYLES)
 def test_every_style_is_a_self_edit(style):
     task = Facts()
     for problem, exam in task.load("eval"):
-        edit = task.parse(problem, facts_model.notes(problem, style))
+        edit = task.parse(problem, tiny_facts.notes(problem, style))
         assert isinstance(edit, SelfEdit)
         asked = {f"{q.question} {q.answer}" for q in exam.questions}
         num_asked = len(asked & set(edit.training_texts))
@@ -53,7 +54,7 @@ def test_every_style_is_a_self_edit(style):
 
 def test_only_what_the_model_is_to_write_is_learned():
     tokenizer = ByteTokenizer()
-    tokens, loss_mask = facts_model.make_documents(seed=1)()[0]
+    tokens, loss_mask = tiny_facts.make_documents(seed=1)()[0]
     for row, mask in zip(tokens, loss_mask, strict=True):
         start = int(mask.argmax())
         before, written = tokenizer.decode(row[:start]), tokenizer.decode(row[mask])

@@ -163,8 +163,8 @@ def test_a_finished_sweep_is_said_to_be_done_and_is_nothing_else_s(tuned, one_de
 
 def test_a_run_s_folder_is_no_sweep_s(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(ValueError, match=r"folder of a run \(it has metrics.jsonl\)"):
-        refuse_other_kind(str(tmp_path), tunes=True)
+    with pytest.raises(ValueError, match=r"folder of a training run \(it has metrics.jsonl\)"):
+        refuse_other_kind(str(tmp_path), "tune")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """`seal-jax bench learning`: does each objective learn, where it is known what there is to learn?
 
-A tiny model (facts_model.py) writes notes on facts about invented things, in one of four styles, of
-which one is asked as the exam asks; it draws them so that its mean reward is about a third of what
-that style earns. Every objective has the same number of inner runs, problems and seeds; what is
-shown is the reward on held-out problems after each outer step. `random_em` is the control.
+A tiny model (models/toys/tiny_facts.py) writes notes on facts about invented things, in one of four
+styles, of which one is asked as the exam asks; it draws them so that its mean reward is about a
+third of what that style earns. Every objective has the same number of inner runs, problems and
+seeds; what is shown is the reward on held-out problems after each outer step. `random_em` is the
+control.
 
 The runs are `train`'s own outer loop, in a folder, and resume like any other.
 """
@@ -18,7 +19,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from seal_jax.bench.facts_model import STYLES, model_folder, notes
 from seal_jax.bench.timing import machine
 from seal_jax.config.load import default_config, validate
 from seal_jax.config.setup import configured_objective, make_stages, settings_of
@@ -28,6 +28,7 @@ from seal_jax.hosts.folder_lock import hold
 from seal_jax.hosts.outputs import check_output
 from seal_jax.keys import EVAL_STEP
 from seal_jax.models.config import LINEARS
+from seal_jax.models.toys.tiny_facts import STYLES, notes, tiny_facts_folder
 from seal_jax.outer.problems import split_problems
 from seal_jax.outer.stages import Stages, inner_base
 from seal_jax.outer.waves import Examination, all_of, inner_runs
@@ -106,7 +107,7 @@ def _run_all(
     seeds: Sequence[int],
     num_steps: int,
 ) -> dict[str, Any]:
-    source = Path(model) if model else model_folder(folder)
+    source = Path(model) if model else tiny_facts_folder(folder)
     runs: dict[str, list[list[dict[str, float]]]] = {algorithm: [] for algorithm in algorithms}
     best = []
     for seed in seeds:

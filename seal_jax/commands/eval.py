@@ -55,7 +55,7 @@ def evaluate_policy(config: ConfigDict, workdir: str, policy: str) -> None:
     from seal_jax.train import evaluate
 
     ask_first("workdir", lambda: check_workdir(config, workdir))
-    ask_first("workdir", lambda: refuse_other_kind(workdir, evaluates=True))
+    ask_first("workdir", lambda: refuse_other_kind(workdir, "eval"))
     with hold(workdir):
         settings = settings_of(config)
         task = make_task(**settings.task)

@@ -13,7 +13,7 @@ from seal_jax.hosts.preemption import Stopped, listening
 # The modules of commands.
 COMMANDS = Found("commands", base="main", attribute=None)
 # Those that write a run's folder: the same command goes on where it was ended.
-RESUMED = ("train", "eval", "tune")
+RESUMED = ("train", "eval", "tune", "continual")
 
 
 def make_parser(names: Iterable[str]) -> argparse.ArgumentParser:

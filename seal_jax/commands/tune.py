@@ -90,7 +90,7 @@ def tune(
 
     workdir = arguments.workdir
     ask_first("workdir", lambda: check_workdir(config, workdir))
-    ask_first("workdir", lambda: refuse_other_kind(workdir, tunes=True))
+    ask_first("workdir", lambda: refuse_other_kind(workdir, "tune"))
     with hold(workdir):
         return _tune_alone(config, tried, arguments)
 

@@ -29,8 +29,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from seal_jax.config.allowed import PLAIN, Allowed, choice, rule_like, some_of, weights
 from seal_jax.config.check_arms import arm_conflicts
-from seal_jax.config.table import FIELDS, PLAIN, Allowed, Field, choice, rule_like, some_of, weights
+from seal_jax.config.table import FIELDS, Field
+from seal_jax.continual.remedies import REMEDIES
 from seal_jax.hosts.endpoint import check_url
 from seal_jax.hosts.json_text import parse_json
 from seal_jax.objectives import OBJECTIVES
@@ -171,11 +173,11 @@ def diff(old: ConfigDict | str, new: ConfigDict | str, where: str = "config") ->
 
 def _to_config(values: Mapping[str, Any]) -> ConfigDict:
     nested = _nest(values)
-    held_out = nested.get("eval")
-    if isinstance(held_out, dict):
-        # The names in eval.texts may have dots, which a ConfigDict's may not: dicts stay dicts.
-        held_out = {k: dict(v) if isinstance(v, Mapping) else v for k, v in held_out.items()}
-        nested["eval"] = ConfigDict(held_out, convert_dict=False)
+    for name in ("eval", "continual"):
+        if isinstance(section := nested.get(name), dict):
+            # The names in eval.texts may have dots, which a ConfigDict's may not: dicts stay dicts.
+            section = {k: dict(v) if isinstance(v, Mapping) else v for k, v in section.items()}
+            nested[name] = ConfigDict(section, convert_dict=False)
     return ConfigDict(nested)
 
 
@@ -217,6 +219,7 @@ def _fields_for(task_name: Any) -> dict[str, Field]:
         "outer.objective": choice(*OBJECTIVES),
         "reward.weights": weights(*reward_names()),
         "eval.objectives": some_of(*OBJECTIVES),
+        "continual.remedies": some_of(*REMEDIES),
     }
     return own | FIELDS | {key: FIELDS[key]._replace(allowed=one) for key, one in found.items()}
 

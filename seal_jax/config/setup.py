@@ -25,7 +25,7 @@ from seal_jax.models.model import Model
 from seal_jax.models.quantize import quantize_params
 from seal_jax.objectives import make_objective
 from seal_jax.objectives.objective import Objective
-from seal_jax.optim import optimizer_of
+from seal_jax.optim import Optimizer, optimizer_of
 from seal_jax.outer.policy_step import init_train_state, state_shapes, update_settings
 from seal_jax.outer.policy_update import PolicyUpdate, make_policy_update
 from seal_jax.outer.problems import Batch
@@ -53,11 +53,14 @@ def settings_of(config: ConfigDict) -> Settings:
     )
 
 
-def make_stages(settings: Settings, model: Model | None = None) -> Stages:
+def make_stages(
+    settings: Settings, model: Model | None = None, optimizer: Optimizer | None = None
+) -> Stages:
     """Make the mesh, load the model onto it and build the stages that loops and table share.
 
     Args:
       model: the settings' own, where it is loaded and placed already.
+      optimizer: of the inner loop, in place of the one that the settings name.
     """
     check_optimizers(settings)
     inner, chat = settings.inner, settings.model.chat
@@ -78,7 +81,8 @@ def make_stages(settings: Settings, model: Model | None = None) -> Stages:
     task = make_task(**settings.task, **{k: v for k, v in given.items() if k in taken})
     sizes = {"rank": inner.rank, "alpha": inner.alpha, "targets": inner.targets}
     init_adapters = jax.jit(partial(lora.init_adapters, model.config, **sizes))
-    loop = make_inner_loop(inner_setup(model.config, optimizer_of(inner), inner, mesh))
+    optimizer = optimizer or optimizer_of(inner)
+    loop = make_inner_loop(inner_setup(model.config, optimizer, inner, mesh))
     at_once = _at_once(settings, model, loop)
     constrain = _make_constrain(settings, model, task)
     return Stages(

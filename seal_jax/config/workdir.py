@@ -22,6 +22,7 @@ from seal_jax.hosts.outputs import check_output
 from seal_jax.tasks.knowledge.texts import digest_of, path_of
 
 SWEEP = "tune_sweep.json"  # says what a sweep is over
+SEQUENCES = "sequences.json"  # and this, which problems follow one another
 _TEXTS = "texts.json"
 # What a run that was killed before it had claimed the folder may leave there.
 _LEFT = (NAME, ".config.json.*.tmp")
@@ -62,42 +63,33 @@ def _refuse_changed_texts(config: ConfigDict, workdir: str) -> None:
             )
 
 
-def refuse_other_kind(workdir: str, evaluates: bool = False, tunes: bool = False) -> None:
-    """Refuse the folder of a training run for an evaluation, and the other way round.
+# What tells whose folder it is: the first of these that is there.
+_KINDS = {
+    "tune": ("a sweep", (SWEEP,)),
+    "continual": ("a run of `continual`", (SEQUENCES,)),
+    "eval": ("an evaluation", ("policy.json",)),
+    "train": ("a training run", ("checkpoints", "metrics.jsonl", "edits.jsonl", "random")),
+}
 
-    Either would write its own eval_*.jsonl and summary over the other's. Likewise a sweep's folder
-    is nothing else's.
+
+def refuse_other_kind(workdir: str, kind: str) -> None:
+    """Refuse a folder of another command: either would write over the other's results.
+
+    Args:
+      kind: the command that asks, one of _KINDS.
 
     Raises:
       ValueError: it is one.
     """
-    of_sweep = os.path.lexists(os.path.join(workdir, SWEEP))
-    if of_sweep and not tunes:
-        raise ValueError(
-            f"{workdir} is the folder of a sweep (it has {SWEEP}): choose another --workdir"
-        )
-    of_eval = os.path.lexists(os.path.join(workdir, "policy.json"))
-    of_train = [
-        name
-        for name in ("checkpoints", "metrics.jsonl", "edits.jsonl", "random")
-        if os.path.lexists(os.path.join(workdir, name))
-    ]
-    if tunes and (of_train or of_eval):
-        name = of_train[0] if of_train else "policy.json"
-        raise ValueError(
-            f"{workdir} is the folder of a run (it has {name}), not of a sweep: choose another"
-            " --workdir"
-        )
-    if evaluates and of_train and not of_eval:
-        raise ValueError(
-            f"{workdir} is the folder of a training run (it has {of_train[0]}), whose results an"
-            " evaluation would replace: choose another --workdir"
-        )
-    if of_eval and not evaluates:
-        raise ValueError(
-            f"{workdir} is the folder of an evaluation (it has policy.json), whose results a"
-            " training run would replace: choose another --workdir"
-        )
+    for found, (whose, names) in _KINDS.items():
+        there = [name for name in names if os.path.lexists(os.path.join(workdir, name))]
+        if there and found == kind:
+            return
+        if there:
+            raise ValueError(
+                f"{workdir} is the folder of {whose} (it has {there[0]}), whose results"
+                f" {_KINDS[kind][0]} would replace: choose another --workdir"
+            )
 
 
 def _is_left(name: str) -> bool:
@@ -144,5 +136,5 @@ def is_done(config: ConfigDict, workdir: str) -> bool:
       ValueError: the folder belongs to another config.
     """
     ask_first("workdir", lambda: check_workdir(config, workdir))
-    ask_first("workdir", lambda: refuse_other_kind(workdir, evaluates=False))
+    ask_first("workdir", lambda: refuse_other_kind(workdir, "train"))
     return ask_first("is done", lambda: os.path.exists(os.path.join(workdir, "summary.json")))

@@ -33,11 +33,11 @@ _FILES = (
     *("config.json", "policy.json", "texts.json", "summary.json", "summary.md", "model/**/*"),
     *("metrics.jsonl", "edits.jsonl", "eval_*.jsonl", "pending_*.jsonl", "judged_*.json"),
     *("tune.json", "tune.md", "tune.png", "tune_sweep.json", "tune_runs.jsonl"),
-    "tune_texts_*.json",
+    *("tune_texts_*.json", "sequences.json", "continual.*"),
 )
 _REMADE = (
     *(MANIFEST, "summary.", "eval_", "pending_", "adapters/", "checkpoints/"),
-    *("tune.", "tune_runs", "tune_texts_"),
+    *("tune.", "tune_runs", "tune_texts_", "continual."),
 )
 _ABSENT = "was written and is not there"
 _LATE = "was added after the run had ended"

@@ -17,7 +17,8 @@ from seal_jax.config.setup import (
 )
 from seal_jax.models.mesh_fit import undivided
 from seal_jax.outer.comparison import titles_of
-from seal_jax.outer.stages import Stages
+from seal_jax.outer.problems import Batch
+from seal_jax.outer.stages import Stages, exam_prompts
 from seal_jax.outer.sweep import Sweep, groups_of, num_runs
 from seal_jax.planning.pilot import describe_power
 from seal_jax.tasks.task import Exam, Problem
@@ -160,6 +161,35 @@ def describe_sweep(stages: Stages, sweep: Sweep) -> str:
             f"  successive halving: {rounds}; {sweep.num_edits} self-edit(s) for each passage",
             f"  at most {runs} inner runs, up to {at_once} at once"
             + (f", in {programs} programs, one after the other" if programs > 1 else ""),
+            _describe_time(num_params, tokens),
+        ]
+    )
+
+
+def describe_sequences(stages: Stages, sequences: Sequence[Batch], control: Batch) -> str:
+    """Return a few lines: the sequences, the remedies, the tokens, and an estimate of the time."""
+    settings = stages.settings
+    asked, inner = settings.continual, settings.inner
+    problems = [pair for sequence in sequences for pair in sequence]
+    length, added = _lengths(stages, problems)
+    tokens = len(problems) * inner.num_epochs * length * (1 + added)
+    prompts = [exam_prompts(stages, *pair) for pair in problems]
+    question = np.mean([len(prompt) for group in prompts for prompt in group])
+    per_problem = np.mean(list(map(len, prompts)))
+    rows = 1 + -(-asked.num_edits // asked.ask_every)
+    questions = asked.num_sequences * rows * (asked.num_edits + len(control)) * per_problem
+    # An answer is read and written, and the gold one scored: forward alone.
+    tokens += questions * (2 * question + settings.answer.max_tokens) / 2
+    num_params, titles = _num_params(stages), titles_of(stages)["problems"]
+    with_what = ", ".join(asked.remedies) or "none: each edit is merged"
+    return "\n".join(
+        [
+            f"{asked.num_sequences} sequences of {asked.num_edits} self-edits by"
+            f" {settings.model.source}: {num_params / 1e6:.0f}M parameters, on"
+            f" {jax.device_count()} x {jax.devices()[0].device_kind}",
+            f"  remedies: {with_what}",
+            f"  {questions:.0f} questions, on all {titles} of a sequence and {len(control)} others"
+            f" after every {asked.ask_every} edit(s)",
             _describe_time(num_params, tokens),
         ]
     )

@@ -1,16 +1,17 @@
-"""A tiny model that writes notes on synthetic facts: the policy of `seal-jax bench learning`.
+"""The models `tiny:facts` and `tiny:facts-asked`: they write notes on synthetic facts.
 
-It is trained on the spot, in about a minute on two CPU cores, on documents of two forms:
+They are trained on the spot, in about a minute on two CPU cores, on documents of two forms:
 
   a passage, "notes:" and notes on it in one of STYLES, drawn with its frequency
   a question about a thing that nobody knows, and a random answer
 
-So it can write each style on any passage, knows how questions are answered, and knows no answer.
-Which style teaches best is nothing that these documents tell: that is left to the outer loop.
+So `tiny:facts` can write each style on any passage, knows how questions are answered, and knows no
+answer. Which style teaches best is nothing that these documents tell: that is left to the outer
+loop. `tiny:facts-asked` writes the style alone that teaches best: as the outer loop would leave it.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -43,30 +44,36 @@ def notes(problem: Problem, style: str) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def make_documents(seed: int) -> Callable[[], list[pretrain.Batch]]:
+def make_documents(
+    seed: int, styles: Sequence[str] = tuple(STYLES)
+) -> Callable[[], list[pretrain.Batch]]:
     """Return what draws the batch of a step: notes and answers are learned."""
     tokenizer, rng = ByteTokenizer(), random.Random(seed)
     task = Facts(seed=seed, num_train=4000)
     problems = [problem for problem, _ in task.load("train")]
-    weights = [frequency for frequency, _ in STYLES.values()]
+    weights = [STYLES[style][0] for style in styles]
 
     def document() -> pretrain.Document:
         problem = rng.choice(problems)
         if rng.random() < 0.2:
             attribute = rng.choice(list(ATTRIBUTES))
             return f"{problem.title} {attribute}?", f" {rng.choice(ATTRIBUTES[attribute])}"
-        return task.edit_prompt(problem), notes(problem, rng.choices(list(STYLES), weights)[0])
+        return task.edit_prompt(problem), notes(problem, rng.choices(styles, weights)[0])
 
     pad = partial(pretrain.pad_documents, length=LENGTH, tokenizer=tokenizer)
     return lambda: [pad([document() for _ in range(NUM_ROWS)])]
 
 
-def model_folder(folder: Path, seed: int = 1) -> Path:
-    """Return the model's folder within `folder`; it is trained where there is none."""
+def train_tiny_facts(styles: Sequence[str] = tuple(STYLES), seed: int = 1) -> Model:
+    """Return a model that takes notes in these styles."""
+    label = "training a tiny model to take notes"
+    draw = make_documents(seed, styles)
+    return pretrain.pretrain(TINY, draw, num_steps=NUM_STEPS, seed=seed, label=label)
 
-    def train() -> Model:
-        label = "training a tiny model to take notes"
-        draw = make_documents(seed)
-        return pretrain.pretrain(TINY, draw, num_steps=NUM_STEPS, seed=seed, label=label)
 
-    return pretrain.pretrained_folder(folder / "model", train)
+def tiny_facts_folder(cache: Path, only_asked: bool = False) -> Path:
+    """Return the model's folder in a cache; it is trained where there is none."""
+    if only_asked:
+        train = partial(train_tiny_facts, ("asked",))
+        return pretrain.pretrained_folder(cache / "tiny-facts-asked-1", train)
+    return pretrain.pretrained_folder(cache / "tiny-facts-1", train_tiny_facts)

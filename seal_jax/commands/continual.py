@@ -1,0 +1,135 @@
+"""`seal-jax continual`."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any
+
+from seal_jax.commands import add_config, read_config, start
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+HELP = "Let a model learn one self-edit after another, and measure what it forgets."
+EXAMPLES = """\
+examples:
+  seal-jax continual --config configs/continual_tiny.py --workdir runs/plain
+  seal-jax continual --config configs/continual_tiny.py --workdir runs/replay \\
+      --set continual.remedies=replay,gate --against runs/plain
+
+Writes what is known after each edit (continual.jsonl), transfer and forgetting with intervals
+(summary.md, summary.json) and a heat map (continual.png). The same command resumes."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument("--workdir", required=True, help="where the results are written")
+    parser.add_argument(
+        "--policy", help="what starts: a run, its checkpoints, a model or a PEFT adapter"
+    )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="finished runs of the same sequences; a table compares them (comparison.md)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from seal_jax.continual.remedies import make_remedies
+
+    config = read_config(arguments)
+    check_task(config)
+    make_remedies(config.continual.remedies, config.continual.remedy_kwargs)
+    start()
+    from seal_jax.continual.report import compare
+    from seal_jax.hosts.exchange import is_first
+
+    learn_in_sequence(config, arguments.workdir, arguments.policy)
+    if is_first():
+        with open(os.path.join(arguments.workdir, "summary.md"), encoding="utf-8") as file:
+            print("\n" + file.read())
+        if arguments.against:
+            print(compare([*arguments.against, arguments.workdir], arguments.workdir))
+    return 0
+
+
+def check_task(config: "ConfigDict") -> None:
+    """Refuse a task whose questions are not asked once each.
+
+    Raises:
+      ValueError: it is such a task.
+    """
+    from seal_jax.tasks import TASKS
+    from seal_jax.tasks.task import asks_once
+
+    if not asks_once(TASKS[config.task.name]):
+        raise ValueError(
+            f"task {config.task.name!r} asks each question in several ways: `continual` needs one"
+            " that asks once, as 'knowledge' and 'facts' do"
+        )
+
+
+def learn_in_sequence(config: "ConfigDict", workdir: str, policy: str | None) -> dict[str, Any]:
+    """Make all edits, or what is left of them, and return what summary.json holds."""
+    from seal_jax.config.workdir import check_workdir, refuse_other_kind
+    from seal_jax.hosts.exchange import ask_first
+    from seal_jax.hosts.folder_lock import hold
+
+    ask_first("workdir", lambda: check_workdir(config, workdir))
+    ask_first("workdir", lambda: refuse_other_kind(workdir, "continual"))
+    with hold(workdir):
+        return _learn_alone(config, workdir, policy)
+
+
+def _learn_alone(config: "ConfigDict", workdir: str, policy: str | None) -> dict[str, Any]:
+    import jax
+
+    from seal_jax.commands.eval import claim_policy
+    from seal_jax.config.setup import make_stages, policy_params, settings_of
+    from seal_jax.config.workdir import claim_workdir
+    from seal_jax.continual.experiment import run_sequences
+    from seal_jax.continual.remedies import make_remedies
+    from seal_jax.continual.remedies.remedy import Work
+    from seal_jax.continual.report import write_report
+    from seal_jax.continual.sequences import claim_sequences, make_sequences
+    from seal_jax.hosts.console import say
+    from seal_jax.hosts.exchange import ask_first
+    from seal_jax.hosts.files import read_json
+    from seal_jax.optim import optimizer_of
+    from seal_jax.outer.problems import read_problems
+    from seal_jax.outer.stages import check_prompts
+    from seal_jax.planning.run_estimate import describe_sequences
+    from seal_jax.runs.checkpoint import tree_hash
+    from seal_jax.tasks import make_task
+
+    settings = settings_of(config)
+    asked = settings.continual
+    problems = read_problems(make_task(**settings.task), "eval")
+    sequences, control = make_sequences(
+        problems, asked.num_sequences, asked.num_edits, asked.num_control, settings.seed
+    )
+    done = ask_first("is done", lambda: read_json(os.path.join(workdir, "summary.json")))
+    if done is not None:
+        say(f"{workdir} is done already; nothing was run. Another --workdir runs again.")
+        return done
+    remedies = make_remedies(asked.remedies, asked.remedy_kwargs)
+    around = [
+        [one for one in row if one]
+        for row in zip(*[(r.before, r.after) for r in remedies.values()], strict=True)
+    ] or [[], []]
+    stages = make_stages(settings, optimizer=optimizer_of(settings.inner, *around))
+    everything = [pair for sequence in sequences for pair in sequence]
+    check_prompts(stages, [*everything, *control], golds=True)
+    say(describe_sequences(stages, sequences, control))
+    with jax.transfer_guard("disallow"):
+        if policy is not None:
+            model = stages.model._replace(params=policy_params(stages, policy))
+            stages = stages._replace(model=model)
+        claim_workdir(config, workdir)
+        claim_sequences(workdir, sequences, control)
+        if policy is not None:
+            claim_policy(workdir, policy, tree_hash(stages.model.params))
+        work = Work(stages, remedies, sequences)
+        ledger = run_sequences(work, control, workdir)
+    return write_report(workdir, ledger, remedies=list(remedies))

@@ -1,0 +1,239 @@
+"""Edits one after another, of many sequences side by side.
+
+  known[0] = ask(models, problems)                       # unedited
+  for k in range(N):
+    edit     = write_edits(models, problems[k])          # each model on its sequence's next problem
+    adapters = train(models, edit, remedies)             # [S] LoRA adapters in lockstep
+    models   = keep(models, adapters, remedies)          # merged, or what a remedy does instead
+    memory   = learn(models, edit, remedies)
+    known[k + 1] = ask(models, problems)                 # what is still known, and what already
+
+After every edit the models and all that remedies keep are saved: the same call goes on there.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from seal_jax.continual import memory
+from seal_jax.continual.asking import ask, perplexity
+from seal_jax.continual.edits import fresh_adapters, keep, learn, train, write_edits
+from seal_jax.continual.remedies.remedy import Learner, Work
+from seal_jax.hosts import manifest
+from seal_jax.hosts.console import progress
+from seal_jax.hosts.files import append_json, read_jsonl, truncate_after
+from seal_jax.hosts.preemption import stop_if_told
+from seal_jax.models.own_kernels import own_kernels
+from seal_jax.outer.problems import Batch
+from seal_jax.runs import checkpoint as checkpoints
+from seal_jax.sharding import tree_bytes
+from seal_jax.tasks.task import Rejected
+
+LEDGER = "continual.jsonl"
+
+
+def run_sequences(work: Work, control: Batch, folder: str) -> list[dict[str, Any]]:
+    """Make all edits, or those that are left, and return the ledger: a line for each.
+
+    Line 0 is of the unedited models. Where not all problems were asked, a value is None.
+
+    Args:
+      control: problems that no edit is on.
+
+    Raises:
+      Stopped: a process was told to end; the edits that are finished are on disk.
+    """
+    ledger, path = os.path.join(folder, LEDGER), os.path.join(folder, "checkpoints")
+    manifest.begin(folder)
+    with checkpoints.make_manager(path, keep=1, best=0) as manager:
+        learner, first = restore(work, begin(work), manager, folder)
+        total = work.settings.num_edits
+        bar = progress(total, f"{work.num} sequences", "edit")
+        bar.update(first)
+        if first == 0 and not _lines(ledger):
+            append_json(ledger, {"step": 0} | _ask_all(work, learner, control, 0))
+        for number in range(first, total):
+            stop_if_told()
+            learner, line = one_edit(work, learner, number, folder)
+            clock = time.perf_counter()
+            line |= _ask_all(work, learner, control, number + 1)
+            line["seconds/ask"] = time.perf_counter() - clock
+            append_json(ledger, {"step": number + 1} | line)
+            _save(manager, learner, number + 1)
+            manifest.update(folder)
+            bar.update(1)
+        checkpoints.wait(manager)
+        bar.close()
+    manifest.update(folder, settled=True)
+    return _lines(ledger)
+
+
+def begin(work: Work) -> Learner:
+    """Return the models before any edit: copies of the base, and nothing in memory."""
+    stages = work.stages
+    targets, mesh, rules = stages.settings.inner.targets, stages.mesh, stages.model.config.rules
+    params = own_kernels(stages.model.params, targets, work.num, mesh, rules)
+    kinds = [one.memory for one in work.remedies.values() if one.memory]
+    empty = memory.make_memory(kinds[0] if kinds else "reservoir", work.settings.memory_tokens)
+    learner = Learner(params, (empty,) * work.num, {})
+    if any(one.splits for one in work.remedies.values()):
+        learner = learner._replace(answers=params)
+    adapters = fresh_adapters(work._replace(remedies={}), learner, 0)
+    stores = {
+        name: remedy.begin(work, params, adapters)
+        for name, remedy in work.remedies.items()
+        if remedy.begin is not None
+    }
+    return learner._replace(stores=stores)
+
+
+def one_edit(work: Work, learner: Learner, number: int, folder: str) -> tuple[Learner, dict]:
+    """Make one edit of all sequences; return the models after it, and its line of the ledger."""
+    clock, seconds = time.perf_counter(), {}
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        jax.block_until_ready(jax.tree.leaves(learner.params))
+        seconds[f"seconds/{name}"] = time.perf_counter() - clock
+        clock = time.perf_counter()
+
+    edit, parsed = write_edits(work, learner, number)
+    lap("write")
+    edit, trained = train(work, learner, edit)
+    jax.block_until_ready(edit.adapters)
+    lap("train")
+    learner = keep(work, learner, edit)
+    lap("keep")
+    learner = learn(work, learner, edit)
+    lap("learn")
+    _log_edits(folder, number, work, parsed)
+    line = {
+        "problems": [problem.id for problem, _ in edit.problems],
+        "rejected": [isinstance(one, Rejected) for one in parsed],
+        "loss_before": [_mean(losses[:1]) for losses in trained.losses],
+        "loss_after": [_mean(losses[-1:]) for losses in trained.losses],
+        "tokens": trained.num_tokens,
+        "replayed": trained.replayed,
+        "memory_tokens": [memory.num_tokens(one) for one in learner.memories],
+        "bytes/models": tree_bytes(_own(learner.params)),
+        "bytes/stores": tree_bytes(learner.stores),
+        "refused": learner.refused,
+    }
+    return learner, line | seconds
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return number(float(np.mean(values))) if len(values) else None
+
+
+def number(value: float) -> float | None:
+    """Return a number as JSON has it: None where it is not finite."""
+    return value if np.isfinite(value) else None
+
+
+def _ask_all(work: Work, learner: Learner, control: Batch, edits: int) -> dict[str, Any]:
+    """Return what the models know after so many edits.
+
+    Of all problems every `ask_every` edits, before the first and after the last one; else of the
+    problem that was learned last alone.
+    """
+    settings = work.settings
+    if edits % settings.ask_every and edits < settings.num_edits:
+        asked = [edits - 1]
+    else:
+        asked = list(range(settings.num_edits))
+    posed = [[sequence[i] for i in asked] for sequence in work.sequences]
+    everything = len(asked) == settings.num_edits
+    if everything:
+        posed = [[*batch, *control] for batch in posed]
+    known, count = ask(work, learner, posed), len(asked)
+    found: dict[str, Any] = {"asked": asked}
+    for name, values in known._asdict().items():
+        found[name] = _plain(values[:, :count])
+        if everything and control:
+            found[f"control/{name}"] = _plain(values[:, count:].mean(axis=1))
+    if everything and control:
+        passages = [work.stages.task.passage_only(problem).training_texts for problem, _ in control]
+        texts = [work.stages.encode(text, False) for row in passages for text in row]
+        found["perplexity"] = _plain(perplexity(work, learner, texts))
+    return found
+
+
+def _plain(values: np.ndarray) -> Any:
+    return jax.tree.map(number, values.tolist())
+
+
+def _log_edits(folder: str, number: int, work: Work, parsed: Sequence) -> None:
+    """Write down what was written: a line for each self-edit."""
+    for s, one in enumerate(parsed):
+        reason = {"rejected": one.reason} if isinstance(one, Rejected) else {}
+        line = {"step": number + 1, "problem": one.problem_id, "edit": s, "text": one.text}
+        append_json(os.path.join(folder, "edits.jsonl"), line | reason)
+
+
+def _lines(ledger: str) -> list[dict[str, Any]]:
+    return read_jsonl(ledger, ["step"]) if os.path.exists(ledger) else []
+
+
+def _own(params: Any) -> dict[str, Any]:
+    """Return the kernels that each sequence has of its own, by their place."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if _is_own(path, leaf)}
+
+
+def _is_own(path: tuple, leaf: jax.Array) -> bool:
+    return getattr(path[-1], "key", None) == "kernel" and leaf.ndim == 3
+
+
+def _with_own(params: Any, own: dict[str, Any]) -> Any:
+    def one(path: tuple, leaf: jax.Array) -> jax.Array:
+        return own.get(jax.tree_util.keystr(path), leaf)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _trees(learner: Learner) -> dict[str, Any]:
+    trees = {"models": _own(learner.params), "stores": learner.stores}
+    if learner.answers is not None:
+        trees["answers"] = _own(learner.answers)
+    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+
+
+def _save(manager: ocp.CheckpointManager, learner: Learner, step: int) -> None:
+    memories = [memory.to_json(one) for one in learner.memories]
+    position = {"edits": step, "memories": memories, "refused": learner.refused}
+    checkpoints.save(manager, step, _trees(learner), position)
+
+
+def restore(
+    work: Work, learner: Learner, manager: ocp.CheckpointManager, folder: str
+) -> tuple[Learner, int]:
+    """Return the newest good checkpoint's models and how many edits they have had.
+
+    Lines of the ledger on edits that are to be made again are dropped.
+    """
+    restored = checkpoints.restore(manager, _trees(learner))
+    step = restored[2]["edits"] if restored else 0
+    for name in (LEDGER, "edits.jsonl"):
+        truncate_after(os.path.join(folder, name), step)
+    manifest.forget_checkpoints(folder, above=step)
+    if restored is None:
+        return learner, 0
+    _, trees, position = restored
+    learner = learner._replace(
+        params=_with_own(learner.params, trees.get("models", {})),
+        memories=tuple(
+            memory.from_json(one, f"{folder}: sequence {s}")
+            for s, one in enumerate(position["memories"])
+        ),
+        stores=trees.get("stores", learner.stores),
+        refused=position["refused"],
+    )
+    if learner.answers is not None:
+        learner = learner._replace(answers=_with_own(learner.answers, trees["answers"]))
+    return learner, step

@@ -30,7 +30,8 @@ from seal_jax.hosts.replacing import replace_text
 MANIFEST = "manifest.json"
 KEY = "manifest"  # config.json has it, so that a manifest that is lost is missed
 _FILES = (
-    *("config.json", "policy.json", "texts.json", "summary.json", "summary.md", "model/**/*"),
+    *("config.json", "policy.json", "texts.json", "model/**/*"),
+    *("summary.json", "summary.md", "summary.png"),
     *("metrics.jsonl", "edits.jsonl", "eval_*.jsonl", "pending_*.jsonl", "judged_*.json"),
     *("tune.json", "tune.md", "tune.png", "tune_sweep.json", "tune_runs.jsonl"),
     *("tune_texts_*.json", "sequences.json", "continual.*"),

@@ -11,11 +11,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from seal_jax.hosts import manifest
 from seal_jax.hosts.exchange import is_first
 from seal_jax.hosts.files import write_json, write_text
+from seal_jax.outer.differences import describe_mean
 from seal_jax.outer.sweep import Found, Scores, Sweep, elsewhere
 
 _MARKERS = "osDv^<>PXp"
@@ -34,24 +34,6 @@ def write_report(sweep: Sweep, found: Found, where: str) -> dict[str, Any]:
     write_json(os.path.join(sweep.folder, "tune.json"), summary)
     manifest.update(sweep.folder)
     return summary
-
-
-def describe_mean(values: Sequence[float]) -> dict[str, Any]:
-    """Return the mean, its 95 % interval and the standard deviation; None where unknown.
-
-    Two values have no interval: by Student's t it is twelve times as wide as they lie apart.
-    """
-    num = len(values)
-    if not num or not np.isfinite(values).all():
-        return {"mean": None, "interval": None, "sd": None}
-    mean = float(np.mean(values))
-    if num < 2:
-        return {"mean": mean, "interval": None, "sd": None}
-    sd = float(np.std(values, ddof=1))
-    if num < 3:
-        return {"mean": mean, "interval": None, "sd": sd}
-    half = float(stdtrit(num - 1, 0.975)) * sd / math.sqrt(num)
-    return {"mean": mean, "interval": [mean - half, mean + half], "sd": sd}
 
 
 def summarize(sweep: Sweep, found: Found) -> dict[str, Any]:

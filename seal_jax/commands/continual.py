@@ -17,7 +17,7 @@ examples:
       --set continual.remedies=replay,gate --against runs/plain
 
 Writes what is known after each edit (continual.jsonl), transfer and forgetting with intervals
-(summary.md, summary.json) and a heat map (continual.png). The same command resumes."""
+(summary.md, summary.json) and a heat map (summary.png). The same command resumes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,13 +44,18 @@ def run(arguments: argparse.Namespace) -> int:
     start()
     from seal_jax.continual.report import compare
     from seal_jax.hosts.exchange import is_first
+    from seal_jax.hosts.files import write_json, write_text
 
     learn_in_sequence(config, arguments.workdir, arguments.policy)
     if is_first():
         with open(os.path.join(arguments.workdir, "summary.md"), encoding="utf-8") as file:
             print("\n" + file.read())
         if arguments.against:
-            print(compare([*arguments.against, arguments.workdir], arguments.workdir))
+            runs = [*arguments.against, arguments.workdir]
+            text, found = compare(runs, arguments.against[0])
+            print(text)
+            write_text(os.path.join(arguments.workdir, "comparison.md"), text)
+            write_json(os.path.join(arguments.workdir, "comparison.json"), found)
     return 0
 
 
@@ -87,15 +92,14 @@ def _learn_alone(config: "ConfigDict", workdir: str, policy: str | None) -> dict
 
     from seal_jax.commands.eval import claim_policy
     from seal_jax.config.setup import make_stages, policy_params, settings_of
-    from seal_jax.config.workdir import claim_workdir
-    from seal_jax.continual.experiment import run_sequences
+    from seal_jax.config.workdir import SEQUENCES, claim_workdir
+    from seal_jax.continual.experiment import report, run_sequences
     from seal_jax.continual.remedies import make_remedies
     from seal_jax.continual.remedies.remedy import Work
-    from seal_jax.continual.report import write_report
-    from seal_jax.continual.sequences import claim_sequences, make_sequences
+    from seal_jax.continual.sequences import make_sequences
     from seal_jax.hosts.console import say
     from seal_jax.hosts.exchange import ask_first
-    from seal_jax.hosts.files import read_json
+    from seal_jax.hosts.files import read_json, write_json
     from seal_jax.optim import optimizer_of
     from seal_jax.outer.problems import read_problems
     from seal_jax.outer.stages import check_prompts
@@ -105,9 +109,12 @@ def _learn_alone(config: "ConfigDict", workdir: str, policy: str | None) -> dict
 
     settings = settings_of(config)
     asked = settings.continual
-    problems = read_problems(make_task(**settings.task), "eval")
-    sequences, control = make_sequences(
-        problems, asked.num_sequences, asked.num_edits, asked.num_control, settings.seed
+    drawn = make_sequences(
+        read_problems(make_task(**settings.task), "eval"),
+        num_sequences=asked.num_sequences,
+        length=asked.num_edits,
+        num_control=asked.num_control,
+        seed=settings.seed,
     )
     done = ask_first("is done", lambda: read_json(os.path.join(workdir, "summary.json")))
     if done is not None:
@@ -119,17 +126,20 @@ def _learn_alone(config: "ConfigDict", workdir: str, policy: str | None) -> dict
         for row in zip(*[(r.before, r.after) for r in remedies.values()], strict=True)
     ] or [[], []]
     stages = make_stages(settings, optimizer=optimizer_of(settings.inner, *around))
-    everything = [pair for sequence in sequences for pair in sequence]
-    check_prompts(stages, [*everything, *control], golds=True)
-    say(describe_sequences(stages, sequences, control))
+    everything = [pair for sequence in drawn.problems for pair in sequence]
+    check_prompts(stages, [*everything, *drawn.control], golds=True)
+    say(describe_sequences(stages, drawn.problems, drawn.control))
+    if drawn.num_shared:
+        say(f"  {drawn.num_shared} problems are in more than one sequence")
     with jax.transfer_guard("disallow"):
         if policy is not None:
             model = stages.model._replace(params=policy_params(stages, policy))
             stages = stages._replace(model=model)
         claim_workdir(config, workdir)
-        claim_sequences(workdir, sequences, control)
+        ids = [[problem.id for problem, _ in one] for one in (*drawn.problems, drawn.control)]
+        write_json(os.path.join(workdir, SEQUENCES), {"sequences": ids[:-1], "control": ids[-1]})
         if policy is not None:
             claim_policy(workdir, policy, tree_hash(stages.model.params))
-        work = Work(stages, remedies, sequences)
-        ledger = run_sequences(work, control, workdir)
-    return write_report(workdir, ledger, remedies=list(remedies))
+        work = Work(stages, remedies, drawn.problems)
+        ledger = run_sequences(work, drawn.control, workdir)
+    return report(work, ledger, workdir)

@@ -142,8 +142,8 @@ def _with_old(
 def _with_references(work: Work, learner: Learner, number: int, s: int, job: Job) -> Job:
     """Give each step of a job a batch of the sequence's memory, if there is any."""
     entries = learner.memories[s].entries
-    if not entries or not job.rows:
-        return job
+    if not entries:  # the program is the same: a gradient of nothing is 0
+        return job._replace(references=((),) * len(job.rows))
     rng = np.random.default_rng([*_path(work, keys.REFERENCE, number), s])
     size = min(work.stages.settings.inner.batch_size, len(entries))
     chosen = [rng.choice(len(entries), size=size, replace=False) for _ in job.rows]

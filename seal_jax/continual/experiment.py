@@ -13,7 +13,7 @@ After every edit the models and all that remedies keep are saved: the same call 
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -237,3 +237,49 @@ def restore(
     if learner.answers is not None:
         learner = learner._replace(answers=_with_own(learner.answers, trees["answers"]))
     return learner, step
+
+
+def record_of(work: Work, lines: Sequence[Mapping[str, Any]], score: str) -> Record:
+    """Return the ledger as arrays.
+
+    Args:
+      score: one of `Known`'s.
+    """
+    S, N = work.num, work.settings.num_edits
+    scores = np.full((S, N + 1, N), np.nan)
+    control, perplexity = np.full((S, N + 1), np.nan), np.full((S, N + 1), np.nan)
+    for k, line in enumerate(lines):
+        scores[:, k, line["asked"]] = _floats(line[score])
+        if f"control/{score}" in line:
+            control[:, k] = _floats(line[f"control/{score}"])
+            perplexity[:, k] = _floats(line["perplexity"], np.inf)
+    parts = [f"seconds/{name}" for name in ("write", "train", "keep", "learn")]
+    seconds = np.array([sum(line[part] for part in parts) for line in lines[1:]])
+    sizes = np.array([line["bytes/models"] + line["bytes/stores"] for line in lines[1:]])
+    ids = [[problem.id for problem, _ in sequence] for sequence in work.sequences]
+    return Record(ids, scores, control, perplexity, seconds, sizes.astype(np.float64))
+
+
+def _floats(values: Any, missing: float = 0.0) -> np.ndarray:
+    """Return numbers of the ledger: None, of a model that is not finite any more, as `missing`."""
+    array = np.array(values, np.float64)
+    return np.where(np.isnan(array), missing, array)
+
+
+def report(work: Work, lines: Sequence[Mapping[str, Any]], folder: str) -> dict[str, Any]:
+    """Write what the edits have shown, and return what summary.json holds."""
+    edits = work.num * work.settings.num_edits
+    rejected = sum(sum(line["rejected"]) for line in lines[1:])
+    notes = [f"{rejected} of {edits} self-edits were rejected: nothing was trained on them."]
+    if "gate" in work.remedies:
+        notes.append(f"The gate refused {lines[-1]['refused']} of {edits} edits.")
+    name = " + ".join(work.remedies) or "plain merging"
+    dense = summarize(record_of(work, lines, "log_likelihood"))
+    return write_report(
+        record_of(work, lines, "accuracy"),
+        folder,
+        name,
+        notes,
+        remedies=list(work.remedies),
+        log_likelihood=dense["figures"],
+    )

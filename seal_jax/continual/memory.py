@@ -1,7 +1,8 @@
 """A memory of earlier training texts, one for each sequence, under a budget of tokens.
 
   memory = make_memory("reservoir", max_tokens=4096)
-  rows   = with_replay(job.rows, memory, share=0.25, key=...)   # train
+  counts = replay_counts(job.rows, share=0.25)
+  rows   = mix(job.rows, counts, texts of choose(memory, ...))  # train
   memory = remember(memory, edit=k, texts=texts, key=...)       # and keep what was trained on
   memory = rescore(memory, scores)                              # after an examination
 
@@ -216,18 +217,10 @@ def replayed_in(step: int, batch_size: int, share: float, extra: bool = False) -
     return math.floor((step + 1) * rate) - math.floor(step * rate)
 
 
-def with_replay(
-    rows: Sequence[Sequence[Text]],
-    memory: Memory,
-    share: float,
-    key: Sequence[int],
-    extra: bool = False,
-) -> Rows:
-    """Return the texts of each inner step with a share of them from memory.
+def replay_counts(rows: Rows, share: float, extra: bool = False) -> list[int]:
+    """Return how many texts of each inner step come from memory.
 
-    They take the place of a batch's last texts, which `make_job` has shuffled: as many texts are
-    trained on as before. Of a short last batch at least one text of its own stays. An empty memory
-    leaves the rows as they are.
+    Of a short last batch at least one text of its own stays.
 
     Args:
       rows: of a job; the first one is a full batch.
@@ -238,17 +231,26 @@ def with_replay(
     """
     width = len(rows[0]) if rows else 0
     counts = [replayed_in(step, width, share, extra) for step in range(len(rows))]
-    if not extra:
-        pairs = zip(counts, rows, strict=True)
-        counts = [num if len(row) == width else min(num, len(row) - 1) for num, row in pairs]
-    if not memory.entries or not sum(counts):
-        return tuple(map(tuple, rows))
-    drawn = iter(choose(memory, key, num_texts=sum(counts)))
-    mixed = []
-    for row, num in zip(rows, counts, strict=True):
-        again = [Text(entry.tokens, entry.loss_mask) for entry in islice(drawn, num)]
-        mixed.append((*row[: len(row) if extra else len(row) - num], *again))
-    return tuple(mixed)
+    if not extra and width > 1:
+        counts = [min(num, len(row) - 1) for num, row in zip(counts, rows, strict=True)]
+    return counts
+
+
+def mix(rows: Rows, counts: Sequence[int], old: Sequence[Text], extra: bool = False) -> Rows:
+    """Return the texts of each inner step with some old ones.
+
+    They take the place of a batch's last texts, which `make_job` has shuffled: as many texts are
+    trained on as before.
+
+    Args:
+      counts: of each step, see `replay_counts`; in all as many as there are old texts.
+      extra: they come beside the batch's own.
+    """
+    drawn = iter(old)
+    return tuple(
+        (*row[: len(row) if extra else len(row) - num], *islice(drawn, num))
+        for row, num in zip(rows, counts, strict=True)
+    )
 
 
 def to_json(memory: Memory) -> dict[str, Any]:

@@ -9,7 +9,6 @@ References:
 """
 
 import re
-from collections.abc import Sequence
 
 from seal_jax.continual.memory import make_memory
 from seal_jax.continual.remedies.remedy import Edit, Learner, Remedy, Work
@@ -39,9 +38,7 @@ def remedy(
     return Remedy(share=share, extra=extra, memory=kind, old=drawn_texts, remember=recalled)
 
 
-def recall(
-    work: Work, learner: Learner, edit: Edit, agrees: float
-) -> list[list[tuple[str, Text]]]:
+def recall(work: Work, learner: Learner, edit: Edit, agrees: float) -> list[list[tuple[str, Text]]]:
     """Return what each model says to the first halves of its new texts, where it agrees."""
     stages, tokenizer = work.stages, work.stages.model.tokenizer
     halves = [[_halves(text) for text in texts] for texts in edit.texts]
@@ -89,5 +86,3 @@ def overlap(said: str, meant: str) -> float:
 
 def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.casefold()))
-
-

@@ -23,7 +23,9 @@ import orbax.checkpoint as ocp
 from seal_jax.continual import memory
 from seal_jax.continual.asking import ask, perplexity
 from seal_jax.continual.edits import fresh_adapters, keep, learn, train, write_edits
+from seal_jax.continual.matrix import Record, summarize
 from seal_jax.continual.remedies.remedy import Learner, Work
+from seal_jax.continual.report import write_report
 from seal_jax.hosts import manifest
 from seal_jax.hosts.console import progress
 from seal_jax.hosts.files import append_json, read_jsonl, truncate_after

@@ -1,7 +1,7 @@
 """A bank: no edit is merged; a question goes to the adapter of the passage that it is about.
 
 Nothing is overwritten, so this is the upper bound of the others. Its price grows with every edit:
-all adapters stay in memory, and a router looks for each question's passage (continual/retrieval.py).
+all adapters stay in memory, and a router looks for each question's passage, see retrieval.py.
 A question about none of the passages is answered by the unedited model.
 """
 

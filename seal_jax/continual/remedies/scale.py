@@ -5,6 +5,7 @@
 The simplest way to break less, and the control of all others, beside a lower learning rate.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -20,7 +21,9 @@ def remedy(factor: float = 0.5) -> Remedy:
     return Remedy(keep=partial(keep_scaled, lambda number: factor))
 
 
-def keep_scaled(factor, work: Work, learner: Learner, edit: Edit) -> Learner:
+def keep_scaled(
+    factor: Callable[[int], float], work: Work, learner: Learner, edit: Edit
+) -> Learner:
     """Merge each edit times factor(number of the edit, from 0)."""
     assert edit.adapters is not None  # they are trained
     factors = np.full(work.num, factor(edit.number), np.float32)

@@ -17,7 +17,7 @@ authors evaluate it. What does not fit is refused before a run, see config/check
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,9 @@ from seal_jax.types import InnerSettings, OuterSettings, Params
 Optimizer = Callable[[jax.Array], optax.GradientTransformation]
 ValueFn = Callable[[Params], jax.Array]  # the loss at other parameters
 SCHEDULES = ("constant", "linear", "cosine")
+# What a transformation may ask for as an extra argument of its update: the loss, its gradient, the
+# loss elsewhere, and the gradient of a reference row, where a step has one (see `Job.references`).
+KEYWORDS = ("value", "grad", "value_fn", "memory_grads")
 
 # Nodes of an optimizer's state that hold rates, and that hold another point to evaluate.
 _INJECTED = optax.InjectHyperparamsState, optax.schedules.InjectStatefulHyperparamsState
@@ -43,21 +46,24 @@ def update(
     params: Params,
     loss: jax.Array,
     value_fn: ValueFn | None = None,
+    context: Mapping[str, Any] | None = None,
 ) -> tuple[Params, optax.OptState]:
     """Return the updates, which are to be added, and the new state.
 
     Args:
       loss: f32[], whose gradient `grads` is. Transformations that ask for `value` get it.
       value_fn: what a line search asks; without it one that does is a TypeError.
+      context: what else transformations may ask for, by keyword, none of KEYWORDS.
 
     Raises:
-      TypeError: updates have other shapes than the parameters.
+      TypeError: updates have other shapes than the parameters; a transformation asks for something
+        that is not there.
     """
     if nodes_of(_INJECTED, state):
         state = _with_rates(state, tx.init(params))
     asked = {"value": loss, "grad": grads, "value_fn": value_fn or _no_value_fn}
     takes_all: Any = optax.with_extra_args_support(tx).update
-    updates, state = takes_all(grads, state, params, **asked)
+    updates, state = takes_all(grads, state, params, **asked, **(context or {}))
     _check_shapes(updates, params)
     return updates, state
 
@@ -200,8 +206,12 @@ def make_optimizer(
     optax_kwargs: Mapping[str, Any] | None = None,
     optimizer: Optimizer | None = None,
     grad_clip: float | None = 1.0,
+    before: Sequence[optax.GradientTransformation] = (),
+    after: Sequence[optax.GradientTransformation] = (),
 ) -> Optimizer:
     """Return `learning_rate -> GradientTransformation`.
+
+    The chain is `before`, the clipping, the optimizer, `after`.
 
     Args:
       optax_name: the name of an optax function whose first argument is the learning rate.
@@ -209,6 +219,9 @@ def make_optimizer(
       optimizer: a function of the learning rate, used in place of the name.
       grad_clip: clips the gradient of one adapter (or of the policy) to this global norm; None
         does not.
+      before: transformations of the gradient as it is, in their order.
+      after: transformations of the optimizer's update, in their order; schedule-free optimizers
+        refuse them.
 
     Raises:
       ValueError: optax has no such optimizer, or it has no such arguments.
@@ -225,21 +238,42 @@ def make_optimizer(
             raise TypeError(
                 f"it returns {type(made).__name__}, expected an optax.GradientTransformation"
             )
-        tx = optax.with_extra_args_support(made)
-        if grad_clip is None:
-            return tx
-        return optax.chain(optax.clip_by_global_norm(grad_clip), tx)
+        tx = optax.with_extra_args_support(_alone(made) if after else made)
+        clip = () if grad_clip is None else (optax.clip_by_global_norm(grad_clip),)
+        chained = *before, *clip, tx, *after
+        return optax.chain(*chained) if len(chained) > 1 else tx
 
     return clipped
 
 
-def optimizer_of(section: InnerSettings | OuterSettings) -> Optimizer:
-    """Return the optimizer that a loop's settings name."""
+def _alone(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return `tx`, which is refused where others may not change its updates."""
+
+    def init(params: Any) -> Any:
+        state = tx.init(params)
+        if has_evaluation_point(state):
+            raise TypeError(
+                "it is schedule-free and evaluates another point than it trains: what changes its"
+                " updates would change only one of the two"
+            )
+        return state
+
+    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(tx).update)
+
+
+def optimizer_of(
+    section: InnerSettings | OuterSettings,
+    before: Sequence[optax.GradientTransformation] = (),
+    after: Sequence[optax.GradientTransformation] = (),
+) -> Optimizer:
+    """Return the optimizer that a loop's settings name; see `make_optimizer`."""
     return make_optimizer(
         optax_name=section.optax_name,
         optax_kwargs=section.optax_kwargs,
         optimizer=section.optimizer,
         grad_clip=section.grad_clip,
+        before=before,
+        after=after,
     )
 
 
@@ -258,32 +292,38 @@ def accumulate(
     if num_steps == 1:
         return tx
 
-    # MultiSteps takes means of gradients alone, so the loss becomes one of them.
-    def init_pair(params: Any) -> Any:
-        return tx.init(params[0])
-
-    def update_pair(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
-        grads, loss = updates
-        moves, state = update(tx, grads, state, params[0], loss)
-        return (moves, loss), state
-
-    pair = optax.GradientTransformationExtraArgs(init_pair, update_pair)
-
     def init(params: Any) -> Any:
-        return optax.MultiSteps(pair, 1).init((params, jnp.float32(0)))
+        return optax.MultiSteps(_with_loss(tx, {}), 1).init((params, jnp.float32(0)))
 
     def update_one(updates: Any, state: Any, params: Any = None, **asked: Any) -> tuple[Any, Any]:
         given, means, count = (updates, asked["value"]), state.acc_grads, state.mini_step
         good = all_finite(given)
         given = jax.tree.map(lambda x, mean: jnp.where(good, x, mean.astype(x.dtype)), given, means)
         length = jnp.where(ends, count + 1, count + 2)
-        steps: Any = optax.MultiSteps(pair, lambda _: length)
+        context = {name: x for name, x in asked.items() if name not in KEYWORDS}
+        steps: Any = optax.MultiSteps(_with_loss(tx, context), lambda _: length)
         (moves, _), new = steps.update(given, state, (params, jnp.float32(0)))
         counts = good | (jnp.asarray(ends) & (count > 0))
         new = jax.tree.map(lambda x, old: jnp.where(counts, x, old), new, state)
         return jax.tree.map(lambda x: jnp.where(counts, x, 0), moves), new
 
     return optax.GradientTransformationExtraArgs(init, update_one)
+
+
+def _with_loss(
+    tx: optax.GradientTransformation, context: Mapping[str, Any]
+) -> optax.GradientTransformation:
+    """Return `tx` on pairs of gradients and loss: MultiSteps takes means of gradients alone."""
+
+    def init(params: Any) -> Any:
+        return tx.init(params[0])
+
+    def update_pair(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        grads, loss = updates
+        moves, state = update(tx, grads, state, params[0], loss, context=context)
+        return (moves, loss), state
+
+    return optax.GradientTransformationExtraArgs(init, update_pair)
 
 
 def all_finite(tree: Any) -> jax.Array:

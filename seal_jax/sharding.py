@@ -17,7 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from seal_jax.types import STEP_FIELDS, Adapters, InnerBatch, InnerState, ParamRules, Params
+from seal_jax.types import (
+    STEP_FIELDS,
+    Adapters,
+    Context,
+    InnerBatch,
+    InnerState,
+    ParamRules,
+    Params,
+)
 
 # Logical axis -> axes of the mesh, as in the config's section `sharding`, which may have others:
 # they are a ModelConfig's `rules`. Models never name the mesh.
@@ -46,9 +54,11 @@ KERNELS = {
 }
 
 
-# (params, state, batch) -> the state after all steps of the batch, and their losses
 Population = TypeVar("Population", InnerState, Adapters)
-InnerSteps = Callable[[Params, InnerState, InnerBatch], tuple[InnerState, jax.Array]]
+# (params, state, batch, context) -> the state after all steps of the batch, and their losses
+InnerSteps = Callable[
+    [Params, InnerState, InnerBatch, Context | None], tuple[InnerState, jax.Array]
+]
 
 
 def make_mesh(
@@ -284,24 +294,40 @@ def place_state(state: Population, mesh: Mesh | None, rules: ParamRules = ()) ->
 
 def on_shards(run_steps: InnerSteps, mesh: Mesh | None, rules: ParamRules = ()) -> InnerSteps:
     """Return `run_steps` as every part of the mesh does it, with its own adapters and lanes."""
-    parts = run_steps
-    if num_shards(mesh, rules) > 1:
-        axes = mesh_axes("adapter", rules)
-        by_adapter, by_batch = PartitionSpec(axes), _batch_specs(axes)
-        parts = jax.shard_map(
-            partial(_on_shard, run_steps, axes),
-            mesh=mesh,
-            in_specs=(PartitionSpec(), by_adapter, by_batch),
-            out_specs=(by_adapter, by_batch.lanes),
-            axis_names=set(axes),
-            check_vma=False,
-        )
+    axes = mesh_axes("adapter", rules)
+    apart = num_shards(mesh, rules) > 1
 
-    def run(params: Params, state: InnerState, batch: InnerBatch) -> tuple[InnerState, jax.Array]:
-        state, losses = parts(params, state, batch)
+    def run(
+        params: Params, state: InnerState, batch: InnerBatch, context: Context | None = None
+    ) -> tuple[InnerState, jax.Array]:
+        parts = run_steps
+        if apart:
+            by_adapter, by_batch = PartitionSpec(axes), _batch_specs(axes)
+            parts = jax.shard_map(
+                partial(_on_shard, run_steps, axes),
+                mesh=mesh,
+                in_specs=(_param_specs(params, by_adapter), by_adapter, by_batch, by_adapter),
+                out_specs=(by_adapter, by_batch.lanes),
+                axis_names=set(axes),
+                check_vma=False,
+            )
+        state, losses = parts(params, state, batch, context)
         return place_state(state, mesh, rules), losses
 
     return run
+
+
+def _param_specs(params: Params, by_adapter: PartitionSpec) -> Any:
+    """Return how params are divided that are whole in every part, but for adapters' own kernels.
+
+    These are [A in out].
+    """
+
+    def one(path: tuple, leaf: jax.Array) -> PartitionSpec:
+        is_own = getattr(path[-1], "key", None) == "kernel" and leaf.ndim == 3
+        return by_adapter if is_own else PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _on_shard(
@@ -310,11 +336,19 @@ def _on_shard(
     params: Params,
     state: InnerState,
     batch: InnerBatch,
+    context: Context | None,
 ) -> tuple[InnerState, jax.Array]:
     """Count adapters from the shard's first one, in a batch that counts those of all shards."""
     first = jax.lax.axis_index(axes) * state.step.shape[0]
-    lanes = jnp.where(batch.lanes >= 0, batch.lanes - first, -1)
-    return run_steps(params, state, batch._replace(lanes=lanes))
+
+    def own(lanes: Any) -> jax.Array:
+        return jnp.where(lanes >= 0, lanes - first, -1)
+
+    batch = batch._replace(
+        lanes=own(batch.lanes),
+        references=None if batch.references is None else own(batch.references),
+    )
+    return run_steps(params, state, batch, context)
 
 
 def along(mesh: Mesh, rules: ParamRules = (), **sizes: int) -> NamedSharding:

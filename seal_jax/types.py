@@ -16,6 +16,8 @@ import numpy as np
 
 Array = jax.Array | np.ndarray  # on the devices, or on the host
 Params = dict[str, Any]  # the base model or the policy: nested dict of arrays
+# What optimizers may ask for by keyword: pytrees, every leaf with a leading [A].
+Context = Mapping[str, Any]
 # Pairs of a logical axis and the mesh axes that divide it, with spaces between; see sharding.py.
 ParamRules = tuple[tuple[str, str], ...]
 
@@ -49,7 +51,7 @@ class InnerBatch(NamedTuple):
     """
 
     lanes: Array  # i32[I U] which adapter takes the lane
-    chunk_lanes: Array  # i32[I n] whose adapter a chunk takes
+    chunk_lanes: Array  # i32[I n] whose adapter a chunk takes, that of which lane
     chunk_tokens: Array  # i32[I n c] the token (of W * T) in each slot; W * T in an empty one
     tokens: Array  # i32[I W T]
     # 0 is nothing, 1.. are the texts of the array row, -s is padding that is in the loss: it sees
@@ -61,13 +63,21 @@ class InnerBatch(NamedTuple):
     num_steps: Array  # i32[A] at whose end the schedule ends
     seed: Array  # i32[A] of the LoRA dropout
     schedule: Array | None = None  # i32[A] in optim.SCHEDULES; None where all have the loop's
+    # i32[I U] which adapter takes lane U + u: that of lane u, on its reference row. Its gradient is
+    # shown to the optimizer of lane u. -1 marks an empty one; None where nobody has any.
+    references: Array | None = None
 
     def map_steps(self, function: Callable[[Any], Any]) -> "InnerBatch":
         """Return the batch with `function` of each array that has steps [I ...]."""
-        return self._replace(**{name: function(getattr(self, name)) for name in STEP_FIELDS})
+        arrays = {name: getattr(self, name) for name in STEP_FIELDS}
+        return self._replace(**{name: function(x) for name, x in arrays.items() if x is not None})
 
 
-STEP_FIELDS = InnerBatch._fields[: InnerBatch._fields.index("learning_rate")]  # the others: [A]
+# The others: [A].
+STEP_FIELDS = (
+    *InnerBatch._fields[: InnerBatch._fields.index("learning_rate")],
+    "references",
+)
 
 
 class Rollout(NamedTuple):

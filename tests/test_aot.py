@@ -11,7 +11,8 @@ from collectives import replica_groups
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from seal_jax.bench import aot
-from seal_jax.inner.packing import TPU_LAYOUT, pack
+from seal_jax.inner.packing import pack
+from seal_jax.inner.steps import TPU_LAYOUT
 from seal_jax.inner.texts import Job, text_of
 from seal_jax.inner.update import InnerSetup, make_inner_loop, make_inner_update
 from seal_jax.models import lora

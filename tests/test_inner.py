@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from seal_jax.bench.timing import count_compiles
-from seal_jax.inner.packing import Layout, pack
+from seal_jax.inner.packing import pack
+from seal_jax.inner.steps import Layout
 from seal_jax.inner.texts import PAD_SAMPLES, Job, make_job, row_length, text_of
 from seal_jax.inner.update import InnerSetup, make_inner_loop, make_inner_update
 from seal_jax.models import lora

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seal_jax.inner import packing
-from seal_jax.inner.packing import LONGEST, Layout, pack, schedule, useful_tokens
+from seal_jax.inner import steps
+from seal_jax.inner.packing import pack, useful_tokens
+from seal_jax.inner.steps import LONGEST, Layout, schedule
 from seal_jax.inner.texts import Job, Text, make_job, row_length, text_of
 from seal_jax.models.padded_lengths import BUCKETS, bucket_of
 from seal_jax.tasks.knowledge.task import training_sequences
@@ -276,7 +277,7 @@ def published_jobs(path):
 
 
 @pytest.mark.parametrize("num_adapters", [16, 128])
-@pytest.mark.parametrize("layout", [packing.TPU_LAYOUT, packing.CPU_LAYOUT])
+@pytest.mark.parametrize("layout", [steps.TPU_LAYOUT, steps.CPU_LAYOUT])
 def test_published_self_edits_waste_little(shared_data, layout, num_adapters):
     jobs = published_jobs(shared_data / "self_edits" / "implications_train_round0.json")
     assert len(jobs) == 750

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from seal_jax.inner.packing import Layout, pack
+from seal_jax.inner.packing import pack
+from seal_jax.inner.steps import Layout
 from seal_jax.inner.texts import make_job, text_of
 from seal_jax.inner.update import make_inner_update
 from seal_jax.models import lora

@@ -9,7 +9,8 @@ import pytest
 from conftest import TINY
 from one_device import one_device_mesh
 
-from seal_jax.inner.packing import TPU_LAYOUT, pack
+from seal_jax.inner.packing import pack
+from seal_jax.inner.steps import TPU_LAYOUT
 from seal_jax.inner.texts import Job, text_of
 from seal_jax.inner.update import make_inner_update
 from seal_jax.models import lora

@@ -18,7 +18,8 @@ from seal_jax.bench.timing import count_compiles
 from seal_jax.config import load_config
 from seal_jax.config.setup import place_model, settings_of
 from seal_jax.hosts.files import read_jsonl
-from seal_jax.inner.packing import Layout, job_losses, pack
+from seal_jax.inner.packing import job_losses, pack
+from seal_jax.inner.steps import Layout
 from seal_jax.inner.texts import make_job, text_of
 from seal_jax.inner.update import make_inner_update
 from seal_jax.models import lora

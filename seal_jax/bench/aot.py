@@ -25,7 +25,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from seal_jax.bench.timing import matmul_params
-from seal_jax.inner.packing import TPU_LAYOUT, pack, useful_tokens
+from seal_jax.inner.packing import pack, useful_tokens
+from seal_jax.inner.steps import TPU_LAYOUT
 from seal_jax.inner.texts import Job, text_of
 from seal_jax.inner.update import InnerSetup, make_inner_loop
 from seal_jax.models import lora

@@ -33,7 +33,8 @@ import numpy as np
 from seal_jax import keys
 from seal_jax.bench.peft_peer import has_peft, make_peft_steps
 from seal_jax.bench.timing import base_dtypes, interleave, machine, matmul, matmul_params, profiled
-from seal_jax.inner.packing import Shape, pack, schedule, useful_tokens
+from seal_jax.inner.packing import pack, useful_tokens
+from seal_jax.inner.steps import Shape, schedule
 from seal_jax.inner.texts import PADDED, Job, make_job, num_trained, text_of
 from seal_jax.inner.update import make_inner_update
 from seal_jax.models import lora

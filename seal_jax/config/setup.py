@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from seal_jax.config.check_optimizers import check_optimizers
 from seal_jax.config.load import task_arguments
-from seal_jax.inner.packing import LONGEST
 from seal_jax.inner.population import Needs, Population, fit_population
+from seal_jax.inner.steps import LONGEST
 from seal_jax.inner.texts import PAD_SAMPLES, PADDED, encode_text
 from seal_jax.inner.update import InnerLoop, inner_setup, make_inner_loop
 from seal_jax.models import lora

@@ -1,7 +1,9 @@
 """The inner loop: self-edits as batches, and many LoRA adapters trained side by side.
 
 texts.py       training texts as tokens; an inner run as a job, a list of rows
-packing.py     jobs to batches of fixed shapes, with little padding
+steps.py       which rows a step takes, and where they lie in it, with little padding
+packing.py     jobs to batches of fixed shapes
 update.py      the training itself, on the devices
+lane_update.py what the optimizer does for one lane of a step
 population.py  how many adapters fit side by side
 """

@@ -1,159 +1,19 @@
-"""Parsed self-edits to fixed-shape arrays (numpy): order, schedule, pack.
+"""Parsed self-edits to fixed-shape arrays (numpy): the steps of steps.py, written out.
 
 A `Job` is one inner run: a self-edit's texts, as tokens, with one seed. It is a list of rows. A row
 is one batch of texts, written one behind the other, and the adapter takes one inner step on each
-row. Rows differ in length by a factor of 20. If each adapter had a row of an array, padded to the
-longest, most of the work would be padding. Instead, a step is a budget of tokens in which the rows
-of several adapters lie behind one another, and it takes the adapters whose next rows fill it. An
-adapter that finds no place waits. It still takes its own rows in its own order, so what it becomes
-does not depend on its neighbors.
+row.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from seal_jax.inner.steps import Layout, Place, Shape, Step, lockstep, schedule
 from seal_jax.inner.texts import Job, Text, row_length
 from seal_jax.optim import SCHEDULES
-from seal_jax.sharding import platform
 from seal_jax.types import InnerBatch
-
-
-class Layout(NamedTuple):
-    """How the tokens of a step lie in array rows, and in chunks, where LoRA is computed.
-
-    Tokens that attend to one another lie in one array row of T; attention's cost grows with T, so
-    it is no longer than the texts ask for: one of a few lengths, because each is a program.
-    A row of a job takes whole chunks. The smaller a chunk, the fewer of its slots are empty, and
-    the more often an adapter is copied.
-    """
-
-    lengths: tuple[int, ...]  # what T may be, ascending
-    chunk: int = 64  # tokens of a chunk, or a part of a long array row
-    slots: float = 2.0  # in chunks, for each token of a step
-
-
-# TPUs compute 128 numbers side by side, and would rather copy fewer adapters than fill every slot.
-# On CPUs attention and empty slots cost more, and most passages fit into 192 tokens.
-TPU_LAYOUT = Layout((128, 256, 512, 1024, 2048, 4096, 8192, 16384))
-CPU_LAYOUT = Layout((192, *TPU_LAYOUT.lengths[1:]), chunk=40, slots=1.5)
-LONGEST = TPU_LAYOUT.lengths[-1]
-_CHUNK_PART = 8  # a chunk is no less than this part of a long array row
-# What a step costs beside its tokens, in tokens, and by how much a token of a long row is dearer:
-# rough figures, which only decide between steps of about the same worth.
-STEP_COST = 64
-_ATTENTION_COST = 1 / 2048
-# A small step, for what the last adapters of a population have left: this part of the budget.
-_PART = 4
-
-
-class Place(NamedTuple):
-    """Where one row of a job lies in a step."""
-
-    job: int
-    row: int
-    w: int  # which array row
-    t: int  # its first token there
-
-
-class Shape(NamedTuple):
-    """The static shape of a step, on each shard of the population."""
-
-    num_rows: int  # W
-    length: int  # T
-    num_chunks: int  # n; and no more lanes
-    chunk_size: int  # c
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_rows * self.length
-
-
-class Step(NamedTuple):
-    """One step of the schedule: for each shard of the population, which rows it takes."""
-
-    shape: Shape
-    shards: tuple[tuple[Place, ...], ...]
-
-
-def schedule(
-    jobs: Sequence[Job],
-    *,
-    tokens_per_step: int,
-    num_shards: int = 1,
-    layout: Layout | None = None,
-) -> Iterator[Step]:
-    """Yield steps until every job has taken all its rows, in order.
-
-    Shard s has an equal part of the jobs, the s-th. Of the shapes that could run now, take the one
-    with the most text per cost, filled with the rows of the jobs that have the most text left.
-
-    Args:
-      layout: this platform's by default.
-    """
-    row_lengths = [[row_length(row) for row in job.rows] for job in jobs]
-    left = [sum(x) for x in row_lengths]
-    at = [0] * len(jobs)
-    size = -(-len(jobs) // num_shards)
-    while any(left):
-        ready = [
-            sorted(
-                (j for j in range(s * size, min((s + 1) * size, len(jobs))) if left[j]),
-                key=lambda j: -left[j],
-            )
-            for s in range(num_shards)
-        ]
-        options = []
-        longest = max(row_lengths[j][at[j]] for js in ready for j in js)
-        for shape in step_shapes(longest, tokens_per_step, layout):
-            shards = tuple(
-                _fill(shape, [(j, at[j], row_lengths[j][at[j]]) for j in js]) for js in ready
-            )
-            text = sum(row_lengths[p.job][p.row] for places in shards for p in places)
-            cost = shape.num_tokens * (1 + shape.length * _ATTENTION_COST) + STEP_COST
-            options.append((text / cost, shape, shards))
-        _, shape, shards = max(options, key=lambda option: option[0])
-        yield Step(shape, shards)
-        for places in shards:
-            for place in places:
-                left[place.job] -= row_lengths[place.job][place.row]
-                at[place.job] += 1
-
-
-def step_shapes(longest: int, tokens_per_step: int, layout: Layout | None = None) -> list[Shape]:
-    """Return the shapes that a step may have: few, because each is a program."""
-    layout = layout or (CPU_LAYOUT if platform() == "cpu" else TPU_LAYOUT)
-    lengths = layout.lengths
-    if longest > lengths[-1]:
-        raise ValueError(f"a row of {longest} tokens: at most {lengths[-1]} fit into one step")
-    sizes = [(1, max(lengths[0], tokens_per_step) // _PART)]
-    for T in lengths:
-        sizes.append((max(1, tokens_per_step // T), T))
-        if T >= longest:
-            break
-    return [Shape(W, T, *_chunks(layout, W * T, T)) for W, T in sizes]
-
-
-def _chunks(layout: Layout, num_tokens: int, length: int) -> tuple[int, int]:
-    """Return how many chunks there are, and of how many slots."""
-    num_slots = int(layout.slots * num_tokens)
-    num_chunks = max(2, num_slots // max(layout.chunk, length // _CHUNK_PART))
-    return num_chunks, num_slots // num_chunks
-
-
-def _fill(shape: Shape, rows: Sequence[tuple[int, int, int]]) -> tuple[Place, ...]:
-    """Place rows (job, row, tokens), in their order, each where the least space stays."""
-    used, places, num_chunks = [0] * shape.num_rows, [], 0
-    for job, row, tokens in rows:
-        chunks = -(-tokens // shape.chunk_size)
-        fits = [w for w in range(shape.num_rows) if used[w] + tokens <= shape.length]
-        if fits and num_chunks + chunks <= shape.num_chunks:
-            w = max(fits, key=lambda w: used[w])
-            places.append(Place(job, row, w, used[w]))
-            used[w] += tokens
-            num_chunks += chunks
-    return tuple(places)
 
 
 def pack(
@@ -164,6 +24,7 @@ def pack(
     pad_id: int = 0,
     num_shards: int = 1,
     layout: Layout | None = None,
+    side_by_side: bool = False,
 ) -> list[InnerBatch]:
     """Return the inner batches (numpy) that train adapter i on jobs[i].
 
@@ -172,11 +33,22 @@ def pack(
       steps_per_call: I, the steps of one device call; missing ones are empty, and cost no compute.
       num_shards: over how many parts of the mesh the population is divided.
       layout: this platform's by default.
+      side_by_side: array row i of every step is of jobs[i] alone, as each adapter's own kernels
+        need it. A step is then as large as the longest row in it asks for, for every job, whatever
+        tokens_per_step is: each of them takes one row at most.
+
+    Raises:
+      ValueError: a row is too long; of the jobs some have a schedule, or reference rows, and others
+        none; side by side, they do not divide over the shards.
     """
     calls: list[list[Step]] = []
-    for step in schedule(
-        jobs, tokens_per_step=tokens_per_step, num_shards=num_shards, layout=layout
-    ):
+    if side_by_side:
+        steps = lockstep(jobs, num_shards=num_shards, layout=layout)
+    else:
+        steps = schedule(
+            jobs, tokens_per_step=tokens_per_step, num_shards=num_shards, layout=layout
+        )
+    for step in steps:
         if not calls or calls[-1][0].shape != step.shape or len(calls[-1]) == steps_per_call:
             calls.append([])
         calls[-1].append(step)
@@ -186,11 +58,14 @@ def pack(
         "seed": np.array([job.seed for job in jobs], np.int32),
         "schedule": _schedules(jobs),
     }
+    has_references = _have_references(jobs)
     batches = []
-    for steps in calls:
-        empty = empty_batch(steps[0].shape, len(jobs), steps_per_call, num_shards, pad_id)
+    for call in calls:
+        empty = empty_batch(call[0].shape, len(jobs), steps_per_call, num_shards, pad_id)
         batches.append(empty._replace(**of_jobs))
-        for i, step in enumerate(steps):
+        if has_references:
+            batches[-1] = batches[-1]._replace(references=np.copy(empty.lanes))
+        for i, step in enumerate(call):
             for s, places in enumerate(step.shards):
                 _place_rows(_shard_of(batches[-1], i, s, num_shards), jobs, places)
     return batches
@@ -208,6 +83,21 @@ def _schedules(jobs: Sequence[Job]) -> np.ndarray | None:
     if "" in names:
         raise ValueError("of the jobs that train side by side only some have a schedule")
     return np.array([SCHEDULES.index(job.schedule or SCHEDULES[0]) for job in jobs], np.int32)
+
+
+def _have_references(jobs: Sequence[Job]) -> bool:
+    """Return whether the jobs have reference rows.
+
+    Raises:
+      ValueError: some have and others have none.
+    """
+    found = {bool(job.references) for job in jobs if job.rows}
+    if len(found) > 1:
+        raise ValueError(
+            "of the jobs that train side by side only some have reference rows; a job can have some"
+            " without texts"
+        )
+    return found == {True}
 
 
 def empty_batch(
@@ -237,15 +127,20 @@ def _shard_of(batch: InnerBatch, i: int, s: int, num_shards: int) -> InnerBatch:
 
 
 def _place_rows(step: InnerBatch, jobs: Sequence[Job], places: Sequence[Place]) -> None:
-    """Write rows into the arrays of one step, a lane for each."""
-    num_texts, chunk = [0] * len(step.tokens), 0
+    """Write rows into the arrays of one step, a lane for each, and their reference rows."""
+    num_lanes, num_texts, chunk = len(step.lanes), [0] * len(step.tokens), 0
     for lane, (job, row, w, t) in enumerate(places):
-        texts = jobs[job].rows[row]
         step.lanes[lane] = job
-        chunk = _place_chunks(step, chunk, lane, w * step.tokens.shape[1] + t, row_length(texts))
-        for text in texts:
-            num_texts[w] += 1
-            t = _place_text(step, text, w, t, num_texts[w])
+        parts = [(lane, jobs[job].rows[row])]
+        if step.references is not None and (reference := jobs[job].references[row]):
+            step.references[lane] = job
+            parts.append((num_lanes + lane, reference))
+        for of_lane, texts in parts:
+            first = w * step.tokens.shape[1] + t
+            chunk = _place_chunks(step, chunk, of_lane, first, row_length(texts))
+            for text in texts:
+                num_texts[w] += 1
+                t = _place_text(step, text, w, t, num_texts[w])
 
 
 def _place_chunks(step: InnerBatch, chunk: int, lane: int, first: int, num_tokens: int) -> int:

@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from seal_jax.hosts.console import say
 from seal_jax.hosts.exchange import least
 from seal_jax.hosts.memory import device_bytes
-from seal_jax.inner.packing import Shape, empty_batch, step_shapes
+from seal_jax.inner.packing import empty_batch
+from seal_jax.inner.steps import Shape, step_shapes
 from seal_jax.inner.update import InnerLoop, InnerSetup, start_state
 from seal_jax.models import lora
 from seal_jax.sharding import batch_sharding, leading, num_parts, num_shards, shaped, tree_bytes

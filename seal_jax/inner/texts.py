@@ -29,6 +29,9 @@ class Job(NamedTuple):
     learning_rate: float
     seed: int = 0  # of the LoRA dropout
     schedule: str = ""  # of the learning rate; '' is the loop's
+    # For each row, texts whose gradient at the same adapter the optimizer gets as `memory_grads`,
+    # and on which nothing is trained. Of a row without texts it is 0. Empty: nobody asks for it.
+    references: tuple[tuple[Text, ...], ...] = ()
 
 
 def make_job(

@@ -21,23 +21,15 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
+from seal_jax.inner.lane_update import Carry, InnerSetup, evaluated, start_state, update_lane
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.logits import next_token_logp
-from seal_jax.models.lora import take
 from seal_jax.models.lora_product import Chunks, make_chunks, token_lanes
 from seal_jax.models.rope import rope_tables
 from seal_jax.models.transformer import Packed, hidden_states
-from seal_jax.optim import (
-    Optimizer,
-    accumulate,
-    all_finite,
-    evaluation_point,
-    has_evaluation_point,
-    scheduled_rate,
-    update,
-)
-from seal_jax.sharding import on_shards, place_state, shaped, to_host
-from seal_jax.types import Adapters, InnerBatch, InnerSettings, InnerState, Params
+from seal_jax.optim import KEYWORDS, Optimizer, has_evaluation_point
+from seal_jax.sharding import on_shards, shaped, to_host
+from seal_jax.types import Adapters, Context, InnerBatch, InnerSettings, InnerState, Params
 
 
 def lane_losses(
@@ -109,21 +101,6 @@ def _drop(
     return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), 0)
 
 
-class InnerSetup(NamedTuple):
-    """What an inner loop is made of: all of it is static."""
-
-    config: ModelConfig
-    optimizer: Optimizer
-    schedule: str = "linear"
-    # Divides the population over the axis of 'adapter': each part of it trains its own adapters on
-    # its own shard of the batches (see `pack`), and no part waits for another.
-    mesh: Mesh | None = None
-    warmup_steps: int = 0  # updates in which the learning rate rises from 0
-    dropout: float = 0.0  # the share of an adapter's inputs that is dropped in training
-    # Steps whose gradients' mean makes one update; what is left at the end of a run makes one too.
-    accumulation: int = 1
-
-
 def inner_setup(
     config: ModelConfig, optimizer: Optimizer, inner: InnerSettings, mesh: Mesh
 ) -> InnerSetup:
@@ -133,33 +110,28 @@ def inner_setup(
     return InnerSetup(config, optimizer, inner.schedule, mesh, *steps)
 
 
-class Carry(NamedTuple):
-    """What a step's lanes change, one after the other."""
-
-    weights: Params  # of the population, as all but the losses
-    opt_state: Any
-    steps: jax.Array
-    losses: jax.Array  # f32[U]
-
-
 def inner_step(
     setup: InnerSetup,
     params: Params,
     state: InnerState,
     batch: InnerBatch,
     rope: tuple | None = None,
+    context: Context | None = None,
 ) -> tuple[InnerState, jax.Array]:
     """Take one step: a batch of lanes [U], tokens [W T], learning_rate, num_steps, seed [A].
 
     Returns:
       The new state, and the losses f32[U] before the step. A lane whose loss or update is not
-      finite keeps its adapter and reports NaN.
+      finite keeps its adapter and reports NaN; likewise where its reference row is not.
     """
     grads, losses = lane_gradients(setup, params, state, batch, rope)
     used = batch.lanes >= 0
+    if batch.references is not None:
+        losses, of_references = jnp.split(losses, 2)
+        losses = jnp.where(jnp.isfinite(of_references), losses, jnp.nan)
     losses = jnp.where(used, losses, 0.0)
     carry = Carry(state.adapters.weights, state.opt_state, state.step, losses)
-    update_one = partial(update_lane, setup, batch, grads)
+    update_one = partial(update_lane, setup, batch, grads, context=context)
     # One adapter at a time: nothing but its own numbers is moved, and an empty lane costs nothing.
     with jax.named_scope("optimizer"):
         new = jax.lax.fori_loop(0, used.sum(), update_one, carry)
@@ -170,8 +142,13 @@ def inner_step(
 def lane_gradients(
     setup: InnerSetup, params: Params, state: InnerState, batch: InnerBatch, rope: tuple | None
 ) -> tuple[Params, jax.Array]:
-    """Return the gradient [U ...] of each lane's loss by its adapter, and the losses f32[U]."""
+    """Return the gradient [U ...] of each lane's loss by its adapter, and the losses f32[U].
+
+    Reference rows have as many lanes more, behind the others.
+    """
     config, lane = setup.config, jnp.maximum(batch.lanes, 0)
+    if batch.references is not None:
+        lane = jnp.concatenate([lane, jnp.maximum(batch.references, 0)])
     scale = state.adapters.scale[lane]
     with jax.named_scope("take_lanes"):
         # Layer by layer: what the model takes, and its gradients, need no stacks of their own.
@@ -193,51 +170,19 @@ def lane_gradients(
         return jax.tree.map(lambda *layers: jnp.stack(layers, axis=1), *grads), losses
 
 
-def update_lane(
-    setup: InnerSetup, batch: InnerBatch, grads: Params, u: jax.Array, carry: Carry
-) -> Carry:
-    """Update the adapter that takes lane `u`."""
-    a = batch.lanes[u]
-    weights, opt_state = take(carry.weights, a), take(carry.opt_state, a)
-    accumulation = setup.accumulation
-    num_updates = -(-batch.num_steps[a] // accumulation)
-    done = carry.steps[a] // accumulation
-    schedule = setup.schedule if batch.schedule is None else batch.schedule[a]
-    rate = scheduled_rate(schedule, batch.learning_rate[a], done, num_updates, setup.warmup_steps)
-    steps = carry.steps[a] + 1
-    ends = (steps % accumulation == 0) | (steps == batch.num_steps[a])
-    tx = accumulate(setup.optimizer(rate), accumulation, ends)
-    updates, new_state = update(tx, take(grads, u), opt_state, weights, carry.losses[u])
-    new = jax.tree.map(lambda w, change: w + change.astype(w.dtype), weights, updates)
-    finite = all_finite(new)
-    if accumulation == 1:  # else the step may still end a group
-        finite &= jnp.isfinite(carry.losses[u])
-
-    # A branch: a choice between new and old would read and write both.
-    stacks = jax.lax.cond(
-        finite,
-        lambda stacks, ones: jax.tree.map(partial(_put_at, a), stacks, ones),
-        lambda stacks, _: stacks,
-        (carry.weights, carry.opt_state),
-        (new, new_state),
-    )
-    losses = carry.losses.at[u].set(jnp.where(finite, carry.losses[u], jnp.nan))
-    return Carry(*stacks, carry.steps.at[a].add(1), losses)
-
-
-def _put_at(index: jax.Array, stack: jax.Array, one: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, one.astype(stack.dtype), index, 0)
-
-
 def run_steps(
-    setup: InnerSetup, params: Params, state: InnerState, batch: InnerBatch
+    setup: InnerSetup,
+    params: Params,
+    state: InnerState,
+    batch: InnerBatch,
+    context: Context | None = None,
 ) -> tuple[InnerState, jax.Array]:
     """Take all steps of a batch but the empty ones; return the state, and losses f32[I U]."""
     rope = rope_tables(setup.config, batch.positions)
 
     def take_step(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
         one, one_rope = batch.map_steps(lambda x: x[i]), jax.tree.map(lambda x: x[i], rope)
-        return inner_step(setup, params, state, one, one_rope)
+        return inner_step(setup, params, state, one, one_rope, context)
 
     def skip(state: InnerState, i: jax.Array) -> tuple[InnerState, jax.Array]:
         del i
@@ -249,30 +194,10 @@ def run_steps(
     return jax.lax.scan(body, state, jnp.arange(batch.lanes.shape[0]))
 
 
-def start_state(setup: InnerSetup, adapters: Adapters, learning_rate: jax.Array) -> InnerState:
-    """Return the state before the first step; learning_rate f32[A] is each adapter's."""
-
-    def init(rate: jax.Array, weights: Params) -> Any:
-        return accumulate(setup.optimizer(rate), setup.accumulation, True).init(weights)
-
-    opt_state = jax.vmap(init)(learning_rate, adapters.weights)
-    # The caller keeps its adapters, and the steps donate theirs: nothing is shared.
-    adapters = jax.tree.map(jnp.copy, adapters)
-    state = InnerState(adapters, opt_state, jnp.zeros(adapters.scale.shape, jnp.int32))
-    # Zeros depend on no argument: jit would put all on every device.
-    return place_state(state, setup.mesh, setup.config.rules)
-
-
-def evaluated(setup: InnerSetup, adapters: Adapters, opt_state: Any) -> Adapters:
-    """Return the adapters after the last step as their optimizer evaluates them."""
-    weights = jax.vmap(evaluation_point)(opt_state, adapters.weights)
-    return place_state(adapters._replace(weights=weights), setup.mesh, setup.config.rules)
-
-
-# (params, adapters, batches, show=None) -> adapters, losses; see make_inner_update
+# (params, adapters, batches, show=None, context=None) -> adapters, losses; see make_inner_update
 InnerUpdate = Callable[..., tuple[Adapters, list[jax.Array]]]
 # The device call in it, to count its memory and operations; takes ShapeDtypeStructs, too.
-Trace = Callable[[Params, Adapters, InnerBatch], jax.stages.Traced]
+Trace = Callable[..., jax.stages.Traced]  # (params, adapters, batch, context=None)
 
 
 class InnerLoop(NamedTuple):
@@ -321,6 +246,12 @@ def make_inner_update(
     with the whole population as (donated) carry. losses[i] is f32[I U] for batches[i], NaN where a
     lane's step was not finite; an empty lane reports 0.
 
+    Its argument `context` is a dict {keyword: pytree, every leaf with a leading [A]}. What it has
+    for adapter a is given to each update of it, unchanged, by these keywords (optax's extra
+    arguments): to those transformations that take them. With reference rows (`Job.references`) the
+    gradient of a step's is given, too, as `memory_grads`. A transformation that asks for a keyword
+    that is not there is a TypeError.
+
     The arguments are the fields of `InnerSetup`.
     """
     steps = warmup_steps, dropout, accumulation
@@ -333,15 +264,17 @@ def _update(
     adapters: Adapters,
     batches: Sequence[InnerBatch],
     show: Callable[[int], None] | None = None,
+    context: Context | None = None,
 ) -> tuple[Adapters, list[jax.Array]]:
     """Train the adapters; `show` is told after each batch how many rows of jobs it has trained."""
+    _check_context(context, adapters.scale.shape[0])
     if not batches:
         return adapters, []
     state, losses = programs.start(adapters, batches[0].learning_rate), []
     is_traced = isinstance(state.step, Tracer)
     run = programs.run_within if is_traced else programs.run
     for batch in batches:
-        state, loss = run(params, state, batch)
+        state, loss = run(params, state, batch, context)
         losses.append(loss)
         if show is not None:
             num_steps = (to_host(batch.lanes) >= 0).sum()
@@ -352,13 +285,29 @@ def _update(
     return state.adapters, losses
 
 
+def _check_context(context: Context | None, num_adapters: int) -> None:
+    """Refuse what would hide one of optim's keywords, or give an adapter another one's part."""
+    if taken := sorted(set(context or {}) & set(KEYWORDS)):
+        raise ValueError(f"context has {', '.join(taken)}: the inner loop itself gives these")
+    for path, x in jax.tree_util.tree_leaves_with_path(context):
+        if jnp.shape(x)[:1] != (num_adapters,):
+            raise ValueError(
+                f"context{jax.tree_util.keystr(path)} is {jnp.shape(x)}: expected one for each of"
+                f" {num_adapters} adapters, along its first axis"
+            )
+
+
 def _trace(
-    programs: _Programs, params: Params, adapters: Adapters, batch: InnerBatch
+    programs: _Programs,
+    params: Params,
+    adapters: Adapters,
+    batch: InnerBatch,
+    context: Context | None = None,
 ) -> jax.stages.Traced:
     given = adapters, batch.learning_rate
     shardings = programs.start.lower(*given).compile().output_shardings
     state = shaped(jax.eval_shape(programs.start, *given), shardings)
-    return programs.run.trace(params, state, batch)
+    return programs.run.trace(params, state, batch, context)
 
 
 def _compiler_options(mesh: Mesh | None) -> dict[str, str | bool] | None:

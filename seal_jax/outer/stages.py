@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from seal_jax import keys
 from seal_jax.hosts.console import progress
-from seal_jax.inner.packing import LONGEST
+from seal_jax.inner.steps import LONGEST
 from seal_jax.inner.texts import PAD_SAMPLES, Text, text_of
 from seal_jax.inner.update import InnerUpdate
 from seal_jax.models.chat_template import ChangedByTemplate

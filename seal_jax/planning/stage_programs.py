@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from seal_jax.config.setup import row_tokens
-from seal_jax.inner.packing import LONGEST, empty_batch
+from seal_jax.inner.packing import empty_batch
 from seal_jax.inner.population import adapter_bytes, largest_shapes
+from seal_jax.inner.steps import LONGEST
 from seal_jax.inner.update import inner_setup, make_inner_loop
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig

@@ -5,7 +5,7 @@ Axis letters, used in every einsum and shape comment:
   U lanes (adapters that train in one step), W array rows of a step, M tokens of all rows (in a
   step, W * T), n chunks of a step, c slots of a chunk, I inner steps, B rows, T tokens (query), S
   key/value length, N query heads, K kv heads, G = N / K, H head dim, D model dim, F feed-forward
-  dim, V vocabulary, L layers, r LoRA rank.
+  dim, V vocabulary, L layers, r LoRA rank; of a teacher's distribution, K tokens that are known.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,6 +40,16 @@ class InnerState(NamedTuple):
     step: jax.Array  # i32[A] steps that each adapter has taken
 
 
+class Teacher(NamedTuple):
+    """A teacher's distribution of each token, given those before it: its K likeliest, and the rest.
+
+    The rest of the vocabulary is one outcome, the last one; where K = V nothing is left for it.
+    """
+
+    ids: Array  # i32[... K], none twice; -1 where there is no teacher
+    logp: Array  # f32[... K+1]
+
+
 class InnerBatch(NamedTuple):
     """Steps of one shape. A lane is an adapter's place in a step; -1 marks an empty one.
 
@@ -61,13 +71,17 @@ class InnerBatch(NamedTuple):
     num_steps: Array  # i32[A] at whose end the schedule ends
     seed: Array  # i32[A] of the LoRA dropout
     schedule: Array | None = None  # i32[A] in optim.SCHEDULES; None where all have the loop's
+    teacher: Teacher | None = None  # [I W T K], of the token itself; None where no text has one
+    text_weight: Array | None = None  # f32[I W T] of the token's text; None where all have 1
 
     def map_steps(self, function: Callable[[Any], Any]) -> "InnerBatch":
         """Return the batch with `function` of each array that has steps [I ...]."""
-        return self._replace(**{name: function(getattr(self, name)) for name in STEP_FIELDS})
+        mapped = {name: jax.tree.map(function, getattr(self, name)) for name in STEP_FIELDS}
+        return self._replace(**mapped)
 
 
-STEP_FIELDS = InnerBatch._fields[: InnerBatch._fields.index("learning_rate")]  # the others: [A]
+OF_ADAPTERS = ("learning_rate", "num_steps", "seed", "schedule")  # of InnerBatch: [A]
+STEP_FIELDS = tuple(name for name in InnerBatch._fields if name not in OF_ADAPTERS)
 
 
 class Rollout(NamedTuple):
@@ -158,6 +172,14 @@ class InnerSettings(NamedTuple):
     max_adapters: int
     tokens_per_step: int
     steps_per_call: int
+    objective: str = "sft"
+    divergence: str = "forward"
+    distill_top: int = 16
+
+    @property
+    def num_taught(self) -> int:
+        """Return K, how many tokens of a teacher are known; 0 where texts have no teacher."""
+        return self.distill_top if self.objective == "distill" else 0
 
 
 class RewardSettings(NamedTuple):

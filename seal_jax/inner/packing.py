@@ -17,7 +17,7 @@ import numpy as np
 from seal_jax.inner.texts import Job, Text, row_length
 from seal_jax.optim import SCHEDULES
 from seal_jax.sharding import platform
-from seal_jax.types import InnerBatch
+from seal_jax.types import InnerBatch, Teacher
 
 
 class Layout(NamedTuple):
@@ -172,6 +172,9 @@ def pack(
       steps_per_call: I, the steps of one device call; missing ones are empty, and cost no compute.
       num_shards: over how many parts of the mesh the population is divided.
       layout: this platform's by default.
+
+    Raises:
+      ValueError: texts have teachers of which different numbers of tokens are known.
     """
     calls: list[list[Step]] = []
     for step in schedule(
@@ -186,9 +189,9 @@ def pack(
         "seed": np.array([job.seed for job in jobs], np.int32),
         "schedule": _schedules(jobs),
     }
-    batches = []
+    batches, more = [], _of_texts(jobs)
     for steps in calls:
-        empty = empty_batch(steps[0].shape, len(jobs), steps_per_call, num_shards, pad_id)
+        empty = empty_batch(steps[0].shape, len(jobs), steps_per_call, num_shards, pad_id, **more)
         batches.append(empty._replace(**of_jobs))
         for i, step in enumerate(steps):
             for s, places in enumerate(step.shards):
@@ -210,13 +213,44 @@ def _schedules(jobs: Sequence[Job]) -> np.ndarray | None:
     return np.array([SCHEDULES.index(job.schedule or SCHEDULES[0]) for job in jobs], np.int32)
 
 
+def _of_texts(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Return which arrays the jobs' texts need beside those that every batch has."""
+    texts = [text for job in jobs for row in job.rows for text in row]
+    known = {text.teacher.ids.shape[-1] for text in texts if text.teacher is not None}
+    if len(known) > 1:
+        numbers = ", ".join(map(str, sorted(known)))
+        raise ValueError(f"texts have teachers of {numbers} tokens: expected one number for all")
+    return {
+        "num_taught": max(known, default=0),
+        "weighted": any(text.weight != 1 for text in texts),
+    }
+
+
 def empty_batch(
-    shape: Shape, num_jobs: int, steps_per_call: int, num_shards: int, pad_id: int = 0
+    shape: Shape,
+    num_jobs: int,
+    steps_per_call: int,
+    num_shards: int,
+    pad_id: int = 0,
+    *,
+    num_taught: int = 0,
+    weighted: bool = False,
 ) -> InnerBatch:
-    """Return a batch (numpy) of steps of that shape, in which nobody trains."""
+    """Return a batch (numpy) of steps of that shape, in which nobody trains.
+
+    Args:
+      num_taught: K of the texts' teachers; 0 where there are none.
+      weighted: whether texts have weights.
+    """
     W, T, n, c = shape
     num_lanes = num_shards * min(n, -(-num_jobs // num_shards))
     rows, chunks = (steps_per_call, num_shards * W, T), (steps_per_call, num_shards * n)
+    teacher = None
+    if num_taught:
+        teacher = Teacher(
+            np.full((*rows, num_taught), -1, np.int32),
+            np.zeros((*rows, num_taught + 1), np.float32),
+        )
     return InnerBatch(
         lanes=np.full((steps_per_call, num_lanes), -1, np.int32),
         chunk_lanes=np.zeros(chunks, np.int32),
@@ -228,6 +262,8 @@ def empty_batch(
         learning_rate=np.zeros(num_jobs, np.float32),
         num_steps=np.zeros(num_jobs, np.int32),
         seed=np.zeros(num_jobs, np.int32),
+        teacher=teacher,
+        text_weight=np.ones(rows, np.float32) if weighted else None,
     )
 
 
@@ -266,6 +302,11 @@ def _place_text(step: InnerBatch, text: Text, w: int, t: int, segment: int) -> i
     step.segments[at] = segment
     step.positions[at] = np.arange(len(text.tokens))
     step.loss_weight[at] = text.loss_mask
+    if step.text_weight is not None:
+        step.text_weight[w, t : t + len(text.tokens) + len(text.pads)] = text.weight
+    if text.teacher is not None and step.teacher is not None:
+        step.teacher.ids[at] = text.teacher.ids
+        step.teacher.logp[at] = text.teacher.logp
     if not text.pads:
         return at[1].stop
     at = w, slice(at[1].stop, at[1].stop + len(text.pads))  # its tokens are pad_id already

@@ -62,6 +62,7 @@ from seal_jax.outer.problems import Batch, OuterStep, split_problems, take_probl
 from seal_jax.outer.stages import Edits, Stages, check_prompts, inner_base, parse, sample
 from seal_jax.outer.step_log import Clock, describe_step, held_out_metrics
 from seal_jax.outer.summary_text import mean_reliability
+from seal_jax.outer.teaching import teach
 from seal_jax.outer.waves import Examination, fresh_adapters, on_devices, pack, waves
 from seal_jax.planning.run_estimate import describe
 from seal_jax.runs import checkpoint as checkpoints
@@ -234,6 +235,7 @@ def evaluate(
     while runs := examination.runs_to_make(outcomes):
         outcomes |= read_ledger(examination.ledger, runs)
         for wave in waves(stages, runs, outcomes, examination.label):
+            wave = teach(stages, params, wave)  # only where inner.objective is 'distill'
             batches = pack(stages, wave)
             fresh, placed = fresh_adapters(stages, wave), on_devices(stages, batches)
             with jax.set_mesh(stages.mesh):  # for the attention kernels

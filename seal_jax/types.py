@@ -5,7 +5,7 @@ Axis letters, used in every einsum and shape comment:
   U lanes (adapters that train in one step), W array rows of a step, M tokens of all rows (in a
   step, W * T), n chunks of a step, c slots of a chunk, I inner steps, B rows, T tokens (query), S
   key/value length, N query heads, K kv heads, G = N / K, H head dim, D model dim, F feed-forward
-  dim, V vocabulary, L layers, r LoRA rank.
+  dim, V vocabulary, L layers, r LoRA rank; of a teacher's distribution, K tokens that are known.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,6 +42,16 @@ class InnerState(NamedTuple):
     step: jax.Array  # i32[A] steps that each adapter has taken
 
 
+class Teacher(NamedTuple):
+    """A teacher's distribution of each token, given those before it: its K likeliest, and the rest.
+
+    The rest of the vocabulary is one outcome, the last one; where K = V nothing is left for it.
+    """
+
+    ids: Array  # i32[... K], none twice; -1 where there is no teacher
+    logp: Array  # f32[... K+1]
+
+
 class InnerBatch(NamedTuple):
     """Steps of one shape. A lane is an adapter's place in a step; -1 marks an empty one.
 
@@ -66,18 +76,17 @@ class InnerBatch(NamedTuple):
     # i32[I U] which adapter takes lane U + u: that of lane u, on its reference row. Its gradient is
     # shown to the optimizer of lane u. -1 marks an empty one; None where nobody has any.
     references: Array | None = None
+    teacher: Teacher | None = None  # [I W T K], of the token itself; None where no text has one
+    text_weight: Array | None = None  # f32[I W T] of the token's text; None where all have 1
 
     def map_steps(self, function: Callable[[Any], Any]) -> "InnerBatch":
         """Return the batch with `function` of each array that has steps [I ...]."""
-        arrays = {name: getattr(self, name) for name in STEP_FIELDS}
-        return self._replace(**{name: function(x) for name, x in arrays.items() if x is not None})
+        mapped = {name: jax.tree.map(function, getattr(self, name)) for name in STEP_FIELDS}
+        return self._replace(**mapped)
 
 
-# The others: [A].
-STEP_FIELDS = (
-    *InnerBatch._fields[: InnerBatch._fields.index("learning_rate")],
-    "references",
-)
+OF_ADAPTERS = ("learning_rate", "num_steps", "seed", "schedule")  # of InnerBatch: [A]
+STEP_FIELDS = tuple(name for name in InnerBatch._fields if name not in OF_ADAPTERS)
 
 
 class Rollout(NamedTuple):
@@ -168,6 +177,14 @@ class InnerSettings(NamedTuple):
     max_adapters: int
     tokens_per_step: int
     steps_per_call: int
+    objective: str = "sft"
+    divergence: str = "forward"
+    distill_top: int = 16
+
+    @property
+    def num_taught(self) -> int:
+        """Return K, how many tokens of a teacher are known; 0 where texts have no teacher."""
+        return self.distill_top if self.objective == "distill" else 0
 
 
 class RewardSettings(NamedTuple):

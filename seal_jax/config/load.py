@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 
 from seal_jax.config.allowed import PLAIN, Allowed, choice, rule_like, some_of, weights
 from seal_jax.config.check_arms import arm_conflicts
+from seal_jax.config.check_inner import inner_conflicts
 from seal_jax.config.table import FIELDS, Field
 from seal_jax.continual.remedies import REMEDIES
 from seal_jax.hosts.endpoint import check_url
@@ -246,11 +247,7 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
         one, other = f"sharding.{one}", f"sharding.{other}"
         for axis in sorted(set(values[one].split()) & set(values[other].split())):
             yield f"{one} and {other} = {axis!r}: one axis cannot divide both axes of an array"
-    if values["inner.pad_loss"] == "exact" and (size := values["inner.batch_size"]) > 8:
-        yield (
-            f"inner.batch_size = {size}: with inner.pad_loss = 'exact' at most 8, as {size} texts "
-            f"of 2,048 tokens do not fit into a step of 16,384"
-        )
+    yield from inner_conflicts(values)
     if values["model.template_args"] and not values["model.chat"]:
         yield "model.template_args: there is no template to read them with model.chat = False"
     if values["checkpoint.best"] and not values["eval.every"]:

@@ -96,6 +96,11 @@ FIELDS: dict[str, Field] = {
     "inner.accumulation": Field(1, _COUNT),  # batches whose mean gradient makes one update
     "inner.dropout": Field(0.0, real(0, 0.99)),  # of what an adapter multiplies, in training
     "inner.num_seeds": Field(3, _COUNT),
+    # What a training text is learned from: itself, or the model that has read the passage, of whose
+    # distributions so many tokens are known; see models/divergence.py.
+    "inner.objective": Field("sft", choice("sft", "distill"), added=True),
+    "inner.divergence": Field("forward", choice("forward", "reverse"), added=True),
+    "inner.distill_top": Field(16, integer(1, 4096), added=True),
     "inner.optax_name": Field("adamw", TEXT),
     "inner.optax_kwargs": Field({"weight_decay": 0.0}, KEYWORDS),
     # In place of optax_name: a function learning_rate -> GradientTransformation; in an override

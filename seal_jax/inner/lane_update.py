@@ -38,6 +38,7 @@ class InnerSetup(NamedTuple):
     dropout: float = 0.0  # the share of an adapter's inputs that is dropped in training
     # Steps whose gradients' mean makes one update; what is left at the end of a run makes one too.
     accumulation: int = 1
+    divergence: str = "forward"  # from a teacher's distributions
 
 
 class Carry(NamedTuple):

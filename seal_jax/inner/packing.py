@@ -13,7 +13,7 @@ import numpy as np
 from seal_jax.inner.steps import Layout, Place, Shape, Step, lockstep, schedule
 from seal_jax.inner.texts import Job, Text, row_length
 from seal_jax.optim import SCHEDULES
-from seal_jax.types import InnerBatch
+from seal_jax.types import InnerBatch, Teacher
 
 
 def pack(
@@ -39,7 +39,8 @@ def pack(
 
     Raises:
       ValueError: a row is too long; of the jobs some have a schedule, or reference rows, and others
-        none; side by side, they do not divide over the shards.
+        none; texts have teachers of which different numbers of tokens are known; side by side,
+        they do not divide over the shards.
     """
     calls: list[list[Step]] = []
     if side_by_side:
@@ -58,10 +59,10 @@ def pack(
         "seed": np.array([job.seed for job in jobs], np.int32),
         "schedule": _schedules(jobs),
     }
-    has_references = _have_references(jobs)
+    has_references, more = _have_references(jobs), _of_texts(jobs)
     batches = []
     for call in calls:
-        empty = empty_batch(call[0].shape, len(jobs), steps_per_call, num_shards, pad_id)
+        empty = empty_batch(call[0].shape, len(jobs), steps_per_call, num_shards, pad_id, **more)
         batches.append(empty._replace(**of_jobs))
         if has_references:
             batches[-1] = batches[-1]._replace(references=np.copy(empty.lanes))
@@ -100,13 +101,44 @@ def _have_references(jobs: Sequence[Job]) -> bool:
     return found == {True}
 
 
+def _of_texts(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Return which arrays the jobs' texts need beside those that every batch has."""
+    texts = [text for job in jobs for row in job.rows for text in row]
+    known = {text.teacher.ids.shape[-1] for text in texts if text.teacher is not None}
+    if len(known) > 1:
+        numbers = ", ".join(map(str, sorted(known)))
+        raise ValueError(f"texts have teachers of {numbers} tokens: expected one number for all")
+    return {
+        "num_taught": max(known, default=0),
+        "weighted": any(text.weight != 1 for text in texts),
+    }
+
+
 def empty_batch(
-    shape: Shape, num_jobs: int, steps_per_call: int, num_shards: int, pad_id: int = 0
+    shape: Shape,
+    num_jobs: int,
+    steps_per_call: int,
+    num_shards: int,
+    pad_id: int = 0,
+    *,
+    num_taught: int = 0,
+    weighted: bool = False,
 ) -> InnerBatch:
-    """Return a batch (numpy) of steps of that shape, in which nobody trains."""
+    """Return a batch (numpy) of steps of that shape, in which nobody trains.
+
+    Args:
+      num_taught: K of the texts' teachers; 0 where there are none.
+      weighted: whether texts have weights.
+    """
     W, T, n, c = shape
     num_lanes = num_shards * min(n, -(-num_jobs // num_shards))
     rows, chunks = (steps_per_call, num_shards * W, T), (steps_per_call, num_shards * n)
+    teacher = None
+    if num_taught:
+        teacher = Teacher(
+            np.full((*rows, num_taught), -1, np.int32),
+            np.zeros((*rows, num_taught + 1), np.float32),
+        )
     return InnerBatch(
         lanes=np.full((steps_per_call, num_lanes), -1, np.int32),
         chunk_lanes=np.zeros(chunks, np.int32),
@@ -118,6 +150,8 @@ def empty_batch(
         learning_rate=np.zeros(num_jobs, np.float32),
         num_steps=np.zeros(num_jobs, np.int32),
         seed=np.zeros(num_jobs, np.int32),
+        teacher=teacher,
+        text_weight=np.ones(rows, np.float32) if weighted else None,
     )
 
 
@@ -161,6 +195,11 @@ def _place_text(step: InnerBatch, text: Text, w: int, t: int, segment: int) -> i
     step.segments[at] = segment
     step.positions[at] = np.arange(len(text.tokens))
     step.loss_weight[at] = text.loss_mask
+    if step.text_weight is not None:
+        step.text_weight[w, t : t + len(text.tokens) + len(text.pads)] = text.weight
+    if text.teacher is not None and step.teacher is not None:
+        step.teacher.ids[at] = text.teacher.ids
+        step.teacher.logp[at] = text.teacher.logp
     if not text.pads:
         return at[1].stop
     at = w, slice(at[1].stop, at[1].stop + len(text.pads))  # its tokens are pad_id already

@@ -24,7 +24,7 @@ from seal_jax.inner.steps import Shape, step_shapes
 from seal_jax.inner.update import InnerLoop, InnerSetup, start_state
 from seal_jax.models import lora
 from seal_jax.sharding import batch_sharding, leading, num_parts, num_shards, shaped, tree_bytes
-from seal_jax.types import STEP_FIELDS, Adapters, InnerBatch, InnerSettings, Params
+from seal_jax.types import OF_ADAPTERS, Adapters, InnerBatch, InnerSettings, Params
 
 
 class Population(NamedTuple):
@@ -98,7 +98,10 @@ def _needed(needs: Needs, shape: Shape, num_adapters: int) -> float:
     """Return the bytes on each device while so many adapters take a step of that shape."""
     setup = needs.loop.setup
     mesh, rules = needs.mesh, setup.config.rules
-    batch = empty_batch(shape, num_adapters, needs.inner.steps_per_call, num_shards(mesh, rules))
+    inner, shards = needs.inner, num_shards(mesh, rules)
+    batch = empty_batch(
+        shape, num_adapters, inner.steps_per_call, shards, num_taught=inner.num_taught
+    )
     batch = shaped(batch, batch_sharding(mesh, rules))
     params = shaped(needs.params, jax.tree.map(lambda x: x.sharding, needs.params))
     adapters = adapter_shapes(needs, num_adapters)
@@ -191,7 +194,7 @@ def adapter_bytes(adapters: Adapters, setup: InnerSetup) -> int:
     scale: Any = adapters.scale
     where = scale.sharding
     state = shaped(jax.eval_shape(partial(start_state, setup), adapters, scale), where)
-    numbers = 4 * (len(InnerBatch._fields) - len(STEP_FIELDS))
+    numbers = 4 * len(OF_ADAPTERS)
     numbers *= where.shard_shape(scale.shape)[0]
     return tree_bytes(adapters) + tree_bytes(state) + numbers
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from seal_jax.models.tokenizer import Tokenizer
 from seal_jax.tasks.task import Turn
+from seal_jax.types import Teacher
 
 # The authors' code pads every text to PADDED tokens and counts the prediction of padding too. Where
 # that is asked for, 'sampled' takes so many of the padding's tokens, each for its share of all.
@@ -15,11 +16,18 @@ PAD_LOSSES = ("off", "sampled", "exact")
 
 
 class Text(NamedTuple):
-    """One training text, and the padding behind it that is in the loss."""
+    """One training text, and the padding behind it that is in the loss.
+
+    A token with a teacher costs the divergence from it, any other one its negative log-likelihood;
+    see models/divergence.py.
+    """
 
     tokens: tuple[int, ...]
     loss_mask: tuple[bool, ...]  # whether predicting this token counts; the first never does
     pads: tuple[int, ...] = ()  # positions of padding: each predicts the next, the last nothing
+    teacher: Teacher | None = None  # of its tokens [T K] (numpy); padding has none
+    # Multiplies the cost of its tokens, and not their number, by which a row's sum is divided.
+    weight: float = 1.0
 
 
 class Job(NamedTuple):

@@ -5,6 +5,8 @@ For every adapter, and whatever shares the step with it:
   for row in its rows:
     loss = -mean log p(row's text);  adapter -= optimizer(learning_rate(step), grad)
 
+Texts that have a teacher cost their divergence from it instead; see models/divergence.py.
+
 A step takes some of the population's adapters, one per lane, the first lanes first (see
 packing.py). The base is frozen and shared. Learning rate and number of steps are data, and the
 schedule may be, so programs differ only by shape.
@@ -23,6 +25,7 @@ from jax.tree_util import Partial
 
 from seal_jax.inner.lane_update import Carry, InnerSetup, evaluated, start_state, update_lane
 from seal_jax.models.config import ModelConfig
+from seal_jax.models.divergence import next_token_costs
 from seal_jax.models.logits import next_token_logp
 from seal_jax.models.lora_product import Chunks, make_chunks, token_lanes
 from seal_jax.models.rope import rope_tables
@@ -39,8 +42,11 @@ def lane_losses(
     batch: InnerBatch,
     rope: tuple | None = None,
     dropout: tuple[float, jax.Array] | None = None,
+    divergence: str = "forward",  # from the teachers of the texts that have one
 ) -> jax.Array:
-    """Return the mean negative log-likelihood f32[U] of each lane's row; 0 for an empty lane.
+    """Return the mean cost f32[U] of a token of each lane's row; 0 for an empty lane.
+
+    That is its negative log-likelihood, or the divergence from its teacher.
 
     Args:
       adapters: U of them, one per lane.
@@ -66,7 +72,14 @@ def lane_losses(
     )
     finite = jnp.isfinite(hidden).all(axis=-1)
     hidden = jnp.where(finite[..., None], hidden, 0)
-    logp = next_token_logp(config, params, hidden, batch.tokens, batch.loss_weight)
+    given = config, params, hidden, batch.tokens, batch.loss_weight
+    if batch.teacher is None:
+        logp = next_token_logp(*given)
+    else:
+        finite &= ~jnp.isnan(batch.teacher.logp).any(axis=-1)
+        logp = -next_token_costs(*given, batch.teacher, divergence)
+    if batch.text_weight is not None:
+        logp *= batch.text_weight[:, 1:]
     weights = batch.loss_weight[:, 1:]
     lane = token_lanes(chunks).reshape(batch.tokens.shape)
     in_lane = (lane[None] == jnp.arange(num_lanes)[:, None, None]).astype(jnp.float32)  # [U W T]
@@ -107,7 +120,7 @@ def inner_setup(
     """Return what the config's inner section says of the loop."""
     config = dataclasses.replace(config, remat=inner.remat)
     steps = inner.warmup_steps, inner.dropout, inner.accumulation
-    return InnerSetup(config, optimizer, inner.schedule, mesh, *steps)
+    return InnerSetup(config, optimizer, inner.schedule, mesh, *steps, inner.divergence)
 
 
 def inner_step(
@@ -162,7 +175,8 @@ def lane_gradients(
         drop = setup.dropout, key_of(batch.seed[lane], state.step[lane])
 
     def total(weights: Any) -> tuple[jax.Array, jax.Array]:
-        losses = lane_losses(config, params, Adapters(weights, scale), batch, rope, drop)
+        stack = Adapters(weights, scale)
+        losses = lane_losses(config, params, stack, batch, rope, drop, setup.divergence)
         return losses.sum(), losses
 
     grads, losses = jax.grad(total, has_aux=True)(weights)
@@ -239,6 +253,7 @@ def make_inner_update(
     warmup_steps: int = 0,
     dropout: float = 0.0,
     accumulation: int = 1,
+    divergence: str = "forward",
 ) -> InnerUpdate:
     """Return `inner_update(params, adapters, batches) -> adapters, losses`.
 
@@ -255,7 +270,8 @@ def make_inner_update(
     The arguments are the fields of `InnerSetup`.
     """
     steps = warmup_steps, dropout, accumulation
-    return make_inner_loop(InnerSetup(config, optimizer, schedule, mesh, *steps)).update
+    setup = InnerSetup(config, optimizer, schedule, mesh, *steps, divergence)
+    return make_inner_loop(setup).update
 
 
 def _update(

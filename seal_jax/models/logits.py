@@ -63,26 +63,54 @@ def token_logp(
     Args:
       wanted: bool[M] whose log-probabilities are asked for; the others' are 0.
     """
+    head = head_of(config, params)
+    return by_tiles(
+        lambda may_skip, *arrays: _tile_logp(config, may_skip, head, *arrays),
+        (hidden, targets),
+        wanted,
+        tile,
+    )
+
+
+def head_of(config: ModelConfig, params: Params) -> Params:
+    """Return the parameters that `unembed` takes."""
     name = "embed" if config.tie_embeddings else "lm_head"
-    head = {name: params[name]}
-    num_tokens = hidden.shape[0]
+    return {name: params[name]}
+
+
+def by_tiles(of_tile: Callable, arrays: tuple[Any, ...], wanted: Array, tile: int) -> Any:
+    """Return what `of_tile` makes of M tokens, in equal tiles of at most `tile`.
+
+    Tokens that are wanted come first, so that a tile of others alone may be left out.
+
+    Args:
+      of_tile: (may_skip, *arrays, wanted) -> arrays [m ...]; see `if_any`.
+      arrays: [M ...] each.
+      wanted: bool[M].
+    """
+    num_tokens = wanted.shape[0]
     if num_tokens <= tile:
-        return _tile_logp(config, False, head, hidden, targets, wanted)
+        return of_tile(False, *arrays, wanted)
     num_tiles = -(-num_tokens // tile)
     tile = -(-num_tokens // num_tiles)
     order = jnp.argsort(~wanted)  # stable
     order = jnp.pad(order, (0, num_tiles * tile - num_tokens), mode="edge")
     is_token = jnp.arange(num_tiles * tile) < num_tokens
-    logp = jax.lax.map(
-        lambda arrays: _tile_logp(config, True, head, *arrays),
-        (
-            hidden[order].reshape(num_tiles, tile, -1),
-            targets[order].reshape(num_tiles, tile),
-            (wanted[order] & is_token).reshape(num_tiles, tile),
-        ),
+
+    def in_tiles(x: jax.Array) -> jax.Array:
+        return x.reshape(num_tiles, tile, *x.shape[1:])
+
+    taken = jax.tree.map(lambda x: in_tiles(x[order]), arrays)
+    found = jax.lax.map(
+        lambda arrays: of_tile(True, *arrays), (*taken, in_tiles(wanted[order] & is_token))
     )
     place = jnp.where(is_token, order, num_tokens)
-    return jnp.zeros(num_tokens, jnp.float32).at[place].set(logp.reshape(-1), mode="drop")
+
+    def to_tokens(x: jax.Array) -> jax.Array:
+        empty = jnp.zeros((num_tokens, *x.shape[2:]), x.dtype)
+        return empty.at[place].set(x.reshape(-1, *x.shape[2:]), mode="drop")
+
+    return jax.tree.map(to_tokens, found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -103,7 +131,7 @@ def _tile_logp(
     def logp(head: Params, hidden: jax.Array) -> jax.Array:
         return jnp.where(wanted, _log_softmax_at(config, head, hidden, targets)[0], 0.0)
 
-    return _if_any(wanted, may_skip, logp, head, hidden)
+    return if_any(wanted, may_skip, logp, head, hidden)
 
 
 def _tile_forward(
@@ -118,7 +146,7 @@ def _tile_forward(
         logp, total, unscaled, pull_back = _log_softmax_at(config, head, hidden, targets)
         return jnp.where(wanted, logp, 0.0), total, pull_back(unscaled)[1]
 
-    logp, total, slope = _if_any(wanted, may_skip, logp_and_slope, head, hidden)
+    logp, total, slope = if_any(wanted, may_skip, logp_and_slope, head, hidden)
     return logp, (head, hidden, targets, wanted, total, slope)
 
 
@@ -135,14 +163,14 @@ def _tile_backward(
         return pull_back(jnp.where(wanted[:, None], unscaled * scale, 0.0))[0]
 
     # A sum over tokens; left out of the program where nobody wants it.
-    d_head = _if_any(wanted, may_skip, pull_back_to_head, head, hidden)
+    d_head = if_any(wanted, may_skip, pull_back_to_head, head, hidden)
     return d_head, d_hidden.astype(hidden.dtype), None, None
 
 
 _tile_logp.defvjp(_tile_forward, _tile_backward)
 
 
-def _if_any(wanted: Array, may_skip: bool, function: Callable, *args: Any) -> Any:
+def if_any(wanted: Array, may_skip: bool, function: Callable, *args: Any) -> Any:
     """Return function(*args); zeros where nobody wants any, if it may be skipped."""
     if not may_skip:
         return function(*args)

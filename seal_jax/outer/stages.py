@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from seal_jax import keys
 from seal_jax.hosts.console import progress
 from seal_jax.inner.steps import LONGEST
+from seal_jax.inner.teachers import longest_row
 from seal_jax.inner.texts import PAD_SAMPLES, Text, text_of
 from seal_jax.inner.update import InnerUpdate
 from seal_jax.models.chat_template import ChangedByTemplate
@@ -34,6 +35,7 @@ from seal_jax.tasks.task import (
     Turn,
     max_tokens_of,
     prompts_of,
+    teacher_prompt_of,
 )
 from seal_jax.types import Adapters, Params, Rollout, Settings
 
@@ -63,6 +65,14 @@ def inner_base(stages: Stages, params: Params) -> Params:
     The policy itself, which writes the self-edits and is updated, keeps its precision.
     """
     return quantize_params(params, stages.settings.inner.quantize)
+
+
+def teacher_context(stages: Stages, problem: Problem) -> tuple[int, ...]:
+    """Return the tokens of what the teacher of a problem's training texts reads before them."""
+    prompt = teacher_prompt_of(stages.task)
+    if prompt is None:
+        raise ValueError(f"task {stages.settings.task['name']!r} has no teacher_prompt")
+    return tuple(stages.model.tokenizer.encode(prompt(problem)))
 
 
 def exam_prompts(stages: Stages, problem: Problem, exam: Exam) -> list[list[int]]:
@@ -123,6 +133,11 @@ def check_prompts(stages: Stages, problems: Batch, golds: bool = False) -> None:
             f"task.max_tokens = {most:,}: expected at most {limit:,}, with this model and"
             f" inner.batch_size = {settings.inner.batch_size}"
         )
+    if settings.inner.num_taught > (known := stages.model.config.vocab_size):
+        raise ValueError(
+            f"inner.distill_top = {settings.inner.distill_top:,}: expected at most the {known:,}"
+            " tokens of the model"
+        )
     for problem, exam in problems:
         prompt = encode(stages.task.edit_prompt(problem), settings.model.chat)
         try:
@@ -131,8 +146,28 @@ def check_prompts(stages: Stages, problems: Batch, golds: bool = False) -> None:
             check_lengths(stages.model.config, [prompt], settings.sample.most_tokens)
             check_lengths(stages.model.config, questions, settings.answer.most_tokens)
             check_lengths(stages.model.config, scored, 0)
+            if settings.inner.num_taught:  # the passage is a training text, too
+                texts = stages.task.passage_only(problem).training_texts
+                check_lengths(stages.model.config, _taught_tokens(stages, problem, texts), 0)
         except ValueError as error:
             raise ValueError(f"problem {problem.id}: {error}") from error
+
+
+def _taught_tokens(
+    stages: Stages, problem: Problem, texts: Sequence[str | Turn]
+) -> list[tuple[int, ...]]:
+    """Return what the teacher of training texts reads.
+
+    Raises:
+      ValueError: one is a turn of a chat, before which no passage is put.
+    """
+    if any(isinstance(text, Turn) for text in texts):
+        raise ValueError(
+            f"inner.objective = 'distill': a training text of {problem.id} is a turn of a chat,"
+            " expected plain text"
+        )
+    context = teacher_context(stages, problem)
+    return [(*context, *stages.encode(text, False).tokens) for text in texts]
 
 
 def sample(
@@ -192,10 +227,10 @@ def parse(stages: Stages, batch: Batch, texts: Sequence[str]) -> list[list[Edit]
 
     One that ends in a thought, or has a text beyond the model's context, is rejected too.
     """
-    num_edits, limit = len(texts) // len(batch), longest_text(stages)
+    num_edits = len(texts) // len(batch)
     return [
         [
-            _reject_unusable(stages, _parse_one(stages, problem, text), limit)
+            _reject_unusable(stages, problem, _parse_one(stages, problem, text))
             for text in texts[p * num_edits : (p + 1) * num_edits]
         ]
         for p, (problem, _) in enumerate(batch)
@@ -207,9 +242,8 @@ def parse_given(stages: Stages, batch: Batch, texts: Sequence[Sequence[str]]) ->
 
     One that has a text beyond the model's context is rejected, as the model's own are.
     """
-    limit = longest_text(stages)
     return [
-        [_reject_unusable(stages, stages.task.parse(problem, text), limit) for text in row]
+        [_reject_unusable(stages, problem, stages.task.parse(problem, text)) for text in row]
         for (problem, _), row in zip(batch, texts, strict=True)
     ]
 
@@ -231,14 +265,19 @@ def _parse_one(stages: Stages, problem: Problem, text: str) -> Edit:
     return edit._replace(thoughts=written.thoughts) if written.thoughts else edit
 
 
-def _reject_unusable(stages: Stages, edit: Edit, limit: int) -> Edit:
+def _reject_unusable(stages: Stages, problem: Problem, edit: Edit) -> Edit:
     if isinstance(edit, Rejected):
         return edit
+    limit, behind = longest_text(stages), ""
     try:
         longest = max(len(stages.encode(text, False).tokens) for text in edit.training_texts)
+        if longest <= limit and stages.settings.inner.num_taught:
+            taught = _taught_tokens(stages, problem, edit.training_texts)
+            longest, limit = max(map(len, taught)), longest_row(stages.model.config)
+            behind = " behind the passage"
         if longest <= limit:
             return edit
-        reason = f"too long: a training text of {longest:,} tokens, at most {limit:,}"
+        reason = f"too long: a training text{behind} of {longest:,} tokens, at most {limit:,}"
     except TokenBeyondModel as error:
         reason = f"no token of the model: {error}"
     except ChangedByTemplate as error:

@@ -159,7 +159,7 @@ def _inner_step(
     with jax.set_mesh(mesh):  # for the row lengths of its platform
         shape = largest_shapes(longest, inner.tokens_per_step)[-1]
     shards = num_shards(mesh, model.config.rules)
-    batch = empty_batch(shape, A, inner.steps_per_call, shards)
+    batch = empty_batch(shape, A, inner.steps_per_call, shards, num_taught=inner.num_taught)
     batch = shaped(batch, batch_sharding(mesh, model.config.rules))
     each = adapter_bytes(adapters, loop.setup)
     return Program(

@@ -85,6 +85,10 @@ class Facts:
         found = re.findall(rf"^({re.escape(problem.title)} [a-z]+\?) ([a-z]+)$", text, re.MULTILINE)
         return tuple(Question(question, answer) for question, answer in dict(found).items())
 
+    def teacher_prompt(self, problem: Problem) -> str:
+        """Return the passage and the cue for notes, which the training texts are."""
+        return self.edit_prompt(problem)
+
     def passage_only(self, problem: Problem) -> SelfEdit:
         """Return the control that trains on the passage's sentences alone."""
         return SelfEdit(problem.id, prompt="", text="", training_texts=_sentences(problem.passage))

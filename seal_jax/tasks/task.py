@@ -127,6 +127,9 @@ class AbleTask(Task, Protocol):
     def parse_questions(self, problem: Problem, text: str) -> tuple[Question, ...]:
         """Read the questions that the policy wrote, which are untrusted; () where there is none."""
 
+    def teacher_prompt(self, problem: Problem) -> str:
+        """Return what a teacher reads before a training text, for `inner.objective = 'distill'`."""
+
     def queries(self, problem: Problem, exam: Exam) -> Sequence[str]:
         """Return all prompts of an exam, where a question is asked in several ways."""
 
@@ -145,6 +148,11 @@ def constrain_of(task: Task) -> Callable[[Any, int], AllowedTokens] | None:
 def load_share_of(task: Task) -> Callable[[str, tuple[int, int]], Pairs] | None:
     """Return the method that reads a share of the problems; None where all are read at once."""
     return getattr(task, "load_share", None)
+
+
+def teacher_prompt_of(task: Task | Callable[..., Task]) -> Callable[[Problem], str] | None:
+    """Return the method of a task, or of its class, that says what a teacher reads; or None."""
+    return getattr(task, "teacher_prompt", None)
 
 
 def titles_of(task: Task) -> Mapping[str, str]:

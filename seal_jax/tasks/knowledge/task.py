@@ -124,6 +124,10 @@ class Knowledge:
                 questions.setdefault(question, answer)
         return tuple(Question(question, answer) for question, answer in questions.items())
 
+    def teacher_prompt(self, problem: Problem) -> str:
+        """Return the titled passage, as one document before another."""
+        return f"{problem.title}\n{problem.passage}\n\n"
+
     def passage_only(self, problem: Problem) -> SelfEdit:
         """Return the control that trains on the titled passage alone."""
         title, passage = problem.title, problem.passage

@@ -146,7 +146,8 @@ def lookup_specs(
 def param_shardings(mesh: Mesh, params: Any, rules: ParamRules = ()) -> Any:
     """Return the sharding of every parameter, or of what an optimizer keeps for it.
 
-    A size that its axis does not divide is whole.
+    A size that its axis does not divide is whole. Kernels of S sequences, [S in out], are divided
+    as adapters are, and by what that leaves of the mesh as other kernels.
 
     Args:
       rules: of `ModelConfig.rules`.
@@ -154,11 +155,17 @@ def param_shardings(mesh: Mesh, params: Any, rules: ParamRules = ()) -> Any:
 
     def one(path: tuple, leaf: Any) -> NamedSharding:
         names = [getattr(entry, "key", None) for entry in path]
-        axes = next((KERNELS[name] for name in names if name in KERNELS), None)
-        if axes is None or len(leaf.shape) != len(axes):
+        axes = next((KERNELS[name] for name in names if name in KERNELS), ())
+        before = ("adapter",) * (len(leaf.shape) - len(axes))
+        if not axes or len(before) > 1 or len(leaf.shape) < len(axes):
             return NamedSharding(mesh, PartitionSpec())
-        sizes = zip(axes, leaf.shape, strict=True)
-        spec = [divided(mesh, axis, size, rules) for axis, size in sizes]
+        spec, taken = [], set()
+        for axis, size in zip((*before, *axes), leaf.shape, strict=True):
+            entry = None
+            if taken.isdisjoint(mesh_axes(axis, rules)):
+                entry = divided(mesh, axis, size, rules)
+            taken.update(() if entry is None else mesh_axes(axis, rules))
+            spec.append(entry)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(one, params)
@@ -293,20 +300,23 @@ def place_state(state: Population, mesh: Mesh | None, rules: ParamRules = ()) ->
 
 
 def on_shards(run_steps: InnerSteps, mesh: Mesh | None, rules: ParamRules = ()) -> InnerSteps:
-    """Return `run_steps` as every part of the mesh does it, with its own adapters and lanes."""
-    axes = mesh_axes("adapter", rules)
-    apart = num_shards(mesh, rules) > 1
+    """Return `run_steps` as every part of the mesh does it, with its own adapters and lanes.
+
+    It raises ValueError for params with kernels of S sequences that the parts do not divide.
+    """
+    count = num_shards(mesh, rules)
 
     def run(
         params: Params, state: InnerState, batch: InnerBatch, context: Context | None = None
     ) -> tuple[InnerState, jax.Array]:
         parts = run_steps
-        if apart:
+        if count > 1:
+            axes = mesh_axes("adapter", rules)
             by_adapter, by_batch = PartitionSpec(axes), _batch_specs(axes)
             parts = jax.shard_map(
                 partial(_on_shard, run_steps, axes),
                 mesh=mesh,
-                in_specs=(_param_specs(params, by_adapter), by_adapter, by_batch, by_adapter),
+                in_specs=(_specs_of_parts(params, axes, count), by_adapter, by_batch, by_adapter),
                 out_specs=(by_adapter, by_batch.lanes),
                 axis_names=set(axes),
                 check_vma=False,
@@ -317,17 +327,20 @@ def on_shards(run_steps: InnerSteps, mesh: Mesh | None, rules: ParamRules = ()) 
     return run
 
 
-def _param_specs(params: Params, by_adapter: PartitionSpec) -> Any:
-    """Return how params are divided that are whole in every part, but for adapters' own kernels.
+def _specs_of_parts(params: Params, axes: tuple[str, ...], count: int) -> Any:
+    """Return how params are divided: whole, but for kernels [S in out] of S sequences."""
 
-    These are [A in out].
-    """
+    def one(leaf: jax.Array) -> PartitionSpec:
+        if leaf.ndim != 3:
+            return PartitionSpec()
+        if leaf.shape[0] % count:
+            raise ValueError(
+                f"kernels of {leaf.shape[0]} sequences on {count} parts of the mesh: expected a"
+                " multiple of these, as of adapters"
+            )
+        return PartitionSpec(axes)
 
-    def one(path: tuple, leaf: jax.Array) -> PartitionSpec:
-        is_own = getattr(path[-1], "key", None) == "kernel" and leaf.ndim == 3
-        return by_adapter if is_own else PartitionSpec()
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree.map(one, params)
 
 
 def _on_shard(

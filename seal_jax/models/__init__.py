@@ -11,6 +11,7 @@ kv_cache.py        keys and values of what was read and written
 logits.py          logits, and log-probabilities of the next tokens
 lora.py            adapters as pytrees
 lora_product.py    the two thin products of many adapters
+own_kernels.py     a model of its own for each of several sequences
 quantize.py        a frozen base as int8 or nf4
 turned_kernels.py  kernels as a CPU wants them for few tokens
 tokenizer.py       text to token ids and back

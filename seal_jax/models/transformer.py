@@ -6,7 +6,8 @@
 
 Rows that share an adapter are neighbours: with A adapters and B rows, rows [i * B/A, (i + 1) *
 B/A) use adapter i. So the frozen base is one flat [tokens, D] @ [D, F] product over everybody's
-tokens, and only the two thin LoRA products carry the adapter axis. Layers are separate buffers,
+tokens, and only the two thin LoRA products carry the adapter axis; where sequences have kernels of
+their own, see own_kernels.py, it is one such product for each. Layers are separate buffers,
 unrolled: on TPUs the inner loop is faster so than with a scan over layers.
 """
 
@@ -32,6 +33,7 @@ from seal_jax.models.kv_cache import (
 )
 from seal_jax.models.logits import unembed
 from seal_jax.models.lora_product import Chunks, chunked_product, grouped_product
+from seal_jax.models.own_kernels import each_product, num_own
 from seal_jax.models.quantize import product, take_rows
 from seal_jax.models.rope import RopeTables, apply_rope, rope_tables
 from seal_jax.sharding import auto_axes, platform
@@ -70,7 +72,11 @@ class Linear(nn.Module):
             self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
         kernel = self.get_variable("params", "kernel")  # whatever `product` takes
         flat = x.reshape(-1, x.shape[-1])
-        y = checkpoint_name(product("td,df->tf", flat, kernel, x.dtype), _PRODUCT)
+        if num_own(kernel) is None:
+            y = product("td,df->tf", flat, kernel, x.dtype)
+        else:
+            y = each_product(flat, kernel)
+        y = checkpoint_name(y, _PRODUCT)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(y.dtype)[None]
@@ -347,6 +353,8 @@ def hidden_states(
 
     Args:
       tokens: i32[B T]; with A adapters, B is a multiple of A and rows are grouped by adapter.
+      params: where S sequences have kernels of their own, B and A are multiples of S, and rows and
+        adapters are grouped by sequence.
       positions: i32[B T], for the rotary embedding.
       adapters: a stack, whose weights may also be a tuple of L already, [A ...] each.
       segments: i32[B T]; a token sees the tokens of its own segment, from itself back. Padding may
@@ -357,8 +365,12 @@ def hidden_states(
     Returns:
       The normed hidden states [B T D], and keys and values: of the texts, or what the rows' own
       cache has become.
+
+    Raises:
+      ValueError: rows or adapters that do not fall apart into S equal groups.
     """
     key_segments, chunks, rope, dropout = packed or Packed()
+    _check_rows(params, tokens.shape[0], None if chunks is not None else adapters)
     variables = {"params": params}
     lora = None
     if adapters is not None:
@@ -376,6 +388,20 @@ def hidden_states(
     )
     found: Any = Transformer(config).apply(variables, tokens, call, caches)
     return found
+
+
+def _check_rows(params: Params, num_rows: int, adapters: Adapters | None) -> None:
+    """Raise ValueError where some row's kernel and adapter would be of different sequences."""
+    counts = {"rows": num_rows}
+    if adapters is not None:
+        counts["adapters"] = adapters.scale.shape[0]
+    num = num_own(params)
+    for name, count in counts.items():
+        if num is not None and count % num:
+            raise ValueError(
+                f"{count} {name}: expected a multiple of the {num} sequences that have kernels of"
+                " their own"
+            )
 
 
 def forward(

@@ -15,6 +15,7 @@ from seal_jax.inner.texts import Text
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.logits import next_token_logp
 from seal_jax.models.model import Model
+from seal_jax.models.own_kernels import check_groups
 from seal_jax.models.padded_lengths import bucket_of
 from seal_jax.models.thoughts import Thoughts, read
 from seal_jax.models.transformer import hidden_states
@@ -216,6 +217,7 @@ def mean_logp(
     Args:
       max_rows: scored at once, but one of every adapter in any case; all by default.
     """
+    check_groups(params, None if adapters is None else adapters.scale.shape[0], len(texts))
     count = max(len(group) for group in texts)
     most = count if max_rows is None else min(count, max(1, max_rows // len(texts)))
     T = bucket_of(max(len(text.tokens) for group in texts for text in group))

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from seal_jax.hosts.exchange import least
 from seal_jax.hosts.memory import device_bytes
 from seal_jax.models.config import ModelConfig
+from seal_jax.models.own_kernels import num_own
 from seal_jax.models.padded_lengths import BUCKETS, bucket_of
 from seal_jax.models.turned_kernels import kernels, turns
 from seal_jax.sampling.decode import RowsShape, cache_dtype, cache_sharding
@@ -91,7 +92,8 @@ def plan_call(
             " max_tokens may be lower",
             stacklevel=4,  # of who calls `generate`
         )
-    turned = turns(mesh.devices.flat[0].platform, A * size, dtype)
+    of_a_kernel = A * size // (num_own(params) or 1)
+    turned = turns(mesh.devices.flat[0].platform, of_a_kernel, dtype)
     turned = turned and needed + tree_bytes(kernels(params)) <= room
     return CallShapes(rows, -(-size // SHRINK), at_once, turned)
 
@@ -134,7 +136,15 @@ def _room(params: Params, adapters: Adapters | None, mesh: Mesh) -> float:
     )
     stats = mesh.local_devices[0].memory_stats() or {}  # of a CPU there are none
     taken = max(of_model, stats.get("bytes_in_use", 0)) + of_adapters  # which `start` splits
+    taken += _cast_bytes(params)
     return least("room for generation", device_bytes(mesh) - taken)
+
+
+def _cast_bytes(params: Params) -> int:
+    """Return the bytes of what decoding may keep of kernels that are not in the model's dtype."""
+    dtype = params["embed"]["embedding"].dtype
+    cast = [x for x in kernels(params) if x.dtype != dtype]
+    return sum(tree_bytes(x) * dtype.itemsize // x.dtype.itemsize for x in cast)
 
 
 def prompt_bucket(length: int) -> int:

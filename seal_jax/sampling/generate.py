@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from seal_jax.models.config import ModelConfig
+from seal_jax.models.own_kernels import check_groups
 from seal_jax.sampling import decode
 from seal_jax.sampling.call_shapes import CallShapes, check_lengths, grown, plan_call
 from seal_jax.sampling.draw import Settings
@@ -112,7 +113,8 @@ def generate(
 
     Args:
       adapters: A of them; None is the base model.
-      prompts: of each adapter; one group, where there is none or one. N in all.
+      prompts: of each adapter, or of each sequence that has kernels of its own; else one group. N
+        in all.
       keys: typed PRNG keys [N].
       settings: of each prompt [N].
       limits: the fields of `Limits`: stop_ids, max_tokens, max_rows, pad_id, and optional ones.
@@ -122,11 +124,12 @@ def generate(
 
     Raises:
       ValueError: a prompt is too long for the model; not even a row of every adapter fits into
-        memory; numbers of rows that differ; a row that may be continued with no token.
+        memory; numbers of rows or groups that differ; a row that may be continued with no token.
     """
     groups = [[tuple(prompt) for prompt in group] for group in prompts]
     flat, key_data = list(chain(*groups)), to_host(jax.random.key_data(keys))
     call = _Call(config, params, adapters, flat, key_data, settings, mesh, Limits(**limits))
+    check_groups(params, None if adapters is None else adapters.scale.shape[0], len(groups))
     _check(call)
     shape = len(flat), call.limits.max_tokens
     tokens = np.full(shape, call.limits.pad_id, np.int32)

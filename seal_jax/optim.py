@@ -31,6 +31,11 @@ Optimizer = Callable[[jax.Array], optax.GradientTransformation]
 ValueFn = Callable[[Params], jax.Array]  # the loss at other parameters
 SCHEDULES = ("constant", "linear", "cosine")
 
+
+class OtherShapes(TypeError):
+    """What an optimizer closes over belongs to parameters of other shapes than it is given."""
+
+
 # Nodes of an optimizer's state that hold rates, and that hold another point to evaluate.
 _INJECTED = optax.InjectHyperparamsState, optax.schedules.InjectStatefulHyperparamsState
 _AVERAGED = optax.contrib.ScheduleFreeState

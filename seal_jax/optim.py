@@ -34,6 +34,11 @@ SCHEDULES = ("constant", "linear", "cosine")
 # loss elsewhere, and the gradient of a reference row, where a step has one (see `Job.references`).
 KEYWORDS = ("value", "grad", "value_fn", "memory_grads")
 
+
+class OtherShapes(TypeError):
+    """What an optimizer closes over belongs to parameters of other shapes than it is given."""
+
+
 # Nodes of an optimizer's state that hold rates, and that hold another point to evaluate.
 _INJECTED = optax.InjectHyperparamsState, optax.schedules.InjectStatefulHyperparamsState
 _AVERAGED = optax.contrib.ScheduleFreeState

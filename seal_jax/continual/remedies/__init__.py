@@ -1,5 +1,21 @@
 """Ways to forget less, a file each: NAME.py has remedy(**options) -> Remedy.
 
+What changes gradients or updates is an optax transformation, for any chain. What one needs is closed
+over when it is made, or comes with every update under its keyword; `continual/memory_gradients.py`
+computes it from a model.
+
+  name        keyword       place             what it does                     parameters
+  ewc         importance    1, in the loss    pulls back what earlier texts need   any
+  o_lora      subspaces     1, in the loss    turns `a` from earlier adapters      adapters
+  a_gem       memory_grads  2, the gradient   no step against the memory           any
+  (clipping, then the optimizer)
+  ogd         directions    3, the update     no step along stored directions      any
+  null_space  projectors    3, the update     `a` does not see the memory          adapters
+
+The penalties (1) add up, and come before A-GEM, which then looks at all of the gradient. After
+A-GEM Adam still scales every number by itself, so its promise is about the gradient; OGD and the
+null space project what is added to the parameters, and their promise is exact.
+
 Imports no jax before a remedy is made: the config asks here which names there are.
 """
 
@@ -12,8 +28,17 @@ from typing import TYPE_CHECKING, Any
 from seal_jax.extensions import Found
 
 if TYPE_CHECKING:
+    import optax
+
     from seal_jax.continual.remedies.remedy import Remedy
 
+# Pairs of which the second breaks what the first promises, and why.
+_CONTRADICT = {
+    ("a_gem", "ogd"): "without the stored directions, a step may go against the memory again",
+    ("ogd", "null_space"): "projected into the null space, a step may have stored directions again",
+}
+# Where each stands in a chain: before the optimizer in this order, or after it.
+_ORDER = ("ewc", "o_lora", "a_gem", "ogd", "null_space")
 # Functions that return a Remedy.
 REMEDIES = Found("continual.remedies", base="remedy", attribute="remedy")
 # Places of an edit that only one remedy can have, and what it decides there.
@@ -46,6 +71,19 @@ def make_remedies(names: Sequence[str], options: Mapping[str, Any]) -> "dict[str
     return remedies
 
 
+def transformations(
+    remedies: "Mapping[str, Remedy]",
+) -> "tuple[list[optax.GradientTransformation], list[optax.GradientTransformation]]":
+    """Return what stands before and behind the optimizer in its chain, each in its order."""
+    placed = sorted(
+        remedies, key=lambda name: (name not in _ORDER, _ORDER.index(name) if name in _ORDER else 0)
+    )
+    before, after = (
+        [getattr(remedies[name], place) for name in placed] for place in ("before", "after")
+    )
+    return [one for one in before if one is not None], [one for one in after if one is not None]
+
+
 def _make(name: str, options: Mapping[str, Any]) -> "Remedy":
     if name not in REMEDIES:
         raise ValueError(f"remedy {name!r}: expected one of {', '.join(REMEDIES)}")
@@ -67,10 +105,12 @@ def _contradiction(one: str, first: "Remedy", other: str, second: "Remedy") -> s
     for place, what in _SINGLE.items():
         if getattr(first, place) is not None and getattr(second, place) is not None:
             return f"both decide {what}"
+    for pair in ((one, other), (other, one)):
+        if pair in _CONTRADICT:
+            return _CONTRADICT[pair]
     if {first.frame, second.frame} == {"fixed", "fresh"}:
         return "one needs adapters that begin alike in every edit, the other fresh ones"
-    for name, remedy, excluded in ((one, second, second.excludes), (other, first, first.excludes)):
-        del remedy
+    for name, excluded in ((one, second.excludes), (other, first.excludes)):
         if name in excluded or "*" in excluded:
             return "nothing that the one changes is there for the other"
     return ""

@@ -38,17 +38,16 @@ def write_edits(work: Work, learner: Learner, number: int) -> tuple[Edit, list[A
     label = f"edit {number + 1}: self-edits"
     _, written = write(stages, learner.params, prompts, paths, label, stages.constrain)
     parsed = [one for (one,) in parse(stages, batch, written)]
-    sources = [
-        [] if isinstance(one, Rejected) else [x for x in one.training_texts if _is_long(work, x)]
+    pairs = [
+        []
+        if isinstance(one, Rejected)
+        else [(str(text), stages.encode(text, False)) for text in one.training_texts]
         for one in parsed
     ]
-    texts = [[stages.encode(text, False) for text in row] for row in sources]
-    return Edit(number, batch, texts, sources), parsed
-
-
-def _is_long(work: Work, text: str) -> bool:
-    """Return whether a text has a token to be predicted."""
-    return len(work.stages.encode(text, False).tokens) > 1
+    # Without a token to be predicted there is nothing to learn.
+    pairs = [[pair for pair in row if len(pair[1].tokens) > 1] for row in pairs]
+    sources = [[shown for shown, _ in row] for row in pairs]
+    return Edit(number, batch, [[text for _, text in row] for row in pairs], sources), parsed
 
 
 def train(work: Work, learner: Learner, edit: Edit) -> tuple[Edit, Trained]:

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from seal_jax.keys import fold
 from seal_jax.models.model import Model
+from seal_jax.models.own_kernels import num_own
 from seal_jax.models.thoughts import Thoughts, text_before
 from seal_jax.models.tokenizer import Tokenizer
 from seal_jax.sampling.call_shapes import prompt_bucket
@@ -33,7 +34,8 @@ def write_self_edits(
     Thoughts are part of it, see thoughts.py.
 
     Args:
-      model: whose config and tokenizer are used; the policy is `params`.
+      model: whose config and tokenizer are used; the policy is `params`. With kernels for each of S
+        sequences, as many prompts are of each, in order.
       thoughts: how the model marks them, for `settings.stop` does not count in them.
       paths: of each of the P * R rows' key (see keys.py).
       constrain, show: see `Limits`.
@@ -43,11 +45,12 @@ def write_self_edits(
     """
     tokenizer, copies = model.tokenizer, len(paths) // len(prompts)
     prompts = [prompt for prompt in prompts for _ in range(copies)]
+    size = len(prompts) // (num_own(params) or 1)
     samples = generate(
         model.config,
         params,
         None,
-        [prompts],
+        [prompts[i : i + size] for i in range(0, len(prompts), size)],
         fold(paths),
         make_settings(len(paths), **{name: getattr(settings, name) for name in Settings._fields}),
         mesh=mesh,

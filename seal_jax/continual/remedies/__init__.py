@@ -1,8 +1,8 @@
 """Ways to forget less, a file each: NAME.py has remedy(**options) -> Remedy.
 
-What changes gradients or updates is an optax transformation, for any chain. What one needs is closed
-over when it is made, or comes with every update under its keyword; `continual/memory_gradients.py`
-computes it from a model.
+What changes gradients or updates is an optax transformation, for any chain. What one needs is
+closed over when it is made, or comes with every update under its keyword;
+`continual/memory_gradients.py` computes it from a model.
 
   name        keyword       place             what it does                     parameters
   ewc         importance    1, in the loss    pulls back what earlier texts need   any
@@ -75,13 +75,10 @@ def transformations(
     remedies: "Mapping[str, Remedy]",
 ) -> "tuple[list[optax.GradientTransformation], list[optax.GradientTransformation]]":
     """Return what stands before and behind the optimizer in its chain, each in its order."""
-    placed = sorted(
-        remedies, key=lambda name: (name not in _ORDER, _ORDER.index(name) if name in _ORDER else 0)
-    )
-    before, after = (
-        [getattr(remedies[name], place) for name in placed] for place in ("before", "after")
-    )
-    return [one for one in before if one is not None], [one for one in after if one is not None]
+    known = [name for name in _ORDER if name in remedies]
+    placed = [remedies[name] for name in [*known, *(x for x in remedies if x not in known)]]
+    before = [one.before for one in placed if one.before is not None]
+    return before, [one.after for one in placed if one.after is not None]
 
 
 def _make(name: str, options: Mapping[str, Any]) -> "Remedy":

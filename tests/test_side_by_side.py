@@ -1,5 +1,7 @@
 """Array rows of one job each, reference rows, and what optimizers are given by keyword."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,16 +24,17 @@ from tests.test_packing import LAYOUT, PAD, SMALL_CHUNKS, check_chunks, populati
 
 CONFIG = ModelConfig(
     vocab_size=32,
-    num_layers=2,
+    num_layers=1,
     embed_dim=16,
     num_heads=2,
     num_kv_heads=1,
     head_dim=8,
     mlp_dim=16,
     max_length=64,
+    tie_embeddings=False,
 )
 A, T = 4, 16
-PACKING = {"tokens_per_step": A * T, "layout": Layout((T,)), "steps_per_call": 4}
+PACKING = {"tokens_per_step": T, "layout": Layout((T,)), "steps_per_call": 4}
 FACTORS = np.array([1.0, -0.5, 2.0, 3.0], np.float32)
 SICK = 31  # a token of no other test
 
@@ -54,10 +57,13 @@ def texts_of(rng, *lengths):
 
 
 def make_jobs(with_references):
-    """Return four jobs: of three steps, of two, of none, and of one; with reference rows or not."""
+    """Return four jobs: of three steps, of two, of none, and of one; with reference rows or not.
+
+    The rows take more than half of T, so all steps are of one shape.
+    """
     rng = np.random.default_rng(0)
-    rows = [[(9,), (5, 3), (7,)], [(8,), (6,)], [], [(4, 4)]]
-    references = [[(6,), (), (3, 5)], [(2, 4), (7,)], [], [(5,)]]
+    rows = [[(9,), (6, 4), (11,)], [(10,), (5, 4)], [], [(5, 4)]]
+    references = [[(6,), (), (3, 2)], [(2, 4), (7,)], [], [(5,)]]
     jobs = []
     for of_job, other in zip(rows, references, strict=True):
         job = Job(tuple(texts_of(rng, *row) for row in of_job), 0.1)
@@ -66,44 +72,49 @@ def make_jobs(with_references):
     return jobs
 
 
-def follow_memory(learning_rate):
-    """A user's own: a descent on the memory's gradient alone, times the adapter's own factor."""
+def with_memory(learning_rate):
+    """A user's own: a descent on the memory's gradient, too, times the adapter's own factor."""
 
     def step(updates, state, params=None, *, memory_grads, factor, **_):
-        del updates, params
-        return jax.tree.map(lambda g: -learning_rate * factor * g, memory_grads), state
+        del params
+        both = jax.tree.map(lambda g, memory: g + factor * memory, updates, memory_grads)
+        return jax.tree.map(lambda g: -learning_rate * g, both), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), step)
 
 
 @pytest.fixture(scope="module")
-def follow():
+def train():
     """Return one inner_update for the tests that share its programs."""
-    return make_inner_update(CONFIG, make_optimizer(optimizer=follow_memory, grad_clip=None))
+    return make_inner_update(CONFIG, make_optimizer(optimizer=with_memory, grad_clip=None))
 
 
-def mean_nll(params, weights, scale, tokens, counts):
-    """Return the mean over the texts of a row, [N T], as a model with a merged adapter has it."""
+@jax.jit
+@partial(jax.value_and_grad, argnums=1)
+def slow_loss(params, weights, scale, tokens, counts):
+    """Return a row's loss, and its gradient: texts apart [N T], by a model with merged adapter."""
     logits = forward(CONFIG, lora.merge(params, Adapters(weights, scale)), tokens)
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
-    return -jnp.where(counts[:, 1:], logp[..., 0], 0).sum() / counts.sum()
+    return -jnp.where(counts[:, 1:], logp[..., 0], 0).sum() / jnp.maximum(counts.sum(), 1)
 
 
-def slow_follow(params, adapter, job, factor):
-    """Take one step after the other along the gradients of one job's reference rows."""
-    grad = jax.jit(jax.grad(mean_nll, 1))
-    weights = adapter.weights
-    for i, row in enumerate(job.references):
-        if not row:
-            continue
-        tokens, counts = np.zeros((2, 2, T), np.int32)
-        for n, text in enumerate(row):
-            tokens[n, : len(text.tokens)] = text.tokens
-            counts[n, : len(text.tokens)] = text.loss_mask
+def slow_loop(params, adapter, job, factor):
+    """Train one adapter as the textbook would; return its weights and its losses."""
+    weights, losses = adapter.weights, []
+    for i, rows in enumerate(zip(job.rows, job.references, strict=True)):
+        found = []
+        for row in rows:
+            tokens, counts = np.zeros((2, 2, T), np.int32)
+            for n, text in enumerate(row):
+                tokens[n, : len(text.tokens)] = text.tokens
+                counts[n, : len(text.tokens)] = text.loss_mask
+            found.append(slow_loss(params, weights, adapter.scale, tokens, counts > 0))
+        (loss, grads), (_, memory) = found
         rate = scheduled_rate("linear", job.learning_rate, jnp.int32(i), len(job.rows))
-        grads = grad(params, weights, adapter.scale, tokens, counts > 0)
-        weights = jax.tree.map(lambda w, g: w - rate * factor * g, weights, grads)  # noqa: B023
-    return weights
+        both = jax.tree.map(lambda g, m: g + factor * m, grads, memory)
+        weights = jax.tree.map(lambda w, g: w - rate * g, weights, both)  # noqa: B023
+        losses.append(float(loss))
+    return weights, losses
 
 
 def assert_near(found, expected, before):
@@ -197,45 +208,27 @@ def test_what_does_not_pack_is_refused():
 # --- training ---
 
 
-def test_side_by_side_as_alone(params, adapters):
-    tx = make_optimizer(optax_kwargs={"weight_decay": 0.0, "eps": 1e-4})
-    train = make_inner_update(CONFIG, tx)
-    jobs = make_jobs(with_references=False)
-    batches = pack(jobs, side_by_side=True, **PACKING)
-    new, losses = train(params, adapters, batches)
-    losses = job_losses(batches, jax.device_get(losses), A)
-    for j, job in enumerate(jobs):
-        before = lora.take(adapters, slice(j, j + 1))
-        alone, expected = train(params, before, packed := pack([job], **PACKING))
-        assert_near(lora.take(new, slice(j, j + 1)).weights, alone.weights, before.weights)
-        (expected,) = job_losses(packed, jax.device_get(expected), 1)
-        np.testing.assert_allclose(losses[j], expected, rtol=1e-5)
-        assert len(losses[j]) == len(job.rows)
-
-
 @pytest.mark.parametrize("side_by_side", [False, True])
-def test_optimizers_get_the_references_gradient_and_their_own_context(
-    params, adapters, follow, side_by_side
-):
+def test_rows_references_and_context_as_in_a_slow_loop(params, adapters, train, side_by_side):
     jobs = make_jobs(with_references=True)
     batches = pack(jobs, side_by_side=side_by_side, **PACKING)
-    new, losses = follow(params, adapters, batches, context={"factor": FACTORS})
-    for j, job in enumerate(jobs):
-        before = lora.take(adapters, slice(j, j + 1))
-        found = lora.take(new, slice(j, j + 1)).weights
-        expected = slow_follow(params, before, job, FACTORS[j])
-        assert_near(found, expected, before.weights)
-        moved = optax.tree.norm(optax.tree.sub(found, before.weights))
-        assert (moved > 1e-3) == bool(job.rows)
+    new, losses = train(params, adapters, batches, context={"factor": FACTORS})
     # Only rows that are trained on are steps, and have losses.
-    counts = [len(x) for x in job_losses(batches, jax.device_get(losses), A)]
-    assert counts == [len(job.rows) for job in jobs]
+    by_job = job_losses(batches, jax.device_get(losses), A)
     for batch, loss in zip(batches, losses, strict=True):
         assert loss.shape == batch.lanes.shape
         assert (np.asarray(loss)[batch.lanes < 0] == 0).all()
+    for j, job in enumerate(jobs):
+        before = lora.take(adapters, slice(j, j + 1))
+        found = lora.take(new, slice(j, j + 1)).weights
+        expected, slow_losses = slow_loop(params, before, job, FACTORS[j])
+        assert_near(found, expected, before.weights)
+        np.testing.assert_allclose(by_job[j], slow_losses, rtol=1e-5)
+        moved = optax.tree.norm(optax.tree.sub(found, before.weights))
+        assert (moved > 1e-3) == bool(job.rows)
 
 
-def test_a_reference_row_that_is_not_finite_stops_its_own_adapter(params, adapters, follow):
+def test_a_reference_row_that_is_not_finite_stops_its_own_adapter(params, adapters, train):
     jobs = make_jobs(with_references=True)
     sick = [job._replace(references=((text_of([1, SICK, 2]),),) * len(job.rows)) for job in jobs]
     sick = [jobs[0], sick[1], *jobs[2:]]
@@ -243,9 +236,9 @@ def test_a_reference_row_that_is_not_finite_stops_its_own_adapter(params, adapte
     table[SICK] = np.nan
     params = params | {"embed": {"embedding": table}}
     context = {"factor": FACTORS}
-    expected, _ = follow(params, adapters, pack(jobs, side_by_side=True, **PACKING), None, context)
+    expected, _ = train(params, adapters, pack(jobs, side_by_side=True, **PACKING), None, context)
     batches = pack(sick, side_by_side=True, **PACKING)
-    new, losses = follow(params, adapters, batches, None, context)
+    new, losses = train(params, adapters, batches, None, context)
     for j in range(A):
         right = adapters if j == 1 else expected
         jax.tree.map(np.testing.assert_array_equal, lora.take(new, j), lora.take(right, j))
@@ -253,15 +246,15 @@ def test_a_reference_row_that_is_not_finite_stops_its_own_adapter(params, adapte
     assert np.isnan(losses[1]).all() and np.isfinite([*losses[0], *losses[3]]).all()
 
 
-def test_over_devices_as_on_one(params, adapters, follow):
+def test_over_devices_as_on_one(params, adapters, train):
     mesh = make_mesh(devices=jax.devices()[:2])
     jobs, context = make_jobs(with_references=True), {"factor": FACTORS}
     whole = pack(jobs, side_by_side=True, **PACKING)
-    expected, losses = follow(params, adapters, whole, None, context)
+    expected, losses = train(params, adapters, whole, None, context)
     expected_losses = job_losses(whole, jax.device_get(losses), A)
     halves = pack(jobs, side_by_side=True, num_shards=2, **PACKING)
     where = leading(mesh, "adapter", A)
-    optimizer = make_optimizer(optimizer=follow_memory, grad_clip=None)
+    optimizer = make_optimizer(optimizer=with_memory, grad_clip=None)
     over_two = make_inner_update(CONFIG, optimizer, mesh=mesh)
     with jax.transfer_guard("disallow"):
         new, losses = over_two(
@@ -298,19 +291,19 @@ def test_each_shard_has_the_kernels_of_its_own_adapters():
 # --- what optimizers ask for ---
 
 
-def test_an_optimizer_that_gets_not_what_it_asks_for_says_so(params, adapters, follow):
+def test_an_optimizer_that_gets_not_what_it_asks_for_says_so(params, adapters, train):
     plain, shown = (
         pack(make_jobs(with_references), side_by_side=True, **PACKING)
         for with_references in (False, True)
     )
     with pytest.raises(TypeError, match="memory_grads"):
-        follow(params, adapters, plain, context={"factor": FACTORS})
+        train(params, adapters, plain, context={"factor": FACTORS})
     with pytest.raises(TypeError, match="factor"):
-        follow(params, adapters, shown)
+        train(params, adapters, shown)
     with pytest.raises(ValueError, match=r"context\['factor'\] is \(3,\): .* each of 4 adapters"):
-        follow(params, adapters, shown, context={"factor": FACTORS[:3]})
+        train(params, adapters, shown, context={"factor": FACTORS[:3]})
     with pytest.raises(ValueError, match="context has memory_grads, value: the inner loop itself"):
-        follow(params, adapters, shown, context={"value": FACTORS, "memory_grads": FACTORS})
+        train(params, adapters, shown, context={"value": FACTORS, "memory_grads": FACTORS})
     by_two = make_inner_update(CONFIG, make_optimizer(), accumulation=2)
     with pytest.raises(ValueError, match="reference rows with accumulation=2"):
         by_two(params, adapters, shown)

@@ -65,7 +65,9 @@ def update_lane(
       context: see `make_inner_update`.
     """
     a = batch.lanes[u]
-    shown = shown_to(setup, batch, grads, u, context)
+    shown = dict(take(context or {}, a))
+    if batch.references is not None:
+        shown["memory_grads"] = _memory_grads(setup, batch, grads, u)
     weights, opt_state = take(carry.weights, a), take(carry.opt_state, a)
     accumulation = setup.accumulation
     num_updates = -(-batch.num_steps[a] // accumulation)
@@ -78,7 +80,9 @@ def update_lane(
     loss, own = carry.losses[u], take(grads, u)
     updates, new_state = update(tx, own, opt_state, weights, loss, context=shown)
     new = jax.tree.map(lambda w, change: w + change.astype(w.dtype), weights, updates)
-    finite = all_finite(new) & all_finite(shown.get("memory_grads", ()))
+    finite = all_finite(new)
+    if batch.references is not None:
+        finite &= all_finite(shown["memory_grads"])
     if accumulation == 1:  # else the step may still end a group
         finite &= jnp.isfinite(loss)
 
@@ -94,23 +98,18 @@ def update_lane(
     return Carry(*stacks, carry.steps.at[a].add(1), losses)
 
 
-def shown_to(
-    setup: InnerSetup, batch: InnerBatch, grads: Params, u: jax.Array, context: Context | None
-) -> Context:
-    """Return what the optimizer of lane `u` may ask for by keyword, beside its gradient.
+def _memory_grads(setup: InnerSetup, batch: InnerBatch, grads: Params, u: jax.Array) -> Params:
+    """Return the gradient of the reference row of lane `u`.
 
     Raises:
-      ValueError: there are reference rows, and updates of several steps.
+      ValueError: an update is made of several steps.
     """
-    shown = dict(take(context or {}, batch.lanes[u]))
-    if batch.references is not None:
-        if setup.accumulation > 1:
-            raise ValueError(
-                f"reference rows with accumulation={setup.accumulation}: the optimizer is shown the"
-                " gradient of one step's, and an update of several steps would have several"
-            )
-        shown["memory_grads"] = take(grads, batch.lanes.shape[0] + u)
-    return shown
+    if setup.accumulation > 1:
+        raise ValueError(
+            f"reference rows with accumulation={setup.accumulation}: the optimizer is shown the"
+            " gradient of one step's reference row, and an update of several steps has several"
+        )
+    return take(grads, batch.lanes.shape[0] + u)
 
 
 def _put_at(index: jax.Array, stack: jax.Array, one: jax.Array) -> jax.Array:

@@ -30,11 +30,10 @@ from seal_jax.hosts.replacing import replace_text
 MANIFEST = "manifest.json"
 KEY = "manifest"  # config.json has it, so that a manifest that is lost is missed
 _FILES = (
-    *("config.json", "policy.json", "texts.json", "model/**/*"),
-    *("summary.json", "summary.md", "summary.png"),
+    *("config.json", "policy.json", "texts.json", "summary.json", "summary.md", "model/**/*"),
     *("metrics.jsonl", "edits.jsonl", "eval_*.jsonl", "pending_*.jsonl", "judged_*.json"),
     *("tune.json", "tune.md", "tune.png", "tune_sweep.json", "tune_runs.jsonl"),
-    "tune_texts_*.json",
+    *("tune_texts_*.json", "summary.png"),
 )
 _REMADE = (
     *(MANIFEST, "summary.", "eval_", "pending_", "adapters/", "checkpoints/"),

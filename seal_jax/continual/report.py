@@ -7,6 +7,7 @@
 `compare` puts several finished runs side by side, as remedies are compared.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from seal_jax.continual.matrix import Record, differences, summarize
 from seal_jax.hosts import manifest
 from seal_jax.hosts.exchange import is_first
 from seal_jax.hosts.files import read_object, write_json, write_text
+from seal_jax.hosts.replacing import replacing
 
 KIND = "continual"  # of a summary, beside those of other commands
 MOST_CELLS = 10  # edits up to which the picture has numbers in it
@@ -34,10 +36,10 @@ _SHOWN = {
     "control_change": ("control set, change, points", 100, 1, "+"),
     "perplexity_unedited": ("perplexity of general text, unedited", 1, 2, ""),
     "perplexity_final": ("perplexity of general text, after all edits", 1, 2, ""),
-    "log_perplexity_change": ("its change, nats per token", 1, 3, "+"),
+    "log_perplexity_change": ("log perplexity of general text, change, nats per token", 1, 3, "+"),
 }
 _COMPARED = (
-    *("final", "diagonal", "backward_transfer", "forward_transfer"),
+    *("final", "diagonal", "final_minus_unedited", "backward_transfer", "forward_transfer"),
     *("control_change", "log_perplexity_change"),
 )
 
@@ -92,6 +94,8 @@ def _ages(summary: Mapping[str, Any]) -> list[str]:
     for row in (summary["by_age"][age] for age in _some_ages(summary["num_edits"])):
         parts = (("score", ""), ("minus_unedited", "+"), ("minus_diagonal", "+"))
         cells = [_text(row[name], 100, 1, sign) for name, sign in parts]
+        if row["age"] == 0:
+            cells[-1] = ""  # it is the diagonal
         rows.append([str(row["age"]), str(row["num_problems"]), *cells])
     return _table(head, rows)
 
@@ -186,7 +190,8 @@ def _number(value: float | None, factor: float = 1) -> str:
 def plot(summary: Mapping[str, Any], path: str) -> None:
     """Draw the mean matrix as a PNG; gray is what was not asked.
 
-    The stair runs between problems that were edited (below it) and those still to come.
+    The stair runs between problems that were edited (below it) and those still to come. Of a long
+    run only the rows are there of which most edited problems were asked.
     """
     if not is_first():
         return
@@ -197,35 +202,43 @@ def plot(summary: Mapping[str, Any], path: str) -> None:
 
     rows = summary["matrix"]["mean"]
     values = 100 * np.array([[np.nan if x is None else x for x in row] for row in rows])
-    N = values.shape[1]
+    edits, N = np.arange(len(values)), values.shape[1]
+    if N > MOST_CELLS:
+        edits = edits[(edits == 0) | ((~np.isnan(values)).sum(axis=1) > edits / 2)]
+    values = values[edits]
     known = values[~np.isnan(values)]
     low, high = (known.min(), known.max()) if known.size else (0.0, 1.0)
     figure = Figure(figsize=(7.2, 6.4), layout="constrained")
     axes = figure.add_subplot()
-    colors = colormaps["cividis"].with_extremes(bad="#d9d9d9")
     image = axes.imshow(
         np.ma.masked_invalid(values),
-        cmap=colors,
+        cmap=colormaps["cividis"].with_extremes(bad="#d9d9d9"),  # for the colorblind, too
         vmin=low,
         vmax=high if high > low else low + 1,
         aspect="auto",
         interpolation="nearest",
     )
-    axes.axhline(0.5, color="white", linewidth=3)  # the unedited model above it
-    steps = np.arange(N)
-    stair = np.repeat(np.append(steps, N), 2)[1:-1] - 0.5
-    axes.plot(stair, np.repeat(steps, 2) + 0.5, color="#d55e00", linewidth=1.5)
-    every = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128, N) if N / step <= 16)
-    axes.set_xticks(steps[every - 1 :: every], steps[every - 1 :: every] + 1)
-    after = [0, *range(every, N + 1, every)]
-    axes.set_yticks(after, ["unedited", *map(str, after[1:])])
+    num = len(edits)
+    axes.axhline(0.5, color="white", linewidth=3 if num <= 40 else 1)  # above: unedited
+    stair = np.repeat(edits[1:], 2) - 0.5, np.arange(1, num)[:, None] + (-0.5, 0.5)
+    axes.plot([-0.5, *stair[0]], [0.5, *stair[1].ravel()], color="#d55e00", linewidth=1.5)
+    columns = np.arange(N)[_every(N) - 1 :: _every(N)]
+    axes.set_xticks(columns, columns + 1)
+    ticks = np.arange(num)[:: _every(num)]
+    axes.set_yticks(ticks, ["unedited", *edits[ticks][1:]])
     axes.set(xlabel="questions about problem", ylabel="self-edits made")
     axes.set_title(f"{summary['name']}: right answers, %, mean of {summary['num_sequences']}")
     if N <= MOST_CELLS:
         _annotate(axes, values, (low + high) / 2)
     figure.colorbar(image, ax=axes)
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
+def _every(num: int) -> int:
+    """Return the power of two that leaves at most 17 of so many labels."""
+    return 2 ** max(0, math.ceil(math.log2(num / 17)))
 
 
 def _annotate(axes: Any, values: np.ndarray, middle: float) -> None:

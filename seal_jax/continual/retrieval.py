@@ -10,6 +10,9 @@ the passage has enough of what is rare in the question: the share of the questio
 distinct words, that belongs to words of the passage is its coverage. There N is at least FEWEST: by
 the words of two passages alone, nobody can tell which words are rare.
 
+Of SQuAD's validation passages, with their titles: among 8, 32 or 128 passages 90, 89 and 89 % of
+their questions go to the right one, and of questions about others 10, 17 and 35 % go to any.
+
 Cost: an index of N passages keeps one number for each of their distinct words, and is built in one
 pass over their words. A question costs its words times the passages that have them, at most N each.
 So routing grows with the number of edits, and the bank behind it too: every edit's adapter stays in

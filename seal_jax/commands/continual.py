@@ -94,12 +94,14 @@ def _learn_alone(config: "ConfigDict", workdir: str, policy: str | None) -> dict
     from seal_jax.config.setup import make_stages, policy_params, settings_of
     from seal_jax.config.workdir import SEQUENCES, claim_workdir
     from seal_jax.continual.experiment import report, run_sequences
+    from seal_jax.continual.memory_gradients import make_memory_gradients
     from seal_jax.continual.remedies import make_remedies
     from seal_jax.continual.remedies.remedy import Work
     from seal_jax.continual.sequences import make_sequences
     from seal_jax.hosts.console import say
     from seal_jax.hosts.exchange import ask_first
     from seal_jax.hosts.files import read_json, write_json
+    from seal_jax.inner.update import inner_setup
     from seal_jax.optim import optimizer_of
     from seal_jax.outer.problems import read_problems
     from seal_jax.outer.stages import check_prompts
@@ -140,6 +142,7 @@ def _learn_alone(config: "ConfigDict", workdir: str, policy: str | None) -> dict
         write_json(os.path.join(workdir, SEQUENCES), {"sequences": ids[:-1], "control": ids[-1]})
         if policy is not None:
             claim_policy(workdir, policy, tree_hash(stages.model.params))
-        work = Work(stages, remedies, drawn.problems)
+        inner = inner_setup(stages.model.config, optimizer, settings.inner, stages.mesh)
+        work = Work(stages, make_memory_gradients(inner), remedies, drawn.problems)
         ledger = run_sequences(work, drawn.control, workdir)
     return report(work, ledger, workdir)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from seal_jax.continual.given import check_alike, transformation
+from seal_jax.continual.remedies.remedy import Remedy
 from seal_jax.types import Params
 
 
@@ -51,3 +52,8 @@ def _dot(x: Params, y: Params) -> jax.Array:
         lambda x, y: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)), x, y
     )
     return sum(jax.tree.leaves(products), jnp.float32(0))
+
+
+def remedy() -> Remedy:
+    """Return A-GEM: every step also takes the gradient of a batch of the memory."""
+    return Remedy(memory="reservoir", reference=True, before=a_gem())

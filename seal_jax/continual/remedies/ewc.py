@@ -12,13 +12,16 @@ F is of the parameters that its gradients were taken at. For adapters that are m
 anew, `center` is the fresh adapter, and F comes from the memory's gradients there.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from seal_jax.continual.edit_gradients import text_gradients
 from seal_jax.continual.given import check_alike, present, transformation
+from seal_jax.continual.remedies.remedy import Edit, Learner, Remedy, Store, Work
 from seal_jax.types import Params
 
 
@@ -34,14 +37,16 @@ def ewc(
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transformation; `importance` closed over, or an extra argument of update."""
 
-    def change(grads: Params, params: Any, importance: Importance) -> Params:
-        def one(g: jax.Array, w: jax.Array, fisher: jax.Array, center: jax.Array) -> jax.Array:
-            away = w.astype(jnp.float32) - center.astype(jnp.float32)
-            return (g.astype(jnp.float32) + strength * fisher * away).astype(g.dtype)
-
-        return jax.tree.map(one, grads, present("ewc", params), *importance)
-
+    change = partial(_pull_back, strength)
     return transformation("ewc", "importance", importance, change, _check)
+
+
+def _pull_back(strength: float, grads: Params, params: Any, importance: Importance) -> Params:
+    def one(g: jax.Array, w: jax.Array, fisher: jax.Array, center: jax.Array) -> jax.Array:
+        away = w.astype(jnp.float32) - center.astype(jnp.float32)
+        return (g.astype(jnp.float32) + strength * fisher * away).astype(g.dtype)
+
+    return jax.tree.map(one, grads, present("ewc", params), *importance)
 
 
 def _check(importance: Importance, params: Params) -> None:
@@ -69,3 +74,40 @@ def add_fisher(
         return decay * old + jnp.square(g.astype(jnp.float32)).sum(axis=0) / count
 
     return jax.tree.map(one, fisher, grads)
+
+
+def remedy(strength: float = 1e4, decay: float = 1.0, per_edit: int = 8) -> Remedy:
+    """Return EWC: the center is the fresh adapter, which begins alike in every edit.
+
+    Args:
+      strength: of the penalty.
+      decay: of what earlier edits' texts have left in F, with each edit.
+      per_edit: texts of an edit that count.
+    """
+    if not strength > 0 or not 0 < decay <= 1:
+        raise ValueError(
+            f"strength is {strength}, decay {decay}: expected more than 0, and at most 1 of decay"
+        )
+    return Remedy(
+        before=ewc(strength),
+        begin=lambda work, params, adapters: no_fisher(adapters.weights),
+        context=lambda store, adapters: {"importance": Importance(store, adapters.weights)},
+        learn=partial(_learn, decay, per_edit),
+        frame="fixed",
+    )
+
+
+def _learn(
+    decay: float, per_edit: int, work: Work, learner: Learner, edit: Edit, store: Store
+) -> Store:
+    """Add the squared gradients of the edit's texts at the model after the edit."""
+    found = text_gradients(work, learner, edit, per_edit)
+    if found is None:
+        return store
+    grads, counts = found
+    return _add_fishers(store, grads, counts, decay)
+
+
+@partial(jax.jit, static_argnums=3)
+def _add_fishers(fisher: Params, grads: Params, counts: jax.Array, decay: float) -> Params:
+    return jax.vmap(partial(add_fisher, decay=decay))(fisher, grads, num_texts=counts)

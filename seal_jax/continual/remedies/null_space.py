@@ -19,8 +19,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from seal_jax.continual.given import Maps, check_maps, map_a, transformation
-from seal_jax.types import Array, Params
+from seal_jax.continual.edit_gradients import text_batches
+from seal_jax.continual.edits import fresh_adapters
+from seal_jax.continual.given import Maps, check_maps, map_a, transformation, zero_maps
+from seal_jax.continual.remedies.remedy import Edit, Learner, Remedy, Store, Work
+from seal_jax.types import Adapters, Array, Params
 
 
 def null_space(projectors: Maps | None = None) -> optax.GradientTransformationExtraArgs:
@@ -70,3 +73,52 @@ def add_covariance(stored: Maps, new: Maps, decay: float = 1.0) -> Maps:
 def _projected(a: Array, projector: Array) -> jax.Array:
     # TPUs would take products of bfloat16, and leave a hundredth.
     return jnp.matmul(a, projector, precision=jax.lax.Precision.HIGHEST)
+
+
+def remedy(energy: float = 1e-3, decay: float = 1.0) -> Remedy:
+    """Return the null-space projection.
+
+    Args:
+      energy: the largest share of the memory's energy in what is left, see `projectors_of`.
+      decay: of what earlier edits' texts have left in the covariance, with each edit.
+    """
+    projectors_of({}, energy)
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay is {decay}: expected more than 0 and at most 1")
+    return Remedy(
+        after=null_space(),
+        begin=_begin,
+        context=lambda store, adapters: {"projectors": store["projectors"]},
+        start=lambda store, adapters: _start(adapters, store["projectors"]),
+        learn=partial(_learn, energy, decay),
+        frame="own",
+    )
+
+
+def _begin(work: Work, params: Params, adapters: Adapters) -> Store:
+    del work, params
+    nothing = zero_maps(adapters.weights)
+    return {"covariances": nothing, "projectors": _projectors_of(nothing, 0.5)}
+
+
+@jax.jit
+def _start(adapters: Adapters, projectors: Maps) -> Adapters:
+    return adapters._replace(weights=start(adapters.weights, projectors))
+
+
+def _learn(
+    energy: float, decay: float, work: Work, learner: Learner, edit: Edit, store: Any
+) -> Store:
+    """Add the inputs of the edit's texts, as the model after the edit has them."""
+    batches = text_batches(work, edit)
+    if not batches:
+        return store
+    found = work.look.covariances(
+        learner.params, fresh_adapters(work, learner, edit.number + 1), batches
+    )
+    covariances = _add_covariance(store["covariances"], found, decay)
+    return {"covariances": covariances, "projectors": _projectors_of(covariances, energy)}
+
+
+_projectors_of = jax.jit(projectors_of, static_argnums=1)
+_add_covariance = jax.jit(add_covariance, static_argnums=2)

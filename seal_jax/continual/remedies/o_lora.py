@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from seal_jax.continual.given import Maps, check_maps, map_a, present, transformation
+from seal_jax.continual.given import Maps, check_maps, map_a, present, transformation, zero_maps
+from seal_jax.continual.remedies.remedy import Edit, Learner, Remedy, Store, Work
 from seal_jax.types import Array, Params
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # TPUs would take products of bfloat16
@@ -45,3 +46,29 @@ def add_subspace(subspaces: Maps, weights: Params) -> Maps:
         block: {target: x + one(weights[block][target]["a"]) for target, x in targets.items()}
         for block, targets in subspaces.items()
     }
+
+
+def remedy(strength: float = 0.1) -> Remedy:
+    """Return O-LoRA.
+
+    Args:
+      strength: of the penalty.
+    """
+    if not strength > 0:
+        raise ValueError(f"strength is {strength}: expected more than 0")
+    return Remedy(
+        before=o_lora(strength),
+        begin=lambda work, params, adapters: zero_maps(adapters.weights),
+        context=lambda store, adapters: {"subspaces": store},
+        learn=_learn,
+        frame="fresh",
+    )
+
+
+def _learn(work: Work, learner: Learner, edit: Edit, store: Store) -> Store:
+    del work, learner
+    assert edit.adapters is not None  # they are trained
+    return _add_subspace(store, edit.adapters.weights)
+
+
+_add_subspace = jax.jit(add_subspace)

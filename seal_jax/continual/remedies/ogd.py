@@ -13,14 +13,18 @@ Directions are of the parameters that they were taken at: to use them for a fres
 them at that adapter (`directions_of` its memory's gradients), or let all adapters start alike.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from seal_jax import keys
+from seal_jax.continual.edit_gradients import text_gradients
 from seal_jax.continual.given import check_alike, transformation
-from seal_jax.types import Array, Params
+from seal_jax.continual.remedies.remedy import Edit, Learner, Remedy, Store, Work
+from seal_jax.types import Adapters, Array, Params
 
 # The length that a unit vector keeps without its part in the span of the others: below, it is
 # rounding more than a direction.
@@ -125,3 +129,49 @@ def _scaled(tree: Params) -> Params:
         size = size_of(tree)
         tree = jax.tree.map(lambda x, size=size: x / jnp.where(size == 0, 1.0, size), tree)
     return tree
+
+
+def remedy(num: int = 32, per_edit: int = 8) -> Remedy:
+    """Return OGD: the directions are gradients of earlier texts, by adapters that begin alike.
+
+    Args:
+      num: directions that are stored.
+      per_edit: texts of an edit that give one.
+    """
+    if num < 1 or per_edit < 1:
+        raise ValueError(f"num is {num}, per_edit {per_edit}: expected 1 or more")
+    return Remedy(
+        after=ogd(),
+        begin=partial(_begin, num),
+        context=lambda store, adapters: {"directions": store},
+        learn=partial(_learn, per_edit),
+        frame="fixed",
+    )
+
+
+def _begin(num: int, work: Work, params: Params, adapters: Adapters) -> Store:
+    del work, params
+    return jax.vmap(partial(no_directions, num=num))(adapters.weights)
+
+
+def _learn(per_edit: int, work: Work, learner: Learner, edit: Edit, store: Store) -> Store:
+    """Add the gradients of the edit's texts at the model after the edit."""
+    found = text_gradients(work, learner, edit, per_edit)
+    if found is None:
+        return store
+    step = keys.CONTINUAL_STEP + edit.number
+    path = work.stages.settings.seed, keys.REFERENCE, step
+    return _add_each(store, found[0], keys.fold([(*path, s, 4) for s in range(work.num)]))
+
+
+@jax.jit
+@jax.vmap
+def _add_each(directions: Directions, grads: Params, key: jax.Array) -> Directions:
+    """Add the gradients [n ...] of one sequence; what is 0 is left out."""
+
+    def add(directions: Directions, one: tuple[Params, jax.Array]) -> tuple[Directions, None]:
+        grad, number = one
+        return add_direction(directions, grad, jax.random.fold_in(key, number)), None
+
+    numbers = jnp.arange(len(jax.tree.leaves(grads)[0]))
+    return jax.lax.scan(add, directions, (grads, numbers))[0]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import optax
 
 from seal_jax.continual.memory import Memory
+from seal_jax.continual.memory_gradients import MemoryGradients
 from seal_jax.inner.texts import Text
 from seal_jax.outer.problems import Batch
 from seal_jax.outer.stages import Stages
@@ -45,6 +46,7 @@ class Work(NamedTuple):
     """What remedies compute with."""
 
     stages: Stages
+    look: MemoryGradients
     remedies: "dict[str, Remedy]"
     sequences: Sequence[Batch]  # [S][N]
 

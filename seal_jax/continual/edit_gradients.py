@@ -1,4 +1,4 @@
-"""What remedies store of an edit: gradients of its texts at the model after it, and their inputs."""
+"""What remedies store of an edit: gradients of its texts at the model after it, and inputs."""
 
 import jax
 import numpy as np
@@ -31,8 +31,8 @@ def text_gradients(
 ) -> tuple[Params, jax.Array] | None:
     """Return the gradients [S most ...] of an edit's texts by the adapters that the next edit has.
 
-    Those behind a sequence's last text are 0. Beside them, how many texts each sequence has, f32[S].
-    None where all self-edits were rejected.
+    Those behind a sequence's last text are 0. Beside them, how many texts each sequence has,
+    f32[S]. None where all self-edits were rejected.
 
     Args:
       most: texts of each sequence that are looked at, the first ones.

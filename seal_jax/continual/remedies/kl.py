@@ -1,4 +1,4 @@
-"""A KL term on memory texts: the model goes on saying of earlier texts what it said before the edit.
+"""A KL term on memory texts: the model goes on saying of them what it said before the edit.
 
   loss(old text) = KL(p || q),  p the model before the edit, q the one that trains
 

@@ -9,6 +9,10 @@ from seal_jax.commands import add_config, read_config, start
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+    from seal_jax.continual.remedies.remedy import Work
+    from seal_jax.continual.sequences import Sequences
+    from seal_jax.types import Settings
+
 HELP = "Let a model learn one self-edit after another, and measure what it forgets."
 EXAMPLES = """\
 examples:
@@ -91,18 +95,13 @@ def _learn_alone(config: "ConfigDict", workdir: str, policy: str | None) -> dict
     import jax
 
     from seal_jax.commands.eval import claim_policy
-    from seal_jax.config.setup import make_stages, policy_params, settings_of
+    from seal_jax.config.setup import policy_params, settings_of
     from seal_jax.config.workdir import SEQUENCES, claim_workdir
     from seal_jax.continual.experiment import report, run_sequences
-    from seal_jax.continual.memory_gradients import make_memory_gradients
-    from seal_jax.continual.remedies import make_remedies
-    from seal_jax.continual.remedies.remedy import Work
     from seal_jax.continual.sequences import make_sequences
     from seal_jax.hosts.console import say
     from seal_jax.hosts.exchange import ask_first
     from seal_jax.hosts.files import read_json, write_json
-    from seal_jax.inner.update import inner_setup
-    from seal_jax.optim import optimizer_of
     from seal_jax.outer.problems import read_problems
     from seal_jax.outer.stages import check_prompts
     from seal_jax.planning.run_estimate import describe_sequences
@@ -122,12 +121,8 @@ def _learn_alone(config: "ConfigDict", workdir: str, policy: str | None) -> dict
     if done is not None:
         say(f"{workdir} is done already; nothing was run. Another --workdir runs again.")
         return done
-    remedies = make_remedies(asked.remedies, asked.remedy_kwargs)
-    around = [
-        [one for one in row if one]
-        for row in zip(*[(r.before, r.after) for r in remedies.values()], strict=True)
-    ] or [[], []]
-    stages = make_stages(settings, optimizer=optimizer_of(settings.inner, *around))
+    work = make_work(settings, drawn)
+    stages = work.stages
     everything = [pair for sequence in drawn.problems for pair in sequence]
     check_prompts(stages, [*everything, *drawn.control], golds=True)
     say(describe_sequences(stages, drawn.problems, drawn.control))
@@ -136,13 +131,28 @@ def _learn_alone(config: "ConfigDict", workdir: str, policy: str | None) -> dict
     with jax.transfer_guard("disallow"):
         if policy is not None:
             model = stages.model._replace(params=policy_params(stages, policy))
-            stages = stages._replace(model=model)
+            work = work._replace(stages=stages._replace(model=model))
         claim_workdir(config, workdir)
         ids = [[problem.id for problem, _ in one] for one in (*drawn.problems, drawn.control)]
         write_json(os.path.join(workdir, SEQUENCES), {"sequences": ids[:-1], "control": ids[-1]})
         if policy is not None:
-            claim_policy(workdir, policy, tree_hash(stages.model.params))
-        inner = inner_setup(stages.model.config, optimizer, settings.inner, stages.mesh)
-        work = Work(stages, make_memory_gradients(inner), remedies, drawn.problems)
+            claim_policy(workdir, policy, tree_hash(work.stages.model.params))
         ledger = run_sequences(work, drawn.control, workdir)
     return report(work, ledger, workdir)
+
+
+def make_work(settings: "Settings", drawn: "Sequences") -> "Work":
+    """Return what the edits are made with: the stages, with the remedies in the optimizer."""
+    from seal_jax.config.setup import make_stages
+    from seal_jax.continual.memory_gradients import make_memory_gradients
+    from seal_jax.continual.remedies import make_remedies, transformations
+    from seal_jax.continual.remedies.remedy import Work
+    from seal_jax.inner.update import inner_setup
+    from seal_jax.optim import optimizer_of
+
+    asked = settings.continual
+    remedies = make_remedies(asked.remedies, asked.remedy_kwargs)
+    optimizer = optimizer_of(settings.inner, *transformations(remedies))
+    stages = make_stages(settings, optimizer=optimizer)
+    setup = inner_setup(stages.model.config, optimizer, settings.inner, stages.mesh)
+    return Work(stages, make_memory_gradients(setup), remedies, drawn.problems)

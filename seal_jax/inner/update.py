@@ -43,6 +43,7 @@ def lane_losses(
     rope: tuple | None = None,
     dropout: tuple[float, jax.Array] | None = None,
     divergence: str = "forward",  # from the teachers of the texts that have one
+    on_input: Callable | None = None,
 ) -> jax.Array:
     """Return the mean cost f32[U] of a token of each lane's row; 0 for an empty lane.
 
@@ -53,6 +54,7 @@ def lane_losses(
       batch: one step: lanes [U], chunk_lanes [n], chunk_tokens [n c], the rest [W T].
       rope: see `hidden_states`.
       dropout: how much of an adapter's input to drop, and each lane's key [U] for it.
+      on_input: see `Packed`; dropout is one.
     """
     num_lanes, num_tokens = adapters.scale.shape[0], batch.tokens.size
     chunks = make_chunks(batch.chunk_lanes, batch.chunk_tokens, num_tokens)
@@ -67,7 +69,7 @@ def lane_losses(
             key_segments=batch.segments,  # nobody sees padding, not even itself
             chunks=chunks,
             rope=rope,
-            dropout=None if dropout is None else Partial(_drop, *dropout, chunks),
+            on_input=on_input if dropout is None else Partial(_drop, *dropout, chunks),
         ),
     )
     finite = jnp.isfinite(hidden).all(axis=-1)
@@ -96,12 +98,14 @@ def _drop(
     chunks: Chunks,
     x: jax.Array,
     name: jax.Array,
+    probe: None,
 ) -> jax.Array:
     """Drop `rate` of x [M D], and scale up the rest.
 
     What is dropped of a token depends on its adapter's key, its place in the row and the map's
     name, so not on what else is in the step.
     """
+    del probe
     first = jnp.where(chunks.in_use[:, 0, 0], chunks.token[:, 0], x.shape[0])
     start = jnp.full(keys.shape, x.shape[0]).at[chunks.lane].min(first)
     lane = jnp.maximum(token_lanes(chunks), 0)

@@ -82,9 +82,9 @@ class Linear(nn.Module):
             y = y + bias.astype(y.dtype)[None]
         if lora is not None and self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-            if lora.dropout is not None:
-                name = zlib.crc32("/".join(self.path).encode())
-                flat = lora.dropout(flat, jnp.uint32(name) + lora.layer)
+            if lora.on_input is not None:
+                name = jnp.uint32(zlib.crc32("/".join(self.path).encode())) + lora.layer
+                flat = lora.on_input(flat, name, self.get_variable("lora", "probe"))
             if lora.chunks is None:
                 delta = grouped_product(flat, a, b, lora.scale)
             else:
@@ -194,8 +194,9 @@ class Packed(NamedTuple):
     # anew for every head and layer.
     rope: RopeTables | None = None
     # A pytree that is given what every adapter multiplies, [B*T D], with a number that names the
-    # linear map, u32[], and returns it with some of it dropped.
-    dropout: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    # linear map, u32[], and what stands beside its `a` and `b` as `probe`, or None. The adapter
+    # multiplies what it returns: dropout, or one that only looks.
+    on_input: Callable[[jax.Array, jax.Array, Any], jax.Array] | None = None
 
 
 class _Lora(NamedTuple):
@@ -203,7 +204,7 @@ class _Lora(NamedTuple):
 
     scale: Array  # f32[A]
     chunks: Chunks | None  # or rows are grouped by adapter
-    dropout: Callable | None  # see `Packed`
+    on_input: Callable | None  # see `Packed`
     layer: jax.Array | None = None  # u32[] of the maps that ask for it
 
 
@@ -369,7 +370,7 @@ def hidden_states(
     Raises:
       ValueError: rows or adapters that do not fall apart into S equal groups.
     """
-    key_segments, chunks, rope, dropout = packed or Packed()
+    key_segments, chunks, rope, on_input = packed or Packed()
     _check_rows(params, tokens.shape[0], None if chunks is not None else adapters)
     variables = {"params": params}
     lora = None
@@ -378,7 +379,7 @@ def hidden_states(
         if not isinstance(layers, tuple):
             layers = split_layers(layers)
         variables["lora"] = {f"layers_{i}": layer for i, layer in enumerate(layers)}
-        lora = _Lora(adapters.scale, chunks, dropout)
+        lora = _Lora(adapters.scale, chunks, on_input)
     call = _Call(
         rope_tables(config, positions) if rope is None else rope,
         segments,

@@ -200,7 +200,7 @@ def make_jobs(model):
     return [
         make_job(
             [text_of(encode(f"thing {s} is red")), text_of(encode("so it is" * (1 + s % 2)))],
-            num_epochs=2,
+            num_epochs=1 + s % 2,
             batch_size=1,
             learning_rate=0.5,
             key=(s,),
@@ -253,7 +253,8 @@ def test_adapters_train_each_on_its_own_model(own, models):
         mine = lora.take(new, slice(s, s + 1))
         for x, y in zip(jax.tree.leaves(mine), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)
-    assert found[0][0] != pytest.approx(found[1][0]) and found[0][-1] < found[0][0]
+    assert {len(values) for values in found} == {2, 4}
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(new.weights))
 
 
 def on_mesh(base, mesh):
@@ -264,17 +265,17 @@ def on_mesh(base, mesh):
     own = merge_each(own, to_device(adapters, leading(mesh, "adapter", S)))
     kernel = own["layers_0"]["attn"]["q_proj"]["kernel"]
     batches = side_by_side(make_jobs(model), num_shards(mesh))
-    batches = [to_device(batch, batch_sharding(mesh)) for batch in batches]
+    placed = [to_device(batch, batch_sharding(mesh)) for batch in batches]
     trained = to_device(first_adapters(), leading(mesh, "adapter", S))
     prompts = prompts_of(model)
     texts = [[text_of(p + p, len(p)) for p in group] for group in prompts]
     with jax.transfer_guard("disallow"):
         update = make_inner_update(CONFIG, make_optimizer(optax_name="sgd"), mesh=mesh)
-        trained, losses = update(own, trained, batches)
+        trained, losses = update(own, trained, placed)
         merged = merge_each(own, trained)
         logps = mean_logp(model, merged, None, texts, mesh=mesh)
         samples = write(model, merged, prompts, mesh)
-    return kernel.sharding, to_host(losses), logps, samples
+    return kernel.sharding, job_losses(batches, to_host(losses), S), logps, samples
 
 
 def test_eight_devices_give_what_one_gives(base):

@@ -8,7 +8,7 @@ sequence. Kernels are float32 whatever the model's dtype, or small changes would
 by one; products are in the model's dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from seal_jax.models.lora import TARGETS
 from seal_jax.models.quantize import is_quantized, product
-from seal_jax.sharding import param_shardings
+from seal_jax.sharding import param_shardings, platform
 from seal_jax.types import Adapters, Array, ParamRules, Params
 
 _Kernels = dict[str, list[jax.Array]]  # of each target, the layers' [S in out]
@@ -87,15 +87,37 @@ def check_groups(params: Params, num_adapters: int | None, num_groups: int) -> N
         )
 
 
-def each_product(x: jax.Array, kernel: Any) -> jax.Array:
-    """Return x @ kernel, [M F] in x's dtype, of x [M D] grouped by sequence.
+def each_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return x @ kernel[s], [M F] in x's dtype, of x [M D] grouped by sequence; kernel [S D F]."""
+    grouped = x.reshape(kernel.shape[0], -1, x.shape[-1])
+    return _grouped_product(grouped, kernel).reshape(x.shape[0], -1)
 
-    Args:
-      kernel: [S D F], whatever else `product` takes.
-    """
-    grouped = x.reshape(num_own(kernel), -1, x.shape[-1])
-    y = product("std,sdf->stf", grouped, kernel, x.dtype)
-    return y.reshape(x.shape[0], -1)
+
+@jax.custom_vjp
+def _grouped_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return x @ kernel, [S T F], of x [S T D], and keep no more than the two for the gradient."""
+    return _for_each(lambda x, kernel: product("td,df->tf", x, kernel, x.dtype), x, kernel)
+
+
+def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
+    return _grouped_product(x, kernel), (x, kernel)
+
+
+def _backward(saved: tuple, grads: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    d_x = _for_each(lambda g, kernel: product("tf,df->td", g, kernel, g.dtype), grads, kernel)
+    wide = {"preferred_element_type": kernel.dtype}
+    return d_x, _for_each(lambda x, g: jnp.einsum("td,tf->df", x, g, **wide), x, grads)
+
+
+_grouped_product.defvjp(_forward, _backward)
+
+
+def _for_each(function: Callable, *arrays: jax.Array) -> jax.Array:
+    """Return the function of each sequence's arrays, all with a leading [S]."""
+    if platform() == "cpu":  # where a batched product takes longer than one after another
+        return jax.lax.map(lambda one: function(*one), arrays)
+    return jax.vmap(function)(*arrays)
 
 
 def merge_each(params: Params, adapters: Adapters, factor: Array | None = None) -> Params:

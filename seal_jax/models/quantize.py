@@ -162,8 +162,7 @@ def product(contract: str, x: jax.Array, kernel: Any, dtype: Any) -> jax.Array:
         kernel = kernel.astype(x.dtype)
         if x.dtype == jnp.float32:
             return jnp.einsum(contract, x, kernel, preferred_element_type=dtype)
-        y = _half_product(contract, jnp.dtype(dtype), at_least_two(x), kernel)
-        return y[..., : x.shape[-2], :]
+        return _half_product(contract, jnp.dtype(dtype), at_least_two(x), kernel)[: len(x)]
     return _frozen_product(contract, jnp.dtype(dtype), x, kernel)
 
 

@@ -1,4 +1,4 @@
-"""Kernels as a CPU wants them where tokens are few: [... out in], on the left of the product.
+"""Kernels as a CPU wants them where tokens are few: [out in], on the left of the product.
 
 XLA for CPUs rearranges the right side of a product first. With few tokens that takes as long as
 the product; here only the tokens are rearranged. One token alone is a product of a matrix and a
@@ -17,9 +17,9 @@ _MANY = 96  # up to so many rows of one token it is worth it
 
 
 class Turned(NamedTuple):
-    """A kernel that `product` takes as it takes one [in out], or [S in out]."""
+    """A kernel that `product` takes as it takes one [in out]."""
 
-    transposed: jax.Array  # [out in], or [S out in]
+    transposed: jax.Array  # [out in]
 
 
 def turns(device: str, num_rows: int, dtype: jnp.dtype) -> bool:
@@ -29,10 +29,13 @@ def turns(device: str, num_rows: int, dtype: jnp.dtype) -> bool:
 
 
 def turn_kernels(params: Params) -> Params:
-    """Return params whose kernels are turned, but for quantized ones."""
+    """Return params whose kernels are turned, but for quantized ones and those of S sequences.
+
+    There are few tokens for each of those in any case: turned they are no faster.
+    """
 
     def one(path: tuple, leaf: jax.Array) -> Any:
-        return Turned(leaf.swapaxes(-1, -2)) if _is_kernel(path) else leaf
+        return Turned(leaf.T) if _is_kernel(path, leaf) else leaf
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -40,24 +43,24 @@ def turn_kernels(params: Params) -> Params:
 def kernels(params: Params) -> list[jax.Array]:
     """Return what `turn_kernels` makes a copy of."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return [leaf for path, leaf in leaves if _is_kernel(path)]
+    return [leaf for path, leaf in leaves if _is_kernel(path, leaf)]
 
 
-def _is_kernel(path: tuple) -> bool:
+def _is_kernel(path: tuple, leaf: jax.Array) -> bool:
     # A quantized kernel is no leaf: its parts are.
-    return getattr(path[-1], "key", None) == "kernel"
+    return getattr(path[-1], "key", None) == "kernel" and leaf.ndim == 2
 
 
 def turned_product(x: jax.Array, kernel: Turned) -> jax.Array:
-    """Return x @ kernel, f32[... T F] of x [... T D]."""
+    """Return x @ kernel, f32[T F] of x [T D]."""
     transposed = kernel.transposed.astype(x.dtype)
     tokens = at_least_two(x)
-    y = jnp.einsum("...fd,...td->...ft", transposed, tokens, preferred_element_type=jnp.float32)
+    y = jnp.einsum("fd,td->ft", transposed, tokens, preferred_element_type=jnp.float32)
     # Behind a barrier, or XLA turns the product itself.
-    return jax.lax.optimization_barrier(y).swapaxes(-1, -2)[..., : x.shape[-2], :]
+    return jax.lax.optimization_barrier(y).T[: len(x)]
 
 
 def at_least_two(x: jax.Array) -> jax.Array:
-    """Return tokens [... T D], on CPUs with one of zeros beside one in bfloat16 that is alone."""
-    alone = x.shape[-2] == 1 and x.dtype == jnp.bfloat16 and platform() == "cpu"
-    return jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, 1), (0, 0))) if alone else x
+    """Return tokens [T D]; on CPUs with a second one of zeros, where one in bfloat16 is alone."""
+    alone = len(x) == 1 and x.dtype == jnp.bfloat16 and platform() == "cpu"
+    return jnp.pad(x, ((0, 1), (0, 0))) if alone else x

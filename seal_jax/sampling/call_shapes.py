@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from seal_jax.hosts.exchange import least
 from seal_jax.hosts.memory import device_bytes
 from seal_jax.models.config import ModelConfig
-from seal_jax.models.own_kernels import num_own
 from seal_jax.models.padded_lengths import BUCKETS, bucket_of
 from seal_jax.models.turned_kernels import kernels, turns
 from seal_jax.sampling.decode import RowsShape, cache_dtype, cache_sharding
@@ -92,8 +91,7 @@ def plan_call(
             " max_tokens may be lower",
             stacklevel=4,  # of who calls `generate`
         )
-    of_a_kernel = A * size // (num_own(params) or 1)
-    turned = turns(mesh.devices.flat[0].platform, of_a_kernel, dtype)
+    turned = turns(mesh.devices.flat[0].platform, A * size, dtype)
     turned = turned and needed + tree_bytes(kernels(params)) <= room
     return CallShapes(rows, -(-size // SHRINK), at_once, turned)
 
@@ -143,7 +141,7 @@ def _room(params: Params, adapters: Adapters | None, mesh: Mesh) -> float:
 def _cast_bytes(params: Params) -> int:
     """Return the bytes of what decoding may keep of kernels that are not in the model's dtype."""
     dtype = params["embed"]["embedding"].dtype
-    cast = [x for x in kernels(params) if x.dtype != dtype]
+    cast = [x for x in jax.tree.leaves(params) if x.ndim == 3 and x.dtype != dtype]
     return sum(tree_bytes(x) * dtype.itemsize // x.dtype.itemsize for x in cast)
 
 

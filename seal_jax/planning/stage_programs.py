@@ -149,7 +149,7 @@ def _teaching(
     B, longest = settings.answer.max_rows, 2 * lengths.longest_passage
     shape = B, bucket_of(min(longest, longest_row(model.config)))
     tokens = _rows(model, mesh, *shape)
-    rows = Reading(tokens, tokens, _rows(model, mesh, *shape, dtype=jnp.bool_))
+    rows = Reading._make([tokens, tokens, _rows(model, mesh, *shape, dtype=jnp.bool_)])
     score = partial(score_tokens.trace, model.config, base, None, rows, settings.inner.num_taught)
     return Program("teaching", score, size=B, key="answer.max_rows")
 

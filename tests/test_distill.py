@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_train import assert_same_run, killed_at
 from tiny_run import CONFIG as TINY_RUN
+from tiny_run import run_process, train_arguments
 
 from seal_jax.config import ConfigError, load_config
 from seal_jax.config.setup import make_stages, settings_of
+from seal_jax.hosts.files import read_jsonl
 from seal_jax.inner.packing import Layout, job_losses, pack
 from seal_jax.inner.teachers import Lesson, with_teachers
 from seal_jax.inner.texts import Job, text_of
@@ -349,3 +352,15 @@ def test_a_config_that_no_teacher_can_serve_is_refused():
         load_config(TINY_RUN, (*DISTILL, "inner.pad_loss=sampled"))
     with pytest.raises(ConfigError, match="inner.objective = 'kl': needs one of 'sft', 'distill'"):
         load_config(TINY_RUN, ("inner.objective=kl",))
+
+
+@pytest.mark.long
+def test_a_run_that_distills_goes_on_after_a_kill_as_if_there_had_been_none(compiled, tmp_path):
+    overrides = (*DISTILL, "inner.divergence=reverse", "eval.random_control=False")
+    overrides += ("outer.num_steps=1",)
+    run_process(*train_arguments(tmp_path / "whole", *overrides))
+    killed_at(tmp_path / "killed", "pending_0.jsonl:3", *overrides)
+    run_process(*train_arguments(tmp_path / "killed", *overrides))
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    edits = read_jsonl(tmp_path / "whole" / "edits.jsonl")
+    assert all(0 < loss < 5 for edit in edits for loss in edit["loss_before"])

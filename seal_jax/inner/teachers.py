@@ -28,7 +28,7 @@ from seal_jax.models.model import Model
 from seal_jax.models.padded_lengths import BUCKETS, bucket_of
 from seal_jax.models.transformer import hidden_states
 from seal_jax.sharding import leading, to_device, to_host
-from seal_jax.types import Adapters, Params, Teacher
+from seal_jax.types import Adapters, Array, Params, Teacher
 
 
 class Lesson(NamedTuple):
@@ -38,17 +38,17 @@ class Lesson(NamedTuple):
     context: tuple[int, ...] = ()
 
 
-class _Rows(NamedTuple):
-    """What the teacher reads [B T] (numpy), a lesson in each row; the rest is padding."""
+class Reading(NamedTuple):
+    """What the teacher reads [B T], a lesson in each row; the rest is padding."""
 
-    tokens: np.ndarray  # i32
-    segments: np.ndarray  # i32
-    wanted: np.ndarray  # bool: its distribution is
+    tokens: Array  # i32
+    segments: Array  # i32
+    wanted: Array  # bool: its distribution is
 
 
 @partial(jax.jit, static_argnames=("config", "top"))
 def score_tokens(
-    config: ModelConfig, params: Params, adapters: Adapters | None, rows: _Rows, top: int
+    config: ModelConfig, params: Params, adapters: Adapters | None, rows: Reading, top: int
 ) -> Teacher:
     """Return the distribution of each token in [B T] that is wanted; the others' mean nothing.
 
@@ -137,9 +137,9 @@ def _length(model: Model, lesson: Lesson) -> int:
     return _first(model, lesson) + len(lesson.text.tokens)
 
 
-def _rows(model: Model, groups: Sequence[Sequence[Lesson]], shape: tuple[int, int]) -> _Rows:
+def _rows(model: Model, groups: Sequence[Sequence[Lesson]], shape: tuple[int, int]) -> Reading:
     """Return the rows of all groups: each has as many, some of them empty."""
-    rows = _Rows(
+    rows = Reading(
         np.full(shape, model.tokenizer.pad_id, np.int32),
         np.zeros(shape, np.int32),
         np.zeros(shape, bool),

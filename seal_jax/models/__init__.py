@@ -9,6 +9,7 @@ attention.py       attention: XLA, cuDNN, splash
 rope.py            rotary position embeddings
 kv_cache.py        keys and values of what was read and written
 logits.py          logits, and log-probabilities of the next tokens
+divergence.py      how far next tokens are from those of a teacher
 lora.py            adapters as pytrees
 lora_product.py    the two thin products of many adapters
 own_kernels.py     a model of its own for each of several sequences

@@ -3,6 +3,7 @@
 stages.py         what every step calls; self-edits are written and parsed
 problems.py       the problems of a run, and those of a step
 waves.py          inner runs, as many at a time as train side by side
+teaching.py       teachers for a wave's texts, where its runs distill
 answers.py        adapted models answer, and the answers get marks
 ledger.py         what became of each inner run, a line for each
 examination.py    which inner runs a step needs, and what its rewards are made of

@@ -27,6 +27,7 @@ from seal_jax.types import Settings
 
 _ADVICE = {
     "sample.max_rows": "lower sample.max_rows or sample.max_tokens",
+    "answer.max_rows": "lower answer.max_rows",
     "inner.max_adapters": "lower inner.max_adapters or inner.tokens_per_step, or set"
     " inner.remat=full or inner.quantize=int8",
     "outer.microbatch_size": "lower outer.microbatch_size, or set outer.remat=full",
@@ -122,6 +123,8 @@ def step_counts(settings: Settings, lengths: Lengths, shards: int) -> dict[str, 
     return {
         "prefill": problems * arms + tests * (arms + 1) + asked,
         "decode": written * settings.sample.most_tokens + asked * settings.answer.most_tokens,
+        # Of each run the passage, and lines of about 32 tokens; at most, as seeds have the same.
+        "teaching": runs * (1 + lengths.passage / 32),
         "inner step": tokens / (inner.tokens_per_step * shards),
         "scoring": runs if "log_likelihood" in settings.reward.weights else table,
         "policy update": trained / outer.batch_size * outer.microbatch_size,

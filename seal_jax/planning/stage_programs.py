@@ -18,6 +18,7 @@ from seal_jax.config.setup import row_tokens
 from seal_jax.inner.packing import empty_batch
 from seal_jax.inner.population import adapter_bytes, largest_shapes
 from seal_jax.inner.steps import LONGEST
+from seal_jax.inner.teachers import Reading, longest_row, score_tokens
 from seal_jax.inner.update import inner_setup, make_inner_loop
 from seal_jax.models import lora
 from seal_jax.models.config import ModelConfig
@@ -91,6 +92,8 @@ def programs(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> 
     yield from _writing(settings, model, mesh, lengths)
     base = jax.eval_shape(partial(quantize_params, word=settings.inner.quantize), model.params)
     base = shaped(base, param_shardings(mesh, base, model.config.rules))
+    if settings.inner.num_taught:
+        yield _teaching(settings, model, base, mesh, lengths)
     yield _inner_step(settings, model, base, mesh, lengths)
     asked_once = asks_once(TASKS[settings.task["name"]])  # then the final table has log-likelihoods
     if "log_likelihood" in settings.reward.weights or asked_once:
@@ -138,6 +141,18 @@ def _writing(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> 
         key="sample.max_rows",
         each=-(-tree_bytes(rows) // B),  # the cache above all
     )
+
+
+def _teaching(
+    settings: Settings, model: Model, base: Params, mesh: Mesh, lengths: Lengths
+) -> Program:
+    """Return the base that reads training texts behind their passage; the longest is a passage."""
+    B, longest = settings.answer.max_rows, 2 * lengths.longest_passage
+    shape = B, bucket_of(min(longest, longest_row(model.config)))
+    tokens = _rows(model, mesh, *shape)
+    rows = Reading._make([tokens, tokens, _rows(model, mesh, *shape, dtype=jnp.bool_)])
+    score = partial(score_tokens.trace, model.config, base, None, rows, settings.inner.num_taught)
+    return Program("teaching", score, size=B, key="answer.max_rows")
 
 
 def _adapter_shapes(settings: Settings, model: Model, mesh: Mesh) -> Adapters:

@@ -250,9 +250,8 @@ def test_a_reservoir_is_uniform_and_per_problem_is_even():
     uneven = make_memory("per_problem", 24)
     for edit, num in enumerate((12, 1, 5)):
         uneven = remember(uneven, edit, texts_of(edit, num), (edit,))
-    assert sorted(entry.edit for entry in uneven.entries) == [0, 0, 0, 1, 2, 2] or sorted(
-        entry.edit for entry in uneven.entries
-    ) == [0, 0, 1, 2, 2, 2]
+    edits = [entry.edit for entry in uneven.entries]
+    assert sorted(map(edits.count, (0, 1, 2))) == [1, 2, 3] and edits.count(1) == 1
 
 
 def test_the_most_forgotten_come_first():
@@ -341,31 +340,13 @@ def params_of(S: int = 3, L: int = 2, fan_in: int = 5, fan_out: int = 4) -> dict
     return layers | {"embed": kernels[0]}
 
 
-def test_a_change_is_merged_into_each_sequences_own_kernels():
-    adapters, params = adapters_of(), params_of()
-    change = keeping.change_of(adapters)
-    half = np.array([0.5, 0.0, 1.0], np.float32)
-    merged = keeping.merge_change(params, keeping.scaled(change, half))
-    ab = adapters.weights["attn"]["q_proj"]
-    for s in range(3):
-        for i in range(2):
-            added = half[s] * adapters.scale[s] * ab["a"][s, i].T @ ab["b"][s, i]
-            before = params[f"layers_{i}"]["attn"]["q_proj"]["kernel"][s]
-            after = merged[f"layers_{i}"]["attn"]["q_proj"]["kernel"][s]
-            np.testing.assert_allclose(after, before + added, rtol=1e-5, atol=1e-6)
-    assert merged["embed"] is params["embed"]
-    shared = {
-        name: {"attn": {"q_proj": {"kernel": np.zeros((5, 4), np.float32)}}}
-        for name in ("layers_0", "layers_1")
-    }
-    with pytest.raises(ValueError, match="expected a kernel of every sequence's own"):
-        keeping.merge_change(shared, change)
-
-
 def test_a_refused_edit_leaves_nothing_behind_even_if_it_is_not_finite():
-    change = {"attn": {"q_proj": np.full((2, 1, 2, 2), np.nan, np.float32)}}
-    found = np.asarray(keeping.scaled(change, np.array([0.0, 1.0]))["attn"]["q_proj"])
+    deltas = {"attn": {"q_proj": np.full((2, 1, 2, 2), np.nan, np.float32)}}
+    found = np.asarray(keeping.scaled(deltas, np.array([0.0, 1.0]))["attn"]["q_proj"])
     assert (found[0] == 0).all() and np.isnan(found[1]).all()
+    deltas["attn"]["q_proj"][:] = 3
+    found = np.asarray(keeping.scaled(deltas, np.array([0.5, 2.0]))["attn"]["q_proj"])
+    assert (found[0] == 1.5).all() and (found[1] == 6).all()
 
 
 @pytest.mark.parametrize("density", [0.05, 0.3, 0.85])

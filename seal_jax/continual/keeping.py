@@ -1,45 +1,30 @@
 """What becomes of a trained self-edit: how much of it is merged, and into what.
 
-A change is what adapters add to the kernels, as full matrices: {block: {target: f32[S L in out]}},
-scale * a.T @ b of each of S sequences and L layers. Functions take changes, kernels or adapters and
-return new ones; they compose:
+Deltas are what adapters add to the kernels, as full matrices: {block: {target: f32[S L in out]}} of
+each of S sequences and L layers, made by `deltas_of` and added by `add_each` of
+`models/own_kernels.py`. They are as large as the kernels; what needs none of them (a plain or a
+scaled merge) is `merge_each`, with a factor. The functions here compose between the two:
 
-  change  = trim(change_of(adapters), density=0.2)       # TIES' first step
-  change  = scaled(change, time_scale(k))                # SLAO's weight of the k-th edit
-  params  = merge_change(params, change)                 # kernel += change, in float32
-  answers = ema(answers, params, decay=0.9)              # a slow copy that answers
+  deltas  = trim(deltas_of(adapters), density=0.2)                  # TIES' first step
+  params  = add_each(params, scaled(deltas, factors))               # of a gate
+  params  = merge_each(params, adapters, factor=f32[S])             # or of time_scale(k), as SLAO
+  answers = ema(answers, params, decay=0.9)                         # a slow copy that answers
 """
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seal_jax.models.quantize import is_quantized
 from seal_jax.types import Adapters, Params
 
-Change = dict[str, dict[str, jax.Array]]
 
-
-def change_of(adapters: Adapters) -> Change:
-    """Return what each adapter adds to the kernels: scale * a.T @ b, in float32."""
-
-    def product(ab: dict[str, jax.Array]) -> jax.Array:
-        # The b of a few rows is scaled, not the product.
-        b = ab["b"].astype(jnp.float32) * adapters.scale[:, None, None, None]
-        return jnp.einsum("slri,slro->slio", ab["a"].astype(jnp.float32), b)
-
-    return {
-        block: {target: product(ab) for target, ab in targets.items()}
-        for block, targets in adapters.weights.items()
-    }
-
-
-def scaled(change: Change, factors: jax.Array | np.ndarray | float) -> Change:
-    """Return the change times a factor, or times one for each sequence, f32[S]."""
+def scaled(deltas: Params, factors: jax.Array | np.ndarray | float) -> Params:
+    """Return the deltas times a factor, or times one for each sequence, f32[S]."""
     factors = jnp.asarray(factors, jnp.float32)
 
     def times(x: jax.Array) -> jax.Array:
@@ -47,41 +32,11 @@ def scaled(change: Change, factors: jax.Array | np.ndarray | float) -> Change:
         each = jnp.broadcast_to(factors, x.shape[:1])[:, None, None, None]
         return jnp.where(each == 0, 0.0, each * x)
 
-    return jax.tree.map(times, change)
+    return jax.tree.map(times, deltas)
 
 
-def merge_change(params: Params, change: Change) -> Params:
-    """Return params with the change added to every sequence's own kernels, summed in float32.
-
-    Args:
-      params: with a kernel f[S in out] of its own for each sequence wherever there is a change.
-
-    Raises:
-      ValueError: params are quantized, or a kernel is not one of S.
-    """
-    if is_quantized(params):
-        raise ValueError("a change cannot be merged into quantized params: merge, then quantize")
-    merged = dict(params)
-    num_layers = jax.tree.leaves(change)[0].shape[1]
-    for i in range(num_layers):
-        layer = dict(merged[f"layers_{i}"])
-        for block, targets in change.items():
-            layer[block] = dict(layer[block])
-            for target, delta in targets.items():
-                kernel = layer[block][target]["kernel"]
-                if kernel.shape != (expected := (*delta.shape[:1], *delta.shape[2:])):
-                    raise ValueError(
-                        f"layers_{i}/{block}/{target}: expected a kernel of every sequence's own,"
-                        f" {expected}, found {kernel.shape}"
-                    )
-                total = (kernel.astype(jnp.float32) + delta[:, i]).astype(kernel.dtype)
-                layer[block][target] = layer[block][target] | {"kernel": total}
-        merged[f"layers_{i}"] = layer
-    return merged
-
-
-def trim(change: Change, density: float) -> Change:
-    """Return the change with the largest entries of each matrix alone, the others 0.
+def trim(deltas: Params, density: float) -> Params:
+    """Return the deltas with the largest entries of each matrix alone, the others 0.
 
     Exactly round(density * in * out) entries of each [in out] stay, at least one; of equal
     magnitudes those that come first. The threshold is exact: a binary search over the bits of a
@@ -99,13 +54,19 @@ def trim(change: Change, density: float) -> Change:
     """
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}: expected more than 0 and at most 1")
-    return change if density == 1 else jax.tree.map(lambda x: _trim(x, density), change)
+    if density == 1:
+        return deltas
+
+    def one(x: jax.Array) -> jax.Array:
+        return _trim(x, max(round(density * x.shape[-2] * x.shape[-1]), 1))
+
+    return jax.tree.map(one, deltas)
 
 
-def _trim(x: jax.Array, density: float) -> jax.Array:
+@partial(jax.jit, static_argnames="num_kept")
+def _trim(x: jax.Array, num_kept: int) -> jax.Array:
     *lead, fan_in, fan_out = x.shape
-    num_kept = max(round(density * fan_in * fan_out), 1)
-    flat = x.astype(jnp.float32).reshape(*lead, -1)
+    flat = x.astype(jnp.float32).reshape(*lead, fan_in * fan_out)
     # Of what has no sign, floats are in the order of their bits. A NaN is above all: it stays seen.
     bits = jax.lax.bitcast_convert_type(jnp.abs(flat), jnp.int32)
 
@@ -218,7 +179,8 @@ def choose_scales(new: np.ndarray, old: np.ndarray, scales: Sequence[float], wei
         negative; or a score at scale 0, of the model as it is, is not finite.
 
     References:
-      STABLE, arXiv 2510.16089, gates merges by what they would break, each at one scale.
+      STABLE, arXiv 2510.16089: an edit that breaks more than a budget is scaled down or rejected.
+      Here several scales are tried, and what an edit gains counts, too.
     """
     new, old = np.asarray(new, np.float64), np.asarray(old, np.float64)
     factors = np.asarray(scales, np.float64)

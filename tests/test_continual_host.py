@@ -16,12 +16,13 @@ from seal_jax.continual.memory import (
     drop_of,
     from_json,
     make_memory,
+    mix,
     num_tokens,
     remember,
+    replay_counts,
     replayed_in,
     rescore,
     to_json,
-    with_replay,
 )
 from seal_jax.continual.retrieval import make_index, route
 from seal_jax.continual.sequences import make_sequences
@@ -42,6 +43,13 @@ def record_of(scores: np.ndarray, **other) -> Record:
         "num_bytes": np.full(N, 1e6),
     }
     return Record(scores=scores, **(fields | other))
+
+
+def with_replay(rows, memory, share, key, extra=False):
+    """Return a job's rows as an edit trains on them."""
+    counts = replay_counts(rows, share, extra) if memory.entries else [0] * len(rows)
+    old = choose(memory, key, num_texts=sum(counts)) if sum(counts) else ()
+    return mix(rows, counts, [Text(entry.tokens, entry.loss_mask) for entry in old], extra)
 
 
 def scores_of(S: int, N: int, seed: int = 0) -> np.ndarray:

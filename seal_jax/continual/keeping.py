@@ -99,12 +99,15 @@ def ema(slow: Any, fast: Any, decay: float) -> Any:
         raise ValueError(f"decay is {decay}: expected 0 or more and less than 1")
 
     def average(old: jax.Array, new: jax.Array) -> jax.Array:
-        if old is new:
-            return old
-        start = old.astype(jnp.float32)
-        return (start + (1 - decay) * (new.astype(jnp.float32) - start)).astype(old.dtype)
+        return old if old is new else _average(old, new, decay)
 
     return jax.tree.map(average, slow, fast)
+
+
+@partial(jax.jit, static_argnums=2)
+def _average(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
+    start = old.astype(jnp.float32)
+    return (start + (1 - decay) * (new.astype(jnp.float32) - start)).astype(old.dtype)
 
 
 def time_scale(number: int) -> float:

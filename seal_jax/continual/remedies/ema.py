@@ -24,4 +24,5 @@ def _keep(decay: float, work: Work, learner: Learner, edit: Edit) -> Learner:
     del work
     assert edit.adapters is not None  # they are trained
     fast = merge_each(learner.params, edit.adapters)
+    # Outside of the program: what the two share stays one array.
     return learner._replace(params=fast, answers=ema(learner.answering, fast, decay))

@@ -90,7 +90,7 @@ def remedy(strength: float = 1e4, decay: float = 1.0, per_edit: int = 8) -> Reme
         )
     return Remedy(
         before=ewc(strength),
-        begin=lambda work, params, adapters: no_fisher(adapters.weights),
+        begin=lambda work, params, adapters: _no_fisher(adapters.weights),
         context=lambda store, adapters: {"importance": Importance(store, adapters.weights)},
         learn=partial(_learn, decay, per_edit),
         frame="fixed",
@@ -106,6 +106,9 @@ def _learn(
         return store
     grads, counts = found
     return _add_fishers(store, grads, counts, decay)
+
+
+_no_fisher = jax.jit(no_fisher)
 
 
 @partial(jax.jit, static_argnums=3)

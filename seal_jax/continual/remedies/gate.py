@@ -71,12 +71,13 @@ def _keep(
     # A rejected self-edit has trained nothing: the gate has refused nothing.
     refused = sum(bool(no) for no, row in zip(gate.refused, edit.texts, strict=True) if row)
     return learner._replace(
-        params=merge_each(learner.params, edit.adapters, gate.scales),
+        params=merge_each(learner.params, edit.adapters, work.placed(gate.scales)),
         refused=learner.refused + refused,
     )
 
 
-def at_scales(adapters: Adapters, scales: Sequence[float]) -> Adapters:
+@partial(jax.jit, static_argnums=1)
+def at_scales(adapters: Adapters, scales: tuple[float, ...]) -> Adapters:
     """Return each adapter G times in a row, at G scales."""
     repeated = jax.tree.map(lambda x: jnp.repeat(x, len(scales), axis=0), adapters)
     factors = jnp.tile(jnp.asarray(scales, jnp.float32), len(adapters.scale))

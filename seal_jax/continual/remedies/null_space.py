@@ -97,7 +97,7 @@ def remedy(energy: float = 1e-3, decay: float = 1.0) -> Remedy:
 
 def _begin(work: Work, params: Params, adapters: Adapters) -> Store:
     del work, params
-    nothing = zero_maps(adapters.weights)
+    nothing = jax.jit(zero_maps)(adapters.weights)
     return {"covariances": nothing, "projectors": _projectors_of(nothing, 0.5)}
 
 

@@ -58,7 +58,7 @@ def remedy(strength: float = 0.1) -> Remedy:
         raise ValueError(f"strength is {strength}: expected more than 0")
     return Remedy(
         before=o_lora(strength),
-        begin=lambda work, params, adapters: zero_maps(adapters.weights),
+        begin=lambda work, params, adapters: _nothing(adapters.weights),
         context=lambda store, adapters: {"subspaces": store},
         learn=_learn,
         frame="fresh",
@@ -71,4 +71,4 @@ def _learn(work: Work, learner: Learner, edit: Edit, store: Store) -> Store:
     return _add_subspace(store, edit.adapters.weights)
 
 
-_add_subspace = jax.jit(add_subspace)
+_nothing, _add_subspace = jax.jit(zero_maps), jax.jit(add_subspace)

@@ -151,7 +151,7 @@ def remedy(num: int = 32, per_edit: int = 8) -> Remedy:
 
 def _begin(num: int, work: Work, params: Params, adapters: Adapters) -> Store:
     del work, params
-    return jax.vmap(partial(no_directions, num=num))(adapters.weights)
+    return jax.jit(jax.vmap(partial(no_directions, num=num)))(adapters.weights)
 
 
 def _learn(per_edit: int, work: Work, learner: Learner, edit: Edit, store: Store) -> Store:

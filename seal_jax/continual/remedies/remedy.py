@@ -15,6 +15,8 @@ route        who answers a question, where that is not the sequence's model
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import optax
 
 from seal_jax.continual.memory import Memory
@@ -22,6 +24,7 @@ from seal_jax.continual.memory_gradients import MemoryGradients
 from seal_jax.inner.texts import Text
 from seal_jax.outer.problems import Batch
 from seal_jax.outer.stages import Stages
+from seal_jax.sharding import leading, to_device
 from seal_jax.types import Adapters, ContinualSettings, Params
 
 Store = Any  # what a remedy keeps between edits: a pytree of arrays [S ...], of constant size
@@ -58,6 +61,11 @@ class Work(NamedTuple):
     def num(self) -> int:
         """S, how many sequences there are."""
         return len(self.sequences)
+
+    def placed(self, values: np.ndarray) -> jax.Array:
+        """Return a number for each sequence [S] on the devices."""
+        rules = self.stages.model.config.rules
+        return to_device(values, leading(self.stages.mesh, "adapter", self.num, rules))
 
 
 class Edit(NamedTuple):

@@ -26,5 +26,5 @@ def keep_scaled(
 ) -> Learner:
     """Merge each edit times factor(number of the edit, from 0)."""
     assert edit.adapters is not None  # they are trained
-    factors = np.full(work.num, factor(edit.number), np.float32)
+    factors = work.placed(np.full(work.num, factor(edit.number), np.float32))
     return learner._replace(params=merge_each(learner.params, edit.adapters, factors))

@@ -26,9 +26,15 @@ def remedy() -> Remedy:
 
 def _begin(work: Work, params: Params, adapters: Adapters) -> Store:
     del work, params
-    return {"adapters": adapters, "is_first": jnp.ones((), bool)}
+    return _store(adapters, True)
 
 
+@partial(jax.jit, static_argnums=1)
+def _store(adapters: Adapters, is_first: bool) -> dict[str, Any]:
+    return {"adapters": adapters, "is_first": jnp.bool_(is_first)}
+
+
+@jax.jit
 def _start(store: Any, adapters: Adapters) -> Adapters:
     again = init_from_last(store["adapters"])
     return jax.tree.map(lambda new, old: jnp.where(store["is_first"], new, old), adapters, again)
@@ -36,4 +42,5 @@ def _start(store: Any, adapters: Adapters) -> Adapters:
 
 def _learn(work: Work, learner: Learner, edit: Edit, store: Store) -> Store:
     del work, learner, store
-    return {"adapters": edit.adapters, "is_first": jnp.zeros((), bool)}
+    assert edit.adapters is not None  # they are trained
+    return _store(edit.adapters, False)

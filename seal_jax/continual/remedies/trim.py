@@ -6,9 +6,12 @@ References:
 
 from functools import partial
 
+import jax
+
 from seal_jax.continual.keeping import trim
 from seal_jax.continual.remedies.remedy import Edit, Learner, Remedy, Work
 from seal_jax.models.own_kernels import add_each, deltas_of
+from seal_jax.types import Adapters, Params
 
 
 def remedy(density: float = 0.2) -> Remedy:
@@ -25,5 +28,9 @@ def remedy(density: float = 0.2) -> Remedy:
 def _keep(density: float, work: Work, learner: Learner, edit: Edit) -> Learner:
     del work
     assert edit.adapters is not None  # they are trained
-    change = trim(deltas_of(edit.adapters), density)
-    return learner._replace(params=add_each(learner.params, change))
+    return learner._replace(params=_trimmed(learner.params, edit.adapters, density))
+
+
+@partial(jax.jit, static_argnums=2)
+def _trimmed(params: Params, adapters: Adapters, density: float) -> Params:
+    return add_each(params, trim(deltas_of(adapters), density))

@@ -25,6 +25,7 @@ from seal_jax.models.config import ModelConfig
 from seal_jax.models.divergence import DIVERGENCES, likeliest, token_costs
 from seal_jax.models.logits import unembed
 from seal_jax.models.model import Model
+from seal_jax.models.own_kernels import model_at, own_kernels
 from seal_jax.models.transformer import forward, init_params
 from seal_jax.optim import make_optimizer
 from seal_jax.outer.stages import check_prompts, parse
@@ -217,6 +218,22 @@ def test_a_teacher_reads_the_context_and_then_the_text(model, mesh, lessons, tau
     assert with_teachers(model, model.params, None, [[], []], top=4, mesh=mesh) == [[], []]
 
 
+def test_each_group_is_taught_by_the_model_of_its_sequence(model, mesh, lessons, taught):
+    own = own_kernels(model.params, ("q_proj", "up_proj"), 2)
+    own = jax.tree.map(
+        lambda x: x * jnp.array([1.0, 0.5])[:, None, None] if x.ndim == 3 else x, own
+    )
+    found = with_teachers(model, own, None, lessons, top=4, mesh=mesh)
+    other = model_at(own, 1)
+    alone = with_teachers(model, other, None, [lessons[1]], top=4, mesh=mesh)
+    for text, expected in zip((*found[0], *found[1]), (*taught[0], *alone[0]), strict=True):
+        np.testing.assert_array_equal(text.teacher.ids, expected.teacher.ids)
+        np.testing.assert_allclose(text.teacher.logp, expected.teacher.logp, atol=1e-4)
+    assert np.abs(found[1][0].teacher.logp - taught[1][0].teacher.logp).max() > 1e-2
+    with pytest.raises(ValueError, match="rows in 1 groups"):
+        with_teachers(model, own, None, lessons[:1], top=4, mesh=mesh)
+
+
 def test_what_no_teacher_can_read_is_refused(model, mesh):
     long = Lesson(text_of(range(1, 60)), tuple(range(1, 20)))
     with pytest.raises(ValueError, match="has 78 tokens: expected at most 64"):
@@ -282,6 +299,14 @@ def test_batches_are_as_ever_where_nobody_has_a_teacher_or_a_weight(taught):
     np.testing.assert_array_equal(batch.teacher.ids[0, 0, length:end], other.teacher.ids)
     np.testing.assert_array_equal(batch.teacher.logp[0, 0, length:end], other.teacher.logp)
     assert (batch.teacher.ids[0, 0, end:] == -1).all() and (batch.teacher.ids[1:] == -1).all()
+
+
+def test_references_may_have_teachers_where_rows_have_none(taught):
+    text = taught[0][1]
+    job = Job(((text._replace(teacher=None),),), 0.1, references=((text._replace(weight=0.5),),))
+    (batch,) = pack([job], layout=LAYOUT)
+    of_reference = batch.teacher.ids[0][batch.text_weight[0] == 0.5]
+    np.testing.assert_array_equal(of_reference, text.teacher.ids)
 
 
 # --- in a run ---

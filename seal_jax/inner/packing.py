@@ -103,7 +103,7 @@ def _have_references(jobs: Sequence[Job]) -> bool:
 
 def _of_texts(jobs: Sequence[Job]) -> dict[str, Any]:
     """Return which arrays the jobs' texts need beside those that every batch has."""
-    texts = [text for job in jobs for row in job.rows for text in row]
+    texts = [text for job in jobs for row in (*job.rows, *job.references) for text in row]
     known = {text.teacher.ids.shape[-1] for text in texts if text.teacher is not None}
     if len(known) > 1:
         numbers = ", ".join(map(str, sorted(known)))
@@ -197,7 +197,8 @@ def _place_text(step: InnerBatch, text: Text, w: int, t: int, segment: int) -> i
     step.loss_weight[at] = text.loss_mask
     if step.text_weight is not None:
         step.text_weight[w, t : t + len(text.tokens) + len(text.pads)] = text.weight
-    if text.teacher is not None and step.teacher is not None:
+    if text.teacher is not None:
+        assert step.teacher is not None  # see `_of_texts`
         step.teacher.ids[at] = text.teacher.ids
         step.teacher.logp[at] = text.teacher.logp
     if not text.pads:

@@ -25,6 +25,7 @@ from seal_jax.inner.texts import Text
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.divergence import likeliest
 from seal_jax.models.model import Model
+from seal_jax.models.own_kernels import check_groups
 from seal_jax.models.padded_lengths import BUCKETS, bucket_of
 from seal_jax.models.transformer import hidden_states
 from seal_jax.sharding import leading, to_device, to_host
@@ -86,6 +87,7 @@ def with_teachers(
     Raises:
       ValueError: a text behind its context is too long for the model, or K beyond the vocabulary.
     """
+    check_groups(params, None if adapters is None else adapters.scale.shape[0], len(groups))
     if not 1 <= top <= (most := model.config.vocab_size):
         raise ValueError(f"top = {top}: expected from 1 to the model's {most} tokens")
     longest = max((_length(model, lesson) for group in groups for lesson in group), default=0)

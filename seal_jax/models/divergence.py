@@ -15,10 +15,12 @@ teacher both are 0. No gradient goes to the teacher.
 
 A token without a teacher costs -log q(token), its negative log-likelihood.
 
-References: context distillation: Askell et al., "A General Language Assistant as a Laboratory for
-Alignment" (arXiv 2112.00861, section 2.2), Snell et al., "Learning by Distilling Context" (arXiv
-2209.15189). Both directions, on the student's own samples: Agarwal et al., "On-Policy Distillation
-of Language Models" (arXiv 2306.13649, equation 1 ff.). Theirs are over the whole vocabulary.
+References:
+  Askell et al., A General Language Assistant as a Laboratory for Alignment, arXiv 2112.00861:
+    context distillation.
+  Snell et al., Learning by Distilling Context, arXiv 2209.15189.
+  Agarwal et al., On-Policy Distillation of Language Models, arXiv 2306.13649: both directions, on
+    the student's own samples, over the whole vocabulary.
 """
 
 import functools

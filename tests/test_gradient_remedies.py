@@ -1,5 +1,6 @@
 """Projections and penalties of gradients, each against a direct computation on a small problem."""
 
+import zlib
 from functools import partial
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.tree_util import Partial
 
 from seal_jax import optim
 from seal_jax.config.check_optimizers import check_optimizers
@@ -279,7 +281,7 @@ def train(name, kernel, weights, tasks, given):
 
 @pytest.fixture(scope="module")
 def two_tasks():
-    """Return both tasks, a kernel that knows the first, its adapter, and stores."""
+    """Return both tasks, a kernel that knows the first, and what remedies store of it."""
     axes = np.eye(SIZE, dtype=np.float32)
     inputs = [numbers(1, 8, 4) @ axes[:4], numbers(2, 4, 6) @ axes[2:8]]
     tasks = [(x, x @ numbers(3 + i, SIZE, OUT)) for i, x in enumerate(inputs)]
@@ -366,19 +368,19 @@ LAYOUT = {"tokens_per_step": 64, "layout": Layout((32, 64)), "steps_per_call": 2
 def memory(tiny):
     """Return two adapters, of maps of unlike inputs, their jobs, and what looks at them."""
     config, _ = tiny
-    keys = jax.random.split(jax.random.key(5))
-    fresh = lora.init_adapters(config, keys, rank=3, alpha=6.0, targets=("q_proj", "down_proj"))
-    weights = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), fresh)
+    a, b, wide = (0.2 * numbers(i, 2, 2, 3, size) for i, size in enumerate((32, 32, 48)))
+    weights = {"attn": {"q_proj": {"a": a, "b": b}}, "mlp": {"down_proj": {"a": wide, "b": -b}}}
+    adapters = Adapters(weights, np.float32([2.0, 0.5]))
     texts = [text_of((7 * np.arange(n) + n).tolist(), p) for n, p in ((9, 0), (20, 4), (13, 0))]
     texts = [text._replace(tokens=tuple(t % 64 for t in text.tokens)) for text in texts]
     jobs = [Job(((texts[0],), (texts[1], texts[2])), 1.0), Job(((texts[1],),), 1.0)]
     setup = InnerSetup(config, optim.make_optimizer())
-    return weights._replace(scale=fresh.scale), jobs, make_memory_gradients(setup)
+    return adapters, jobs, make_memory_gradients(setup)
 
 
-def row_loss(config, params, scale, weights, texts, masks):
+def row_loss(config, params, adapter, texts, masks):
     """Return the mean loss of a row of padded texts [n T], an adapter merged into the model."""
-    logits = forward(config, lora.merge(params, Adapters(weights, scale)), texts)
+    logits = forward(config, lora.merge(params, adapter), texts)
     logp = jax.nn.log_softmax(logits[:, :-1])
     chosen = jnp.take_along_axis(logp, texts[:, 1:, None], axis=-1)[..., 0]
     return -(chosen * masks[:, 1:]).sum() / masks[:, 1:].sum()
@@ -388,21 +390,22 @@ def test_gradients_of_rows_are_those_of_each_alone(tiny, memory):
     config, params = tiny
     adapters, jobs, look = memory
     grads, losses = look.of_rows(params, adapters, pack(jobs, **LAYOUT), 2)
-    direct = jax.jit(jax.value_and_grad(partial(row_loss, config, params, adapters.scale[:1])))
+    direct = jax.jit(jax.value_and_grad(partial(row_loss, config, params)))
     for s, r in ((0, 0), (0, 1), (1, 0)):
         texts, masks = np.zeros((2, 2, 20), np.int32)
         for i, text in enumerate(jobs[s].rows[r]):
             texts[i, : len(text.tokens)], masks[i, : len(text.tokens)] = text.tokens, text.loss_mask
-        loss, expected = direct(lora.take(adapters.weights, slice(s, s + 1)), texts, masks)
+        loss, expected = direct(lora.take(adapters, slice(s, s + 1)), texts, masks)
         np.testing.assert_allclose(losses[s, r], loss, rtol=1e-4)
         found = flat(jax.tree.map(lambda x, s=s, r=r: x[s, r], grads), 1)
-        assert np.linalg.norm(found - flat(expected, 1)) < 1e-3 * np.linalg.norm(found)
+        assert np.linalg.norm(found - flat(expected.weights, 1)) < 1e-3 * np.linalg.norm(found)
     assert np.isnan(losses[1, 1]) and not flat(jax.tree.map(lambda x: x[1, 1], grads), 1).any()
     with pytest.raises(ValueError, match="a memory of 2 rows, expected at most 1"):
         look.of_rows(params, adapters, pack(jobs, **LAYOUT), 1)
 
-    broken = jax.tree.map(lambda x: x.at[1].set(jnp.nan), adapters.weights)
-    grads, losses = look.of_rows(params, adapters._replace(weights=broken), pack(jobs, **LAYOUT), 2)
+    broken = jax.tree.map(np.array, adapters)
+    broken.weights["mlp"]["down_proj"]["b"][1, 1] = np.inf
+    grads, losses = look.of_rows(params, broken, pack(jobs, **LAYOUT), 2)
     kept, lost = (flat(jax.tree.map(lambda x, s=s: x[s, 0], grads), 1) for s in (0, 1))
     assert np.isfinite(kept).all() and np.isnan(lost).all() and np.isnan(losses[1, 0])
 
@@ -410,29 +413,30 @@ def test_gradients_of_rows_are_those_of_each_alone(tiny, memory):
 def test_covariances_are_those_of_the_inputs_of_text(tiny, memory):
     config, params = tiny
     adapters, jobs, look = memory
-    padded = jobs[0].rows[1][1]._replace(pads=(13, 14, 15))  # is in the loss, but no text
-    jobs = [jobs[0]._replace(rows=((padded, jobs[0].rows[0][0]),)), jobs[1]]
+    first, second = jobs[0].rows
+    padded = second[1]._replace(pads=(13, 14, 15))  # these are in the loss, but no text
+    jobs = [Job(((padded, *first),), 1.0), Job((second,), 1.0)]
     found = look.covariances(params, adapters, pack(jobs, **LAYOUT))
-    for s, job in enumerate(jobs):
-        squares = []
-        for text in job.rows[0]:
-            inputs = []
 
-            def see(x, name, probe, inputs=inputs):
-                del name, probe
-                inputs.append(np.asarray(x))
-                return x
+    texts = [text.tokens for job in jobs for text in job.rows[0]]  # two of each adapter's
+    tokens, is_text = np.zeros((2, 4, 20), np.int32)
+    for i, text in enumerate(texts):
+        tokens[i, : len(text)], is_text[i, : len(text)] = text, 1
+    inputs = {}
 
-            tokens = np.array([text.tokens], np.int32)
-            places = np.arange(tokens.size, dtype=np.int32)[None]
-            one = lora.take(adapters, slice(s, s + 1))
-            with jax.disable_jit():  # so that inputs are numbers
-                hidden_states(
-                    config, params, tokens, places, 0 * places + 1, one, packed=Packed(on_input=see)
-                )
-            squares.append([x.T @ x for x in inputs])
-        expected = [sum(of_texts) for of_texts in zip(*squares, strict=True)]
-        for i, (block, target) in enumerate((("attn", "q_proj"), ("mlp", "down_proj"))):
-            direct = np.stack(expected[i::2])
-            error = np.abs(found[block][target][s] - direct).max()
-            assert error < 1e-4 * np.abs(direct).max()
+    def see(x, name, probe):
+        jax.debug.callback(lambda name, x: inputs.update({int(name): np.asarray(x)}), name, x)
+        return x
+
+    packed, places = Packed(on_input=Partial(see)), np.tile(np.arange(20, dtype=np.int32), (4, 1))
+    given = params, tokens, places, is_text, adapters
+    jax.jit(lambda *given: hidden_states(config, *given, packed=packed))(*given)
+    jax.effects_barrier()
+    assert len(inputs) == 4
+    for block, target in (("attn", "q_proj"), ("mlp", "down_proj")):
+        for layer in range(2):
+            x = inputs[zlib.crc32(f"{block}/{target}".encode()) + layer] * is_text.reshape(-1, 1)
+            x = x.reshape(2, -1, x.shape[-1])  # by adapter
+            expected = np.einsum("std,ste->sde", x, x)
+            error = np.abs(found[block][target][:, layer] - expected).max()
+            assert error < 1e-4 * np.abs(expected).max()

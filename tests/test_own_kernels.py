@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
@@ -13,6 +14,7 @@ from seal_jax.inner.packing import Layout, job_losses, pack
 from seal_jax.inner.texts import make_job, text_of
 from seal_jax.inner.update import make_inner_update
 from seal_jax.models import lora
+from seal_jax.models import own_kernels as own_kernels_module
 from seal_jax.models.byte_tokenizer import ByteTokenizer
 from seal_jax.models.config import ModelConfig
 from seal_jax.models.model import Model
@@ -370,3 +372,26 @@ def test_rows_that_would_take_anothers_kernel_are_refused(own):
         texts = [[text_of([1, 2])] * 2] * 2
         with pytest.raises(ValueError, match=rf"rows in 2 groups: .* {words}"):
             mean_logp(model, own, adapters, texts, mesh=mesh)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device", ["cpu", "tpu"])
+def test_a_product_and_its_gradients_are_those_of_each_sequence(dtype, device, monkeypatch):
+    """On CPUs they are taken one after another, elsewhere at once."""
+    monkeypatch.setattr(own_kernels_module, "platform", lambda: device)
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.normal(size=(S * 3, n)), dtype) for n in (16, 24))
+    kernel = jnp.asarray(rng.normal(size=(S, 16, 24)), jnp.float32)
+    y, pull_back = jax.vjp(own_kernels_module.each_product, x, kernel)
+    d_x, d_kernel = pull_back(g)
+    assert (y.dtype, d_x.dtype, d_kernel.dtype) == (dtype, dtype, "float32")
+    xs, gs = (np.asarray(v, np.float64).reshape(S, 3, -1) for v in (x, g))
+    ks = np.asarray(kernel.astype(dtype), np.float64)
+    for found, contract, operands in (
+        (y, "std,sdf->stf", (xs, ks)),
+        (d_x, "stf,sdf->std", (gs, ks)),
+        (d_kernel, "std,stf->sdf", (xs, gs)),
+    ):
+        expected = np.einsum(contract, *operands).reshape(found.shape)
+        tolerance = 1e-5 if found.dtype == np.float32 else 0.01 * np.abs(expected).max()
+        np.testing.assert_allclose(np.asarray(found, np.float64), expected, 0, tolerance)

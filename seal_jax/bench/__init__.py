@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-BENCHES = ("inner", "sample", "learning", "tune")
+BENCHES = ("inner", "sample", "learning", "tune", "continual")
 
 
 def run_bench(name: str, **options: Any) -> dict[str, Any]:

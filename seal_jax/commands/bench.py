@@ -14,6 +14,7 @@ examples:
   seal-jax bench sample
   seal-jax bench learning --workdir runs/bench_learning --json learning.json
   seal-jax bench tune
+  seal-jax bench continual
 
 Prints the figures and their ratios. The comparison with torch and PEFT needs both installed:
 bash launch/install.sh peers"""
@@ -22,7 +23,7 @@ bash launch/install.sh peers"""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = (
         "inner: the inner loop; sample: generation; learning: do the objectives learn;"
-        " tune: a sweep as one population"
+        " tune: a sweep as one population; continual: sequences of self-edits side by side"
     )
     parser.add_argument("name", metavar="NAME", help=names)
     parser.add_argument("--quick", action="store_true", help="a tiny model, few steps")

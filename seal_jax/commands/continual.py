@@ -9,10 +9,6 @@ from seal_jax.commands import add_config, read_config, start
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-    from seal_jax.continual.remedies.remedy import Work
-    from seal_jax.continual.sequences import Sequences
-    from seal_jax.types import Settings
-
 HELP = "Let a model learn one self-edit after another, and measure what it forgets."
 EXAMPLES = """\
 examples:
@@ -95,7 +91,7 @@ def _learn_alone(config: "ConfigDict", workdir: str, policy: str | None) -> dict
     import jax
 
     from seal_jax.commands.eval import claim_policy
-    from seal_jax.config.setup import policy_params, settings_of
+    from seal_jax.config.setup import make_work, policy_params, settings_of
     from seal_jax.config.workdir import SEQUENCES, claim_workdir
     from seal_jax.continual.experiment import report, run_sequences
     from seal_jax.continual.sequences import make_sequences
@@ -121,7 +117,7 @@ def _learn_alone(config: "ConfigDict", workdir: str, policy: str | None) -> dict
     if done is not None:
         say(f"{workdir} is done already; nothing was run. Another --workdir runs again.")
         return done
-    work = make_work(settings, drawn)
+    work = make_work(settings, drawn.problems)
     stages = work.stages
     everything = [pair for sequence in drawn.problems for pair in sequence]
     check_prompts(stages, [*everything, *drawn.control], golds=True)
@@ -139,20 +135,3 @@ def _learn_alone(config: "ConfigDict", workdir: str, policy: str | None) -> dict
             claim_policy(workdir, policy, tree_hash(work.stages.model.params))
         ledger = run_sequences(work, drawn.control, workdir)
     return report(work, ledger, workdir)
-
-
-def make_work(settings: "Settings", drawn: "Sequences") -> "Work":
-    """Return what the edits are made with: the stages, with the remedies in the optimizer."""
-    from seal_jax.config.setup import make_stages
-    from seal_jax.continual.memory_gradients import make_memory_gradients
-    from seal_jax.continual.remedies import make_remedies, transformations
-    from seal_jax.continual.remedies.remedy import Work
-    from seal_jax.inner.update import inner_setup
-    from seal_jax.optim import optimizer_of
-
-    asked = settings.continual
-    remedies = make_remedies(asked.remedies, asked.remedy_kwargs)
-    optimizer = optimizer_of(settings.inner, *transformations(remedies))
-    stages = make_stages(settings, optimizer=optimizer)
-    setup = inner_setup(stages.model.config, optimizer, settings.inner, stages.mesh)
-    return Work(stages, make_memory_gradients(setup), remedies, drawn.problems)

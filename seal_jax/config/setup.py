@@ -5,7 +5,7 @@ Nothing past this module takes a ConfigDict.
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,6 +15,9 @@ from ml_collections import ConfigDict
 
 from seal_jax.config.check_optimizers import check_optimizers
 from seal_jax.config.load import task_arguments
+from seal_jax.continual.memory_gradients import make_memory_gradients
+from seal_jax.continual.remedies import make_remedies, transformations
+from seal_jax.continual.remedies.remedy import Work
 from seal_jax.inner.population import Needs, Population, fit_population
 from seal_jax.inner.steps import LONGEST
 from seal_jax.inner.texts import PAD_SAMPLES, PADDED, encode_text
@@ -88,6 +91,20 @@ def make_stages(
     return Stages(
         settings, model, task, mesh, encode, init_adapters, loop.update, at_once, constrain
     )
+
+
+def make_work(settings: Settings, sequences: Sequence[Batch]) -> Work:
+    """Return what edits one after another are made with: the stages, with remedies in them.
+
+    Args:
+      sequences: [S][N] problems.
+    """
+    asked = settings.continual
+    remedies = make_remedies(asked.remedies, asked.remedy_kwargs)
+    optimizer = optimizer_of(settings.inner, *transformations(remedies))
+    stages = make_stages(settings, optimizer=optimizer)
+    setup = inner_setup(stages.model.config, optimizer, settings.inner, stages.mesh)
+    return Work(stages, make_memory_gradients(setup), remedies, sequences)
 
 
 def place_model(settings: Settings, source: str, mesh: Mesh) -> Model:

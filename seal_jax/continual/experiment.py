@@ -80,7 +80,8 @@ def begin(work: Work) -> Learner:
     stages = work.stages
     targets, mesh, rules = stages.settings.inner.targets, stages.mesh, stages.model.config.rules
     params = own_kernels(stages.model.params, targets, work.num, mesh, rules)
-    kinds = [one.memory for one in work.remedies.values() if one.memory]
+    remedies = sorted(work.remedies.values(), key=lambda one: one.old is None)  # replay's first
+    kinds = [one.memory for one in remedies if one.memory]
     empty = memory.make_memory(kinds[0] if kinds else "reservoir", work.settings.memory_tokens)
     learner = Learner(params, (empty,) * work.num, {})
     if any(one.splits for one in work.remedies.values()):

@@ -39,7 +39,7 @@ def make_memory_gradients(setup: InnerSetup) -> MemoryGradients:
 
     of_rows(params, adapters, batches, num_rows) -> the gradients [A num_rows ...] of each job's
       rows, in their order, and the losses f32[A num_rows]. A row that a job does not have has
-      gradient 0 and loss NaN; one whose loss is not finite has gradient NaN. Without dropout.
+      gradient 0 and loss NaN; of one that is not finite it is NaN, too. Without dropout.
     covariances(params, adapters, batches) -> {block: {target: f32[A L D D]}}, of texts without
       their padding.
     """
@@ -111,14 +111,8 @@ def _look_at_rows(
     setup: InnerSetup, params: Params, state: InnerState, batch: InnerBatch, rope: tuple
 ) -> InnerState:
     """Put the gradient and the loss of each lane's row in their place."""
-    grads, losses = lane_gradients(setup, params, state, batch, rope)
-    broken = jnp.where(jnp.isfinite(losses), 0.0, jnp.nan)  # there the gradient may be a part
-
-    def marked(x: jax.Array) -> jax.Array:
-        return x + broken.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
-
+    found = lane_gradients(setup, params, state, batch, rope)
     lane, row = _places(state, batch), state.step[jnp.maximum(batch.lanes, 0)]
-    found = jax.tree.map(marked, grads), losses
     new = jax.tree.map(lambda all, x: all.at[lane, row].set(x, mode="drop"), state.opt_state, found)
     return state._replace(opt_state=new, step=state.step.at[lane].add(1, mode="drop"))
 

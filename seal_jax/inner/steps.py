@@ -158,7 +158,7 @@ def lockstep(
     rows = [[sum(row) for row in _lengths(job)] for job in jobs]
     _refuse_longer(max((row for job in rows for row in job), default=0), lengths)
     spans = [[next(T for T in lengths if T >= row) for row in job] for job in rows]
-    parts = _REFERENCE_PARTS if any(any(map(row_length, job.references)) for job in jobs) else 1
+    parts = _REFERENCE_PARTS if any(job.references for job in jobs) else 1
     left, at = [sum(x) for x in spans], [0] * len(jobs)
     while any(left):
         T = spans[(last := left.index(max(left)))][at[last]]
@@ -192,7 +192,10 @@ def _layout(layout: Layout | None) -> Layout:
 def _refuse_longer(longest: int, lengths: Sequence[int]) -> None:
     """Refuse a row that no step has room for."""
     if longest > lengths[-1]:
-        raise ValueError(f"a row of {longest} tokens: at most {lengths[-1]} fit into one step")
+        raise ValueError(
+            f"a row of {longest} tokens: at most {lengths[-1]} fit into one step, those of the"
+            " reference row that is shown beside it among them"
+        )
 
 
 def _chunks(layout: Layout, num_tokens: int, length: int) -> tuple[int, int]:

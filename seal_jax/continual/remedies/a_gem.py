@@ -36,9 +36,8 @@ def _project(grads: Params, params: Any, memory: Params) -> Params:
     del params
     against, square = _dot(grads, memory), _dot(memory, memory)
     # Not `against < 0`: a comparison with NaN is false.
-    factor = jnp.where(
-        against >= 0, 0.0, against / jnp.maximum(square, jnp.finfo(jnp.float32).tiny)
-    )
+    square = jnp.maximum(square, jnp.finfo(jnp.float32).tiny)
+    factor = jnp.where(against >= 0, 0.0, against / square)
 
     def one(g: jax.Array, m: jax.Array) -> jax.Array:
         return (g.astype(jnp.float32) - factor * m.astype(jnp.float32)).astype(g.dtype)

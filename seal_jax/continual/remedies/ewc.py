@@ -37,16 +37,14 @@ def ewc(
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transformation; `importance` closed over, or an extra argument of update."""
 
-    change = partial(_pull_back, strength)
-    return transformation("ewc", "importance", importance, change, _check)
-
-
-def _pull_back(strength: float, grads: Params, params: Any, importance: Importance) -> Params:
-    def one(g: jax.Array, w: jax.Array, fisher: jax.Array, center: jax.Array) -> jax.Array:
+    def add_pull(g: jax.Array, w: jax.Array, fisher: jax.Array, center: jax.Array) -> jax.Array:
         away = w.astype(jnp.float32) - center.astype(jnp.float32)
         return (g.astype(jnp.float32) + strength * fisher * away).astype(g.dtype)
 
-    return jax.tree.map(one, grads, present("ewc", params), *importance)
+    def change(grads: Params, params: Any, importance: Importance) -> Params:
+        return jax.tree.map(add_pull, grads, present("ewc", params), *importance)
+
+    return transformation("ewc", "importance", importance, change, _check)
 
 
 def _check(importance: Importance, params: Params) -> None:

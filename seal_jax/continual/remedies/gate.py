@@ -40,7 +40,7 @@ def remedy(
     choose_scales(np.zeros((1, len(scales))), np.zeros((1, len(scales))), scales, weight)
     if num_texts < 1:
         raise ValueError(f"num_texts is {num_texts}: expected 1 or more")
-    return Remedy(keep=partial(_keep, scales, weight, num_texts))
+    return Remedy(memory="reservoir", keep=partial(_keep, scales, weight, num_texts))
 
 
 def _keep(

@@ -327,29 +327,29 @@ def test_a_waves_texts_are_taught_by_the_model_with_the_passage(stages):
     with jax.transfer_guard("disallow"):
         found = teach(stages, stages.model.params, wave)
     assert found.places[-1] is None
-    by_text = {}
+    encode = stages.model.tokenizer.encode
+    problem = problems[0][0]
+    passage = {tuple(encode(text)) for text in stages.task.passage_only(problem).training_texts}
+    taught = {}
     for place, before in zip(found.places[:-1], wave.places, strict=False):
         assert place.run == before.run
         for row, plain in zip(place.job.rows, before.job.rows, strict=True):
             for text, other in zip(row, plain, strict=True):
                 assert text._replace(teacher=None) == other
-                assert (text.teacher.ids[1:] >= 0).all()
-                by_text[place.run.problem.id, text.tokens] = text
-    # A line that two problems have is behind another passage in each.
-    line = tuple(stages.model.tokenizer.encode("a line"))
-    one, other = (by_text[problem.id, line].teacher.logp for problem, _ in problems)
-    assert np.abs(one - other).max() > 1e-6
-    problem = problems[0][0]
-    context = tuple(stages.model.tokenizer.encode(stages.task.teacher_prompt(problem)))
-    ((alone,),) = with_teachers(
-        stages.model,
-        stages.model.params,
-        None,
-        [[Lesson(text_of(line), context)]],
-        top=4,
-        mesh=stages.mesh,
-    )
-    np.testing.assert_allclose(one, alone.teacher.logp, atol=1e-5)
+                taught[place.run.problem.id, text.tokens] = text
+    assert len(passage) == 3
+    assert all(taught[problem.id, tokens].teacher is None for tokens in passage)
+    # A line is read behind the passage and the lines before it.
+    context = tuple(encode(stages.task.teacher_prompt(problem)))
+    lessons = [
+        Lesson(text_of(encode("a line")), context),
+        Lesson(text_of(encode("another")), (*context, *encode("a line\n", start=False))),
+    ]
+    given = {"top": 4, "mesh": stages.mesh}
+    (alone,) = with_teachers(stages.model, stages.model.params, None, [lessons], **given)
+    for text in alone:
+        expected = taught[problem.id, text.tokens].teacher
+        np.testing.assert_allclose(text.teacher.logp, expected.logp, atol=1e-5)
     assert pack_wave(stages, found)[0].teacher.ids.shape[-1] == 4
     inner = stages.settings.inner._replace(objective="sft")
     sft = stages._replace(settings=stages.settings._replace(inner=inner))
@@ -358,11 +358,12 @@ def test_a_waves_texts_are_taught_by_the_model_with_the_passage(stages):
 
 def test_what_the_teacher_cannot_read_is_said_before_the_run_or_rejects_a_self_edit(stages):
     problems = stages.task.load("train")[:1]
-    short = dataclasses.replace(stages.model.config, max_length=105)
+    short = dataclasses.replace(stages.model.config, max_length=100)
     narrow = stages._replace(model=stages.model._replace(config=short))
     (edit,), (long,) = (parse(narrow, problems, [text])[0] for text in ("a line", "word " * 12))
     assert isinstance(edit, SelfEdit)
-    assert "a training text behind the passage of" in long.reason and "at most 105" in long.reason
+    assert "training text behind what the teacher reads of 1" in long.reason
+    assert long.reason.endswith("at most 100")
     check_prompts(stages, problems)
     inner = stages.settings.inner._replace(distill_top=4000)
     many = stages._replace(settings=stages.settings._replace(inner=inner))

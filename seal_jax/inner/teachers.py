@@ -5,8 +5,8 @@
 
 With a problem's passage as the context this is context distillation: what the passage tells goes
 into the adapter. The texts of a self-edit were drawn from the model with the passage before it, so
-they are the teacher's own samples. With no context it holds the student to what the model says
-already: a penalty on forgetting, for texts of a memory.
+behind what stood before each they are the teacher's own samples. With no context it holds the
+student to what the model says already: a penalty on forgetting, for texts of a memory.
 
 The teacher does not move while an adapter trains: a text's is computed once, however often the text
 is trained on.
@@ -33,10 +33,10 @@ from seal_jax.types import Adapters, Array, Params, Teacher
 
 
 class Lesson(NamedTuple):
-    """A text, and the tokens that its teacher reads before it."""
+    """A text, and the tokens that its teacher reads before it; None where it has no teacher."""
 
     text: Text
-    context: tuple[int, ...] = ()
+    context: tuple[int, ...] | None = ()
 
 
 class Reading(NamedTuple):
@@ -90,9 +90,11 @@ def with_teachers(
     check_groups(params, None if adapters is None else adapters.scale.shape[0], len(groups))
     if not 1 <= top <= (most := model.config.vocab_size):
         raise ValueError(f"top = {top}: expected from 1 to the model's {most} tokens")
+    lessons = groups
+    groups = [[one for one in group if one.context is not None] for group in lessons]
     longest = max((_length(model, lesson) for group in groups for lesson in group), default=0)
     if longest == 0:
-        return [[] for _ in groups]
+        return [[lesson.text for lesson in group] for group in lessons]
     if longest > (limit := longest_row(model.config)):
         raise ValueError(
             f"a text behind its context has {longest:,} tokens: expected at most {limit:,}"
@@ -112,7 +114,11 @@ def with_teachers(
             for row, lesson in enumerate(part, start=i * count):
                 first = _first(model, lesson)
                 found[i].append(_taught(lesson.text, scored.ids[row], scored.logp[row], first))
-    return found
+    rest = map(iter, found)
+    return [
+        [lesson.text if lesson.context is None else next(texts) for lesson in group]
+        for group, texts in zip(lessons, rest, strict=True)
+    ]
 
 
 def bucket_of_rows(count: int) -> int:
@@ -131,7 +137,7 @@ def _first(model: Model, lesson: Lesson) -> int:
     Behind a context it does not read the token that begins every text (`bos`), which the context
     begins with.
     """
-    start, bos = len(lesson.context), model.tokenizer.bos
+    start, bos = len(lesson.context or ()), model.tokenizer.bos
     return start - (start > 0 and bos is not None and lesson.text.tokens[:1] == (bos,))
 
 
@@ -151,7 +157,7 @@ def _rows(model: Model, groups: Sequence[Sequence[Lesson]], shape: tuple[int, in
             first, (tokens, loss_mask) = _first(model, lesson), lesson.text[:2]
             end = first + len(tokens)
             rows.tokens[row, first:end] = tokens
-            rows.tokens[row, : len(lesson.context)] = lesson.context
+            rows.tokens[row, : len(lesson.context or ())] = lesson.context or ()
             rows.segments[row, :end] = 1
             rows.wanted[row, first:end] = loss_mask
     return rows

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from seal_jax import keys
 from seal_jax.hosts.console import progress
 from seal_jax.inner.steps import LONGEST
-from seal_jax.inner.teachers import longest_row
+from seal_jax.inner.teachers import Lesson, longest_row
 from seal_jax.inner.texts import PAD_SAMPLES, Text, text_of
 from seal_jax.inner.update import InnerUpdate
 from seal_jax.models.chat_template import ChangedByTemplate
@@ -73,6 +73,38 @@ def teacher_context(stages: Stages, problem: Problem) -> tuple[int, ...]:
     if prompt is None:
         raise ValueError(f"task {stages.settings.task['name']!r} has no teacher_prompt")
     return tuple(stages.model.tokenizer.encode(prompt(problem)))
+
+
+def lessons_of(stages: Stages, problem: Problem, texts: Sequence[Text]) -> list[Lesson]:
+    """Return a self-edit's texts, each with what its teacher reads before it.
+
+    That is the passage and the texts before it, a line end behind each: about what stood there when
+    the policy wrote it, so that the text is its own sample. Passage and texts are plain, without a
+    chat template. The texts of the passage itself have no teacher: nobody wrote them behind it, and
+    what is known word for word needs none.
+
+    Args:
+      texts: in the order of the self-edit.
+    """
+    tokenizer, passage = stages.model.tokenizer, stages.task.passage_only(problem).training_texts
+    of_passage = {stages.encode(text, False).tokens for text in passage}
+    line_end = tuple(tokenizer.encode("\n", start=False))
+    context, lessons = teacher_context(stages, problem), []
+    for text in texts:
+        taught = text.tokens not in of_passage
+        lessons.append(Lesson(text, context if taught else None))
+        if taught:
+            context += (*text.tokens[text.tokens[:1] == (tokenizer.bos,) :], *line_end)
+    return lessons
+
+
+def _plain(problem: Problem, texts: Sequence[str | Turn]) -> None:
+    """Raise ValueError where a text is a turn of a chat, before which no passage is put."""
+    if any(isinstance(text, Turn) for text in texts):
+        raise ValueError(
+            f"inner.objective = 'distill': a training text of {problem.id} is a turn of a chat,"
+            " expected plain text"
+        )
 
 
 def exam_prompts(stages: Stages, problem: Problem, exam: Exam) -> list[list[int]]:
@@ -146,28 +178,11 @@ def check_prompts(stages: Stages, problems: Batch, golds: bool = False) -> None:
             check_lengths(stages.model.config, [prompt], settings.sample.most_tokens)
             check_lengths(stages.model.config, questions, settings.answer.most_tokens)
             check_lengths(stages.model.config, scored, 0)
-            if settings.inner.num_taught:  # the passage is a training text, too
-                texts = stages.task.passage_only(problem).training_texts
-                check_lengths(stages.model.config, _taught_tokens(stages, problem, texts), 0)
+            if settings.inner.num_taught:
+                check_lengths(stages.model.config, [teacher_context(stages, problem)], 1)
+                _plain(problem, stages.task.passage_only(problem).training_texts)
         except ValueError as error:
             raise ValueError(f"problem {problem.id}: {error}") from error
-
-
-def _taught_tokens(
-    stages: Stages, problem: Problem, texts: Sequence[str | Turn]
-) -> list[tuple[int, ...]]:
-    """Return what the teacher of training texts reads.
-
-    Raises:
-      ValueError: one is a turn of a chat, before which no passage is put.
-    """
-    if any(isinstance(text, Turn) for text in texts):
-        raise ValueError(
-            f"inner.objective = 'distill': a training text of {problem.id} is a turn of a chat,"
-            " expected plain text"
-        )
-    context = teacher_context(stages, problem)
-    return [(*context, *stages.encode(text, False).tokens) for text in texts]
 
 
 def sample(
@@ -272,9 +287,11 @@ def _reject_unusable(stages: Stages, problem: Problem, edit: Edit) -> Edit:
     try:
         longest = max(len(stages.encode(text, False).tokens) for text in edit.training_texts)
         if longest <= limit and stages.settings.inner.num_taught:
-            taught = _taught_tokens(stages, problem, edit.training_texts)
-            longest, limit = max(map(len, taught)), longest_row(stages.model.config)
-            behind = " behind the passage"
+            _plain(problem, edit.training_texts)
+            texts = [stages.encode(text, False) for text in edit.training_texts]
+            lessons = lessons_of(stages, problem, texts)
+            longest = max(len(one.context or ()) + len(one.text.tokens) for one in lessons)
+            limit, behind = longest_row(stages.model.config), " behind what the teacher reads"
         if longest <= limit:
             return edit
         reason = f"too long: a training text{behind} of {longest:,} tokens, at most {limit:,}"

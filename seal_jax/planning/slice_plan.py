@@ -123,8 +123,8 @@ def step_counts(settings: Settings, lengths: Lengths, shards: int) -> dict[str, 
     return {
         "prefill": problems * arms + tests * (arms + 1) + asked,
         "decode": written * settings.sample.most_tokens + asked * settings.answer.most_tokens,
-        # Of each run the passage, and lines of about 32 tokens; at most, as seeds have the same.
-        "teaching": runs * (1 + lengths.passage / 32),
+        # Of each run what was written, in lines of 32 tokens; at most, as seeds have the same.
+        "teaching": runs * lengths.passage / 32,
         "inner step": tokens / (inner.tokens_per_step * shards),
         "scoring": runs if "log_likelihood" in settings.reward.weights else table,
         "policy update": trained / outer.batch_size * outer.microbatch_size,

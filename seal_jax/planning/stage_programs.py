@@ -146,7 +146,7 @@ def _writing(settings: Settings, model: Model, mesh: Mesh, lengths: Lengths) -> 
 def _teaching(
     settings: Settings, model: Model, base: Params, mesh: Mesh, lengths: Lengths
 ) -> Program:
-    """Return the base that reads training texts behind their passage; the longest is a passage."""
+    """Return the base that reads a passage and as much written behind it."""
     B, longest = settings.answer.max_rows, 2 * lengths.longest_passage
     shape = B, bucket_of(min(longest, longest_row(model.config)))
     tokens = _rows(model, mesh, *shape)

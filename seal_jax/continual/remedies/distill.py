@@ -13,8 +13,8 @@ References:
 from functools import partial
 
 from seal_jax.continual.remedies.remedy import Edit, Learner, Remedy, Texts, Work
-from seal_jax.inner.teachers import Lesson, with_teachers
-from seal_jax.outer.stages import teacher_context
+from seal_jax.inner.teachers import with_teachers
+from seal_jax.outer.stages import lessons_of
 
 TEACHERS = ("frozen", "current")
 
@@ -36,7 +36,7 @@ def remedy(teacher: str = "frozen", top: int = 16) -> Remedy:
 def _teach(teacher: str, top: int, work: Work, learner: Learner, edit: Edit) -> Texts:
     stages = work.stages
     lessons = [
-        [Lesson(text, teacher_context(stages, problem)) for text in texts]
+        lessons_of(stages, problem, texts)
         for texts, (problem, _) in zip(edit.texts, edit.problems, strict=True)
     ]
     params = learner.params if teacher == "current" else stages.model.params

@@ -55,15 +55,10 @@ def make_memory_gradients(setup: InnerSetup) -> MemoryGradients:
         longest = max((int(to_host(batch.num_steps).max()) for batch in batches), default=0)
         if longest > num_rows:
             raise ValueError(f"a memory of {longest} rows, expected at most {num_rows}")
-        num = adapters.scale.shape[0]
-        grads = jax.tree.map(
-            lambda x: jnp.zeros((num, num_rows, *x.shape[1:]), x.dtype), adapters.weights
-        )
-        losses = jnp.full((num, num_rows), jnp.nan)
-        return _look(setup, rows, params, adapters, batches, (grads, losses))
+        return _look(setup, rows, params, _no_rows(adapters, num_rows), batches)
 
     def covariances(params: Params, adapters: Adapters, batches: Sequence[InnerBatch]) -> Maps:
-        return _look(setup, inputs, params, adapters, batches, zero_maps(adapters.weights))
+        return _look(setup, inputs, params, _no_inputs(adapters), batches)
 
     return MemoryGradients(of_rows, covariances)
 
@@ -72,15 +67,32 @@ def _look(
     setup: InnerSetup,
     run: Callable,
     params: Params,
-    adapters: Adapters,
+    state: InnerState,
     batches: Sequence[InnerBatch],
-    found: Any,
 ) -> Any:
-    state = InnerState(adapters, found, jnp.zeros(adapters.scale.shape, jnp.int32))
     state = place_state(state, setup.mesh, setup.config.rules)
     for batch in batches:
         state, _ = run(params, state, batch)
     return state.opt_state
+
+
+# Compiled, as a run allows no number of the host's to slip onto the devices.
+@partial(jax.jit, static_argnums=1)
+def _no_rows(adapters: Adapters, num_rows: int) -> InnerState:
+    num = adapters.scale.shape[0]
+    grads = jax.tree.map(
+        lambda x: jnp.zeros((num, num_rows, *x.shape[1:]), x.dtype), adapters.weights
+    )
+    return _begin(adapters, (grads, jnp.full((num, num_rows), jnp.nan)))
+
+
+@jax.jit
+def _no_inputs(adapters: Adapters) -> InnerState:
+    return _begin(adapters, zero_maps(adapters.weights))
+
+
+def _begin(adapters: Adapters, found: Any) -> InnerState:
+    return InnerState(adapters, found, jnp.zeros(adapters.scale.shape, jnp.int32))
 
 
 def _all_steps(

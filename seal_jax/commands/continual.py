@@ -89,14 +89,14 @@ def learn_in_sequence(
 
     ask_first("workdir", lambda: check_workdir(config, workdir))
     ask_first("workdir", lambda: refuse_other_kind(workdir, "continual"))
-    drawn = _draw(config)
+    drawn = draw(config)
     ask_first("against", lambda: check_against(against, workdir, drawn.ids))
     ask_first("policy", lambda: _refuse_other_policy(workdir, policy))
     with hold(workdir):
         return _learn_alone(config, drawn, workdir, policy)
 
 
-def _draw(config: "ConfigDict") -> "Sequences":
+def draw(config: "ConfigDict") -> "Sequences":
     from seal_jax.config.setup import settings_of
     from seal_jax.continual.sequences import make_sequences
     from seal_jax.outer.problems import read_problems

@@ -1,5 +1,6 @@
 """A pytest plugin: a finished run of the tiny config, runs in this process, and a small disk."""
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -52,16 +53,24 @@ def old_run(tmp_path):
     return tmp_path / name
 
 
-@pytest.fixture
-def one_device(compiled, monkeypatch):
+@contextlib.contextmanager
+def on_one_device():
     """Let runs in this process use one of its eight devices, and the compiled programs."""
     axes = ("data", "fsdp", "tensor")
     mesh = jax.make_mesh((1, 1, 1), axes, (jax.sharding.AxisType.Auto,) * 3)
-    monkeypatch.setattr(setup, "make_mesh", lambda *sizes: mesh)
-    start_jax()
-    yield mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", lambda *sizes: mesh)
+        start_jax()
+        yield mesh
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def one_device(compiled):
+    """See `on_one_device`."""
+    with on_one_device() as mesh:
+        yield mesh
 
 
 @pytest.fixture

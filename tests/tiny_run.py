@@ -36,6 +36,7 @@ def hide_torch() -> None:
 def before_line(file: str, line: int, happens) -> None:
     """Let something happen before that line (counted from 1) enters the file."""
     from seal_jax.commands.generate import by_endpoint
+    from seal_jax.continual import experiment
     from seal_jax.hosts import files as metrics
     from seal_jax.outer import ledger, step_log
 
@@ -50,7 +51,7 @@ def before_line(file: str, line: int, happens) -> None:
                 happens()
         metrics.append_json(path, entry)
 
-    for writer in (ledger, step_log, by_endpoint):
+    for writer in (ledger, step_log, by_endpoint, experiment):
         writer.append_json = append_json
 
 

@@ -2,7 +2,7 @@
 
 table.py    every key: its default, and what it may hold
 load.py     config files, --set and stored JSON, and their checks
-check_*.py  checks of what the final table's arms and the optimizers are
+check_*.py  checks of the final table's arms, the inner loss, remedies and optimizers
 setup.py    from a config to settings, and from these to `Stages`
 sweeps.py   the settings that `tune` tries, and the best of them as a config file
 workdir.py  a run's folder belongs to one config

@@ -25,8 +25,10 @@ from seal_jax.optim import (
     accumulate,
     all_finite,
     evaluation_point,
+    has_evaluation_point,
     make_optimizer,
     nodes_of,
+    optimizer_of,
     update,
 )
 from seal_jax.outer.policy_step import with_head
@@ -101,6 +103,31 @@ def check_optimizers(settings: Settings) -> None:
     )
     for case in (of_inner, of_outer):
         _check(case)
+
+
+def check_updates_are_all(settings: Settings, names: str) -> None:
+    """Refuse an optimizer of the inner loop that evaluates other parameters than it updates.
+
+    What projects updates says nothing of those.
+
+    Args:
+      names: of the remedies that project.
+
+    Raises:
+      ValueError: it is one.
+    """
+    section = settings.inner
+    called, params = _named("inner", section)[1], {"a": _numbers((2, 3))}
+    tx = optimizer_of(section)(jnp.float32(_RATE))
+    try:
+        state = jax.eval_shape(tx.init, params)
+    except OtherShapes:
+        return  # see `_check`
+    if has_evaluation_point(state):
+        raise ValueError(
+            f"{called}: it evaluates other parameters than it updates, and {names} would project"
+            " the updates alone"
+        )
 
 
 def _named(name: str, section: InnerSettings | OuterSettings) -> tuple[Any, ...]:

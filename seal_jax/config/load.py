@@ -31,9 +31,9 @@ from ml_collections import ConfigDict
 
 from seal_jax.config.allowed import PLAIN, Allowed, choice, rule_like, some_of, weights
 from seal_jax.config.check_arms import arm_conflicts
+from seal_jax.config.check_continual import remedy_conflicts
 from seal_jax.config.check_inner import inner_conflicts
 from seal_jax.config.table import FIELDS, Field
-from seal_jax.continual.remedies import REMEDIES
 from seal_jax.hosts.endpoint import check_url
 from seal_jax.hosts.json_text import parse_json
 from seal_jax.objectives import OBJECTIVES
@@ -220,7 +220,6 @@ def _fields_for(task_name: Any) -> dict[str, Field]:
         "outer.objective": choice(*OBJECTIVES),
         "reward.weights": weights(*reward_names()),
         "eval.objectives": some_of(*OBJECTIVES),
-        "continual.remedies": some_of(*REMEDIES),
     }
     return own | FIELDS | {key: FIELDS[key]._replace(allowed=one) for key, one in found.items()}
 
@@ -256,6 +255,7 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
             " eval/reward, which is measured only with eval.every > 0"
         )
     yield from arm_conflicts(values)
+    yield from remedy_conflicts(values)
     name = values["task.name"]
     taken = _task_defaults(name)
     given = {k.removeprefix("task."): v for k, v in values.items() if k.startswith("task.")}

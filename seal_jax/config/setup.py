@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seal_jax.config.check_optimizers import check_optimizers
+from seal_jax.config.check_optimizers import check_optimizers, check_updates_are_all
 from seal_jax.config.load import task_arguments
 from seal_jax.continual.memory_gradients import make_memory_gradients
 from seal_jax.continual.remedies import make_remedies, transformations
@@ -101,8 +101,22 @@ def make_work(settings: Settings, sequences: Sequence[Batch]) -> Work:
     """
     asked = settings.continual
     remedies = make_remedies(asked.remedies, asked.remedy_kwargs)
-    optimizer = optimizer_of(settings.inner, *transformations(remedies))
+    before, after = transformations(remedies)
+    optimizer = optimizer_of(settings.inner, before, after)
+    if after:
+        check_updates_are_all(settings, ", ".join(remedies))
+    teachers = [one.top for one in remedies.values() if one.teach is not None]
+    for top in teachers:  # what a model writes must have room behind the passage
+        taught = settings.inner._replace(objective="distill", distill_top=top)
+        settings = settings._replace(inner=taught)
     stages = make_stages(settings, optimizer=optimizer)
+    known = stages.model.config.vocab_size
+    for name, one in remedies.items():
+        if one.top > known:
+            raise ValueError(
+                f"continual.remedy_kwargs: {name}: top = {one.top:,}: expected at most the"
+                f" {known:,} tokens of the model"
+            )
     setup = inner_setup(stages.model.config, optimizer, settings.inner, stages.mesh)
     return Work(stages, make_memory_gradients(setup), remedies, sequences)
 

@@ -10,9 +10,10 @@ from seal_jax.continual.asking import text_scores
 from seal_jax.continual.memory import Memory, mix, remember, replay_counts, rescore
 from seal_jax.continual.remedies.remedy import Edit, Learner, Remedy, Work
 from seal_jax.inner import packing
-from seal_jax.inner.texts import Job, Text, make_job
+from seal_jax.inner.texts import PADDED, Job, Text, make_job
 from seal_jax.models.own_kernels import merge_each
 from seal_jax.outer.stages import parse, write
+from seal_jax.outer.waves import chosen_by
 from seal_jax.sharding import batch_sharding, leading, to_device, to_host
 from seal_jax.tasks.task import Rejected
 from seal_jax.types import Adapters
@@ -38,16 +39,20 @@ def write_edits(work: Work, learner: Learner, number: int) -> tuple[Edit, list[A
     label = f"edit {number + 1}: self-edits"
     _, written = write(stages, learner.params, prompts, paths, label, stages.constrain)
     parsed = [one for (one,) in parse(stages, batch, written)]
+    edits = [None if isinstance(one, Rejected) else one for one in parsed]
     pairs = [
-        []
-        if isinstance(one, Rejected)
-        else [(str(text), stages.encode(text, False)) for text in one.training_texts]
-        for one in parsed
+        [(str(text), stages.encode(text, edit.outputs_only)) for text in edit.training_texts]
+        if edit
+        else []
+        for edit in edits
     ]
     # Without a token to be predicted there is nothing to learn.
     pairs = [[pair for pair in row if len(pair[1].tokens) > 1] for row in pairs]
+    texts = [[text for _, text in row] for row in pairs]
     sources = [[shown for shown, _ in row] for row in pairs]
-    return Edit(number, batch, [[text for _, text in row] for row in pairs], sources), parsed
+    inner = stages.settings.inner
+    chosen = [chosen_by(edit, inner) if edit else inner for edit in edits]
+    return Edit(number, batch, texts, sources, chosen), parsed
 
 
 def train(work: Work, learner: Learner, edit: Edit) -> tuple[Edit, Trained]:
@@ -105,7 +110,7 @@ def make_jobs(work: Work, learner: Learner, edit: Edit) -> tuple[list[Job], int]
 
 
 def _job_of(work: Work, edit: Edit, s: int) -> Job:
-    inner = work.stages.settings.inner
+    inner = edit.inner[s]
     if not edit.texts[s]:
         return Job((), inner.learning_rate)
     return make_job(
@@ -115,6 +120,7 @@ def _job_of(work: Work, edit: Edit, s: int) -> Job:
         learning_rate=inner.learning_rate,
         key=(*_path(work, keys.SHUFFLE, edit.number), s),
         pad_loss=inner.pad_loss,
+        padded=min(PADDED, work.stages.model.config.max_length),
     )
 
 

@@ -123,6 +123,7 @@ def one_edit(work: Work, learner: Learner, number: int, folder: str) -> tuple[Le
         "tokens": trained.num_tokens,
         "replayed": trained.replayed,
         "memory_tokens": [memory.num_tokens(one) for one in learner.memories],
+        "too_long": sum(one.num_too_long for one in learner.memories),
         "bytes/models": tree_bytes(_own(learner.params)),
         "bytes/stores": tree_bytes(learner.stores),
         "refused": learner.refused,
@@ -242,19 +243,24 @@ def restore(
     return learner, step
 
 
+# What a score is of a model that is not finite any more: it answers nothing.
+_OF_NONE = {"accuracy": 0.0, "log_likelihood": memory.LOST}
+
+
 def record_of(work: Work, lines: Sequence[Mapping[str, Any]], score: str) -> Record:
     """Return the ledger as arrays.
 
     Args:
       score: one of `Known`'s.
     """
+    none = _OF_NONE[score]
     S, N = work.num, work.settings.num_edits
     scores = np.full((S, N + 1, N), np.nan)
     control, perplexity = np.full((S, N + 1), np.nan), np.full((S, N + 1), np.nan)
     for k, line in enumerate(lines):
-        scores[:, k, line["asked"]] = _floats(line[score])
+        scores[:, k, line["asked"]] = _floats(line[score], none)
         if f"control/{score}" in line:
-            control[:, k] = _floats(line[f"control/{score}"])
+            control[:, k] = _floats(line[f"control/{score}"], none)
             perplexity[:, k] = _floats(line["perplexity"], np.inf)
     parts = [f"seconds/{name}" for name in ("write", "train", "keep", "learn")]
     seconds = np.array([sum(line[part] for part in parts) for line in lines[1:]])
@@ -263,7 +269,7 @@ def record_of(work: Work, lines: Sequence[Mapping[str, Any]], score: str) -> Rec
     return Record(ids, scores, control, perplexity, seconds, sizes.astype(np.float64))
 
 
-def _floats(values: Any, missing: float = 0.0) -> np.ndarray:
+def _floats(values: Any, missing: float) -> np.ndarray:
     """Return numbers of the ledger: None, of a model that is not finite any more, as `missing`."""
     array = np.array(values, np.float64)
     return np.where(np.isnan(array), missing, array)
@@ -271,18 +277,36 @@ def _floats(values: Any, missing: float = 0.0) -> np.ndarray:
 
 def report(work: Work, lines: Sequence[Mapping[str, Any]], folder: str) -> dict[str, Any]:
     """Write what the edits have shown, and return what summary.json holds."""
-    edits = work.num * work.settings.num_edits
-    rejected = sum(sum(line["rejected"]) for line in lines[1:])
-    notes = [f"{rejected} of {edits} self-edits were rejected: nothing was trained on them."]
-    if "gate" in work.remedies:
-        notes.append(f"The gate refused {lines[-1]['refused']} of {edits} edits.")
     name = " + ".join(work.remedies) or "plain merging"
     dense = summarize(record_of(work, lines, "log_likelihood"))
     return write_report(
         record_of(work, lines, "accuracy"),
         folder,
         name,
-        notes,
+        _notes(work, lines),
         remedies=list(work.remedies),
         log_likelihood=dense["figures"],
     )
+
+
+def _notes(work: Work, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what figures do not show: what was not trained on, replayed, kept, or remembered."""
+    edits, last = work.num * work.settings.num_edits, lines[-1]
+    rejected = sum(sum(line["rejected"]) for line in lines[1:])
+    notes = [f"{rejected} of {edits} self-edits were rejected: nothing was trained on them."]
+    if any(remedy.old is not None for remedy in work.remedies.values()):
+        replayed = sum(line["replayed"] for line in lines[1:])
+        notes.append(f"{replayed} times a text of the memory was trained on.")
+    if last["too_long"]:
+        notes.append(
+            f"{last['too_long']} texts have more tokens than the memory"
+            f" (continual.memory_tokens = {work.settings.memory_tokens}): they were never in it."
+        )
+    if "gate" in work.remedies:
+        refused, trained = last["refused"], edits - rejected
+        none = ": the models are as they began" if refused == trained else ""
+        notes.append(f"The gate refused {refused} of {trained} trained edits{none}.")
+    lost = sum(None in row for row in last["log_likelihood"])
+    if lost:
+        notes.append(f"In {lost} sequences the model is not finite any more: it knows nothing.")
+    return notes

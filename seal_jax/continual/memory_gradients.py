@@ -55,42 +55,44 @@ def make_memory_gradients(setup: InnerSetup) -> MemoryGradients:
         longest = max((int(to_host(batch.num_steps).max()) for batch in batches), default=0)
         if longest > num_rows:
             raise ValueError(f"a memory of {longest} rows, expected at most {num_rows}")
-        found = _no_rows(adapters.weights, num_rows)
-        return _look(setup, rows, params, adapters, batches, found)
+        return _look(setup, rows, params, _no_rows(adapters, num_rows), batches)
 
     def covariances(params: Params, adapters: Adapters, batches: Sequence[InnerBatch]) -> Maps:
-        return _look(setup, inputs, params, adapters, batches, _no_maps(adapters.weights))
+        return _look(setup, inputs, params, _no_inputs(adapters), batches)
 
     return MemoryGradients(of_rows, covariances)
-
-
-_no_maps = jax.jit(zero_maps)
-
-
-@partial(jax.jit, static_argnums=1)
-def _no_rows(weights: Params, num_rows: int) -> tuple[Params, jax.Array]:
-    """Return the gradients of no row yet, 0, and their losses, NaN."""
-    grads = jax.tree.map(lambda x: jnp.zeros((len(x), num_rows, *x.shape[1:]), x.dtype), weights)
-    return grads, jnp.full(jax.tree.leaves(weights)[0].shape[:1] + (num_rows,), jnp.nan)
-
-
-@jax.jit
-def _at_start(adapters: Adapters, found: Any) -> InnerState:
-    return InnerState(adapters, found, jnp.zeros(adapters.scale.shape, jnp.int32))
 
 
 def _look(
     setup: InnerSetup,
     run: Callable,
     params: Params,
-    adapters: Adapters,
+    state: InnerState,
     batches: Sequence[InnerBatch],
-    found: Any,
 ) -> Any:
-    state = place_state(_at_start(adapters, found), setup.mesh, setup.config.rules)
+    state = place_state(state, setup.mesh, setup.config.rules)
     for batch in batches:
         state, _ = run(params, state, batch)
     return state.opt_state
+
+
+# Compiled, as a run allows no number of the host's to slip onto the devices.
+@partial(jax.jit, static_argnums=1)
+def _no_rows(adapters: Adapters, num_rows: int) -> InnerState:
+    num = adapters.scale.shape[0]
+    grads = jax.tree.map(
+        lambda x: jnp.zeros((num, num_rows, *x.shape[1:]), x.dtype), adapters.weights
+    )
+    return _begin(adapters, (grads, jnp.full((num, num_rows), jnp.nan)))
+
+
+@jax.jit
+def _no_inputs(adapters: Adapters) -> InnerState:
+    return _begin(adapters, zero_maps(adapters.weights))
+
+
+def _begin(adapters: Adapters, found: Any) -> InnerState:
+    return InnerState(adapters, found, jnp.zeros(adapters.scale.shape, jnp.int32))
 
 
 def _all_steps(

@@ -20,6 +20,10 @@ from seal_jax.hosts.exchange import is_first
 from seal_jax.hosts.files import read_object, write_json, write_text
 from seal_jax.hosts.replacing import replacing
 
+OTHERS = (
+    "it had other sequences, so that no difference of the two is paired: expected the same problems"
+    " in the same order (the same task, seed, number and length of sequences, and control set)"
+)
 KIND = "continual"  # of a summary, beside those of other commands
 MOST_CELLS = 10  # edits up to which the picture has numbers in it
 # How figures are shown: title, factor, digits, sign.
@@ -285,6 +289,22 @@ def compare(folders: Sequence[str], minus: str) -> tuple[str, dict[str, Any]]:
         }
     found = {"minus": base, "num_sequences": runs[base]["num_sequences"], "runs": rows}
     return _comparison_text(found, runs[base]), found
+
+
+def check_against(folders: Sequence[str], workdir: str, sequences: Sequence[Sequence[str]]) -> None:
+    """Refuse runs that a run of these sequences in `workdir` could not be compared with.
+
+    Raises:
+      ValueError: one is not finished, of other sequences, or there twice; see `compare`.
+    """
+    names = [os.path.normpath(folder) for folder in (*folders, workdir)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--against: asked for twice: {', '.join(twice)}")
+    for folder in folders:
+        if not os.path.exists(os.path.join(folder, "summary.json")):
+            raise ValueError(f"--against {folder}: no summary.json: expected a finished run")
+        if read_summary(folder)["sequences"] != [list(one) for one in sequences]:
+            raise ValueError(f"--against {folder}: {OTHERS}")
 
 
 def read_summary(folder: str) -> dict[str, Any]:

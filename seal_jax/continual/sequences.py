@@ -17,6 +17,11 @@ class Sequences(NamedTuple):
     control: tuple[Pair, ...]
     num_shared: int  # problems that are in more than one sequence
 
+    @property
+    def ids(self) -> list[list[str]]:
+        """Return the problems by their ids, [S][N]."""
+        return [[problem.id for problem, _ in sequence] for sequence in self.problems]
+
 
 def make_sequences(
     problems: Sequence[Pair], *, num_sequences: int, length: int, num_control: int, seed: int

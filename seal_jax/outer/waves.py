@@ -37,11 +37,7 @@ class InnerRun(NamedTuple):
 
     def settings(self, inner: InnerSettings) -> InnerSettings:
         """Return what holds for this run: what the self-edit chose, then its own, then `inner`."""
-        inner, edit = self.inner or inner, self.edit
-        return inner._replace(
-            learning_rate=edit.learning_rate or inner.learning_rate,
-            num_epochs=edit.num_epochs or inner.num_epochs,
-        )
+        return chosen_by(self.edit, self.inner or inner)
 
     def exams(self) -> list[tuple[Problem, Exam]]:
         """Return its own exam, then the others."""
@@ -51,6 +47,14 @@ class InnerRun(NamedTuple):
         """Return the path of its key; see keys.py."""
         _, edit, seed_index = self.name
         return (seed, purpose, self.step, keys.number_of(self.problem.id), edit, seed_index)
+
+
+def chosen_by(edit: SelfEdit, inner: InnerSettings) -> InnerSettings:
+    """Return the settings with those that a self-edit chose in their place."""
+    return inner._replace(
+        learning_rate=edit.learning_rate or inner.learning_rate,
+        num_epochs=edit.num_epochs or inner.num_epochs,
+    )
 
 
 class Place(NamedTuple):

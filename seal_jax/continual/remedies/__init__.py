@@ -51,6 +51,10 @@ _SINGLE = {
 }
 
 
+# How the values of options are called, by the type of their default.
+_KINDS = {float: "number", int: "whole number", str: "word", bool: "bool", tuple: "tuple"}
+
+
 def make_remedies(names: Sequence[str], options: Mapping[str, Any]) -> "dict[str, Remedy]":
     """Return remedies by their names in REMEDIES, in order.
 
@@ -58,12 +62,10 @@ def make_remedies(names: Sequence[str], options: Mapping[str, Any]) -> "dict[str
       options: of each, by name.
 
     Raises:
-      ValueError: no remedy or no option of that name, a value that it cannot have, or two that
+      KeyError: no remedy of that name, see config/check_continual.py.
+      ValueError: no option of that name, a value that it cannot have, or two remedies that
         contradict each other.
     """
-    for name in options:
-        if name not in names:
-            raise ValueError(f"continual.remedy_kwargs has {name!r}: continual.remedies has not")
     remedies = {name: _make(name, options.get(name, {})) for name in names}
     for one, other in combinations(remedies, 2):
         if why := _contradiction(one, remedies[one], other, remedies[other]):
@@ -82,19 +84,23 @@ def transformations(
 
 
 def _make(name: str, options: Mapping[str, Any]) -> "Remedy":
-    if name not in REMEDIES:
-        raise ValueError(f"remedy {name!r}: expected one of {', '.join(REMEDIES)}")
-    make = REMEDIES[name]
-    known = list(inspect.signature(make).parameters)
-    for option in options:
+    make, where = REMEDIES[name], f"continual.remedy_kwargs: {name}"
+    known = inspect.signature(make).parameters
+    for option, value in options.items():
         if option not in known:
             nearest = difflib.get_close_matches(option, known, 1, 0.0)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"{name} has no option {option!r}{hint} (it has: {', '.join(known)})")
+            has = ", ".join(known) or "none"
+            raise ValueError(f"{where} has no option {option!r}{hint} (it has: {has})")
+        kind = type(known[option].default)
+        if not isinstance(value, (int, float) if kind is float else kind) or (
+            isinstance(value, bool) and kind is not bool
+        ):
+            raise ValueError(f"{where}: {option} = {value!r}: needs a {_KINDS.get(kind, kind)}")
     try:
         return make(**options)
-    except TypeError as error:  # a word where a number belongs
-        raise ValueError(f"{name}: {dict(options)}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _contradiction(one: str, first: "Remedy", other: str, second: "Remedy") -> str:
@@ -105,8 +111,10 @@ def _contradiction(one: str, first: "Remedy", other: str, second: "Remedy") -> s
     for pair in ((one, other), (other, one)):
         if pair in _CONTRADICT:
             return _CONTRADICT[pair]
-    if {first.frame, second.frame} == {"fixed", "fresh"}:
-        return "one needs adapters that begin alike in every edit, the other fresh ones"
+    if {first.frame, second.frame} in ({"fixed", "fresh"}, {"fixed", "own"}):
+        return "one needs adapters that begin alike in every edit, the other those that do not"
+    if first.top and second.top and first.top != second.top:
+        return f"teachers tell apart {first.top} tokens for the one, {second.top} for the other"
     for name, excluded in ((one, second.excludes), (other, first.excludes)):
         if name in excluded or "*" in excluded:
             return "nothing that the one changes is there for the other"

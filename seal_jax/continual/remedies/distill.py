@@ -30,7 +30,7 @@ def remedy(teacher: str = "frozen", top: int = 16) -> Remedy:
         raise ValueError(f"teacher is {teacher!r}: expected one of {', '.join(TEACHERS)}")
     if top < 1:
         raise ValueError(f"top is {top}: expected 1 or more")
-    return Remedy(teach=partial(_teach, teacher, top))
+    return Remedy(teach=partial(_teach, teacher, top), top=top)
 
 
 def _teach(teacher: str, top: int, work: Work, learner: Learner, edit: Edit) -> Texts:

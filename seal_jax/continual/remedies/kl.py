@@ -31,7 +31,7 @@ def remedy(
     make_memory(kind, 1)
     if top < 1:
         raise ValueError(f"top is {top}: expected 1 or more")
-    return Remedy(share=share, extra=extra, memory=kind, old=partial(_held, top))
+    return Remedy(share=share, extra=extra, memory=kind, old=partial(_held, top), top=top)
 
 
 def _held(top: int, work: Work, learner: Learner, number: int, counts: Sequence[int]) -> Texts:

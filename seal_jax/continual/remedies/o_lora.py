@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from seal_jax.continual.given import Maps, check_maps, map_a, present, transformation, zero_maps
@@ -66,9 +67,21 @@ def remedy(strength: float = 0.1) -> Remedy:
 
 
 def _learn(work: Work, learner: Learner, edit: Edit, store: Store) -> Store:
-    del work, learner
+    del learner
     assert edit.adapters is not None  # they are trained
-    return _add_subspace(store, edit.adapters.weights)
+    trained = work.placed(np.array([bool(row) for row in edit.texts], np.float32))
+    return _add_trained(store, edit.adapters.weights, trained)
 
 
-_nothing, _add_subspace = jax.jit(zero_maps), jax.jit(add_subspace)
+_nothing = jax.jit(zero_maps)
+
+
+@jax.jit
+@jax.vmap
+def _add_trained(subspaces: Maps, weights: Params, trained: jax.Array) -> Maps:
+    """Add a sequence's adapter, if it is trained: one of a rejected self-edit is not."""
+    return jax.tree.map(
+        lambda old, new: jnp.where(trained > 0, new, old),
+        subspaces,
+        add_subspace(subspaces, weights),
+    )

@@ -25,7 +25,7 @@ from seal_jax.inner.texts import Text
 from seal_jax.outer.problems import Batch
 from seal_jax.outer.stages import Stages
 from seal_jax.sharding import leading, to_device
-from seal_jax.types import Adapters, ContinualSettings, Params
+from seal_jax.types import Adapters, ContinualSettings, InnerSettings, Params
 
 Store = Any  # what a remedy keeps between edits: a pytree of arrays [S ...], of constant size
 Texts = Sequence[Sequence[Text]]  # of each sequence
@@ -75,6 +75,7 @@ class Edit(NamedTuple):
     problems: Batch  # [S]
     texts: Texts  # the new ones; none of a sequence whose self-edit was rejected
     sources: Sequence[Sequence[str]]  # the same as text
+    inner: Sequence[InnerSettings]  # what holds for each: its self-edit may choose some
     adapters: Adapters | None = None  # [S], once they are trained
 
 
@@ -86,6 +87,7 @@ class Remedy(NamedTuple):
     memory: str = ""  # the kind of memory that it needs, see memory.KINDS
     old: Callable[[Work, Learner, int, Sequence[int]], Texts] | None = None
     teach: Callable[[Work, Learner, Edit], Texts] | None = None
+    top: int = 0  # tokens of a teacher's distributions that are told apart, where texts have one
     reference: bool = False
     before: optax.GradientTransformation | None = None
     after: optax.GradientTransformation | None = None
@@ -97,6 +99,7 @@ class Remedy(NamedTuple):
     remember: Callable[[Work, Learner, Edit], Any] | None = None  # (text, its tokens) [S][any]
     learn: Callable[[Work, Learner, Edit, Store], Store] | None = None
     route: Callable[[Work, Learner, Store, Sequence[Batch]], Any] | None = None  # -> asking.Asked
-    # Which fresh adapters it needs: 'fixed', of a sequence always the same first `a`, or 'fresh'.
+    # Which adapters it needs to begin with: 'fixed', of a sequence always the same first `a`;
+    # 'fresh'; or 'own', where it makes them begin otherwise.
     frame: str = ""
     excludes: tuple[str, ...] = ()  # names, or places, of remedies that contradict it

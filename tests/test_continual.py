@@ -10,12 +10,12 @@ from tiny_run import CONFIG, run_process
 
 from seal_jax import keys
 from seal_jax.commands import main as cli
-from seal_jax.commands.continual import check, draw
+from seal_jax.commands.continual import check, draw, learn_in_sequence
 from seal_jax.config.load import load_config
 from seal_jax.config.setup import make_work, settings_of
 from seal_jax.config.workdir import refuse_other_kind
 from seal_jax.continual.asking import ask
-from seal_jax.continual.experiment import begin, one_edit, restore, run_sequences
+from seal_jax.continual.experiment import begin, one_edit, report, restore, run_sequences
 from seal_jax.continual.remedies import REMEDIES
 from seal_jax.hosts.files import read_jsonl
 from seal_jax.inner import packing
@@ -263,8 +263,8 @@ def test_a_remedy_changes_the_second_edit(names, plain, tmp_path):
 
 
 def test_a_gate_that_refuses_everything_is_counted_and_said(tmp_path, capsys):
-    """At such a scale whatever is learned breaks the model."""
-    folder, options = tmp_path / "run", "{'gate': {'scales': (0.0, 1e4)}}"
+    """It may choose no other scale."""
+    folder, options = tmp_path / "run", "{'gate': {'scales': (0.0,)}}"
     changes = "continual.remedies=gate", f"continual.remedy_kwargs={options}"
     assert cli.main(arguments(folder, *changes)) == 0
     lines = read_jsonl(folder / "continual.jsonl")
@@ -358,3 +358,36 @@ def test_other_folders_and_other_sequences_are_refused(plain, tmp_path, capsys):
     twice = refused(*arguments(new, more=("--against", plain, plain)))
     assert "asked for twice" in twice
     assert not new.exists()
+
+
+def test_a_model_that_is_not_finite_any_more_knows_nothing(plain, tmp_path):
+    """Its likelihoods are null in the ledger: never a likelihood of 1, nor left out of a mean."""
+    lines = read_jsonl(plain / "continual.jsonl")
+    for name in ("log_likelihood", "control/log_likelihood", "perplexity"):
+        lines[-1][name][1] = [None] * N if name == "log_likelihood" else None
+    work, _ = make()
+    found = report(work, lines, str(tmp_path))
+    assert (
+        "In 1 sequences the model is not finite any more" in (tmp_path / "summary.md").read_text()
+    )
+    assert found["log_likelihood"]["final"]["mean"] < -1e8
+    assert found["figures"]["perplexity_final"]["why"] == "not finite"
+
+
+def test_replay_forgets_less(facts_model, tmp_path):
+    """A model that writes notes: of what it knows right after an edit, plain merging keeps less."""
+    sizes = {"num_sequences": 4, "num_edits": 6, "num_control": 2, "ask_every": 6}
+    changes = [f"continual.{name}={size}" for name, size in sizes.items()]
+    changes += [f"model.source={facts_model}", "inner.num_epochs=5", "inner.learning_rate=1e-2"]
+    half = ["continual.remedies=replay", "continual.remedy_kwargs={'replay': {'share': 0.5}}"]
+    found = []
+    for number, more in enumerate(([], half)):
+        config = load_config("configs/continual_tiny.py", [*changes, *more])
+        run = learn_in_sequence(config, str(tmp_path / str(number)))
+        figures = {**run["figures"], "likelihood": run["log_likelihood"]["final"]}
+        found.append({name: figure["mean"] for name, figure in figures.items()})
+    plain, replay = found
+    assert plain["unedited"] == replay["unedited"] > plain["final"] < plain["diagonal"]
+    assert plain["backward_transfer"] < replay["backward_transfer"] - 0.05
+    assert plain["final"] < replay["final"]
+    assert plain["likelihood"] < replay["likelihood"] - 0.15

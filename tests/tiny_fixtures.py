@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 
 import jax
@@ -32,16 +33,38 @@ def compiled(tmp_path_factory):
         yield
 
 
+@contextlib.contextmanager
+def _one_at_a_time(folder):
+    """Let one worker after another in."""
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        yield
+
+
 @pytest.fixture(scope="session")
 def finished(compiled, tmp_path_factory):
     """Return the folder of a finished, uninterrupted run. Only read it: all workers do."""
     folder = _shared_folder(tmp_path_factory) / "finished"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+    with _one_at_a_time(folder):
         if not (folder / "run" / "summary.json").exists():
             run_process(*train_arguments(folder / "run"))
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def facts_model(compiled, tmp_path_factory):
+    """Return the folder of `tiny:facts`, which one process trains, with XLA's optimizations."""
+    folder = _shared_folder(tmp_path_factory) / "models"
+    script = (
+        "import sys, pathlib; from seal_jax.models.toys.tiny_facts import tiny_facts_folder;"
+        "print(tiny_facts_folder(pathlib.Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", script, str(folder)]
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(TESTS.parent)}
+    with _one_at_a_time(folder):
+        made = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
+    return made.stdout.decode().strip()
 
 
 @pytest.fixture

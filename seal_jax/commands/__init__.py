@@ -3,6 +3,7 @@
   main.py      finds the command, runs it, and says an error in a line
   train.py     a whole run
   eval.py      the final table for a policy at hand
+  continual.py one self-edit after another, and what it forgets
   tune.py      the inner loop's settings that suit a model
   generate/    self-edits for passages, by a model here or behind an endpoint
   export/      adapters for PEFT, models for transformers

@@ -111,7 +111,7 @@ def _sentences(summary: Mapping[str, Any]) -> list[str]:
         return _text(figures[name], 100, 1, sign)
 
     lines = [
-        f"{summary['num_sequences']} sequence(s) of {N} self-edit(s), one after another, in each.",
+        f"{summary['num_sequences']} sequence(s), in each {N} self-edit(s) one after another.",
         f"Unedited, the models answer {percent('unedited')} % of the questions right; right after"
         f" an edit {percent('diagonal')} % of those about it; after all edits"
         f" {percent('final')} % of all.",
@@ -128,7 +128,11 @@ def _sentences(summary: Mapping[str, Any]) -> list[str]:
         transfer = percent("backward_transfer", "+")
         lines.append(f"From right after an edit to the end: {transfer} points (backward transfer).")
     lines += _age_sentence(summary["by_age"])
-    lines.append(f"Control set, which no edit touches: {percent('control_change', '+')} points.")
+    if figures["control_change"]["mean"] is None:
+        lines.append("There is no control set, so what edits break elsewhere is not known.")
+    else:
+        change = percent("control_change", "+")
+        lines.append(f"Control set, which no edit touches: {change} points.")
     return [*lines, *summary["notes"]]
 
 
@@ -168,7 +172,8 @@ def _explain(summary: Mapping[str, Any]) -> list[str]:
         " after its edit to the end, over all problems but the last. Forward transfer: how that"
         " of problems whose edit is still to come changes against the unedited model, over"
         f" {summary['forward_rows']} of {rows} rows that were asked whole. At an age: over the"
-        " problems that were asked so many edits after their own.",
+        " problems that were asked so many edits after their own. General text: the passages of"
+        " the control set.",
         "The cost of a half is its median over edits: the first ones compile programs.",
     ]
     if rows > MOST_CELLS:
@@ -180,10 +185,10 @@ def _text(found: Mapping[str, Any], factor: float = 1, digits: int = 2, sign: st
     """Return a mean with its interval, or why there is none."""
     if found["mean"] is None:
         return found["why"]
-    shown = f"{factor * found['mean']:{sign}.{digits}f}"
+    shown = f"{factor * found['mean']:{sign}z.{digits}f}"  # z: no -0.0
     if found["interval"] is None:
         return shown
-    low, high = (f"{factor * x:{sign}.{digits}f}" for x in found["interval"])
+    low, high = (f"{factor * x:{sign}z.{digits}f}" for x in found["interval"])
     return f"{shown} [{low}, {high}]"
 
 
@@ -212,13 +217,14 @@ def plot(summary: Mapping[str, Any], path: str) -> None:
     values = values[edits]
     known = values[~np.isnan(values)]
     low, high = (known.min(), known.max()) if known.size else (0.0, 1.0)
+    high = max(high, low + 1)
     figure = Figure(figsize=(7.2, 6.4), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(
         np.ma.masked_invalid(values),
         cmap=colormaps["cividis"].with_extremes(bad="#d9d9d9"),  # for the colorblind, too
         vmin=low,
-        vmax=high if high > low else low + 1,
+        vmax=high,
         aspect="auto",
         interpolation="nearest",
     )
@@ -230,7 +236,7 @@ def plot(summary: Mapping[str, Any], path: str) -> None:
     axes.set_xticks(columns, columns + 1)
     ticks = np.arange(num)[:: _every(num)]
     axes.set_yticks(ticks, ["unedited", *edits[ticks][1:]])
-    axes.set(xlabel="questions about problem", ylabel="self-edits made")
+    axes.set(xlabel="questions about problem (left of the line: edited)", ylabel="self-edits made")
     axes.set_title(f"{summary['name']}: right answers, %, mean of {summary['num_sequences']}")
     if N <= MOST_CELLS:
         _annotate(axes, values, (low + high) / 2)

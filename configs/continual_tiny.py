@@ -29,14 +29,16 @@ def get_config():
     config.inner.rank = 8
     config.inner.alpha = 16.0
     config.inner.targets = config.outer.targets
-    config.inner.learning_rate = 1e-2
-    config.inner.num_epochs = 10
-    config.inner.batch_size = 8
+    # At ten times the rate and a quarter of the epochs the model breaks down after four edits.
+    config.inner.learning_rate = 1e-3
+    config.inner.num_epochs = 40
+    config.inner.batch_size = 4
     config.inner.num_seeds = 1
     config.inner.tokens_per_step = 4096
     config.continual.num_sequences = 16
     config.continual.num_edits = 32
     config.continual.num_control = 16
+    config.continual.memory_tokens = 8192
     config.outer.num_steps = 2
     config.outer.problems_per_step = 6
     config.eval.num_problems = 16

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 
 from seal_jax.sharding import platform
+from seal_jax.types import Array
 
 
-def of_each(decompose: Callable[[jax.Array], Any], matrices: jax.Array) -> Any:
+def of_each(decompose: Callable[[Array], Any], matrices: Array) -> Any:
     """Return what a decomposition makes of matrices [... m n], a pytree of [... any].
 
     On CPUs it takes one after another. A call of LAPACK on a stack waits, in a thread of XLA's, for

@@ -17,6 +17,7 @@ from seal_jax.config.workdir import refuse_other_kind
 from seal_jax.continual.asking import ask
 from seal_jax.continual.experiment import begin, one_edit, report, restore, run_sequences
 from seal_jax.continual.remedies import REMEDIES
+from seal_jax.continual.remedies.null_space import projectors_of
 from seal_jax.hosts.files import read_jsonl
 from seal_jax.inner import packing
 from seal_jax.inner.texts import make_job
@@ -260,6 +261,15 @@ def test_a_remedy_changes_the_second_edit(names, plain, tmp_path):
         assert lines[0]["replayed"] == 0 < lines[1]["replayed"]
     if "ema" in names:
         assert jax.tree.structure(learner.answers) == jax.tree.structure(learner.params)
+
+
+def test_no_decomposition_on_a_cpu_is_of_a_stack():
+    """Those of several stacks at once may wait for each other for ever."""
+    squares = {"attn": {name: np.ones((3, 2, 8, 8), np.float32) for name in ("q_proj", "v_proj")}}
+    text = jax.jit(projectors_of).lower(squares).as_text()
+    calls = [line for line in text.splitlines() if "syevd" in line]
+    assert calls and all("tensor<8x8xf32>" in line for line in calls)
+    assert not any("x8x8xf32>" in line for line in calls)
 
 
 def test_a_gate_that_refuses_everything_is_counted_and_said(tmp_path, capsys):

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seal_jax.continual.decompositions import of_each
 from seal_jax.types import Adapters, Params
 
 
@@ -142,7 +143,7 @@ def init_from_last(last: Adapters) -> Adapters:
         rank, fan_in = ab["a"].shape[-2:]
         if rank > fan_in:
             raise ValueError(f"rank {rank} is larger than the kernel's input, {fan_in}")
-        q, r = jnp.linalg.qr(ab["a"].astype(jnp.float32).swapaxes(-1, -2))
+        q, r = of_each(jnp.linalg.qr, ab["a"].astype(jnp.float32).swapaxes(-1, -2))
         signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)
         return {
             "a": (q * signs[..., None, :]).swapaxes(-1, -2),

@@ -1,13 +1,15 @@
 """Training texts as tokens, and inner runs as batches of them in order."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from seal_jax.models.tokenizer import Tokenizer
 from seal_jax.tasks.task import Turn
-from seal_jax.types import Teacher
+
+if TYPE_CHECKING:  # the host side of `continual` imports no jax
+    from seal_jax.types import Teacher
 
 # The authors' code pads every text to PADDED tokens and counts the prediction of padding too. Where
 # that is asked for, 'sampled' takes so many of the padding's tokens, each for its share of all.
@@ -25,7 +27,7 @@ class Text(NamedTuple):
     tokens: tuple[int, ...]
     loss_mask: tuple[bool, ...]  # whether predicting this token counts; the first never does
     pads: tuple[int, ...] = ()  # positions of padding: each predicts the next, the last nothing
-    teacher: Teacher | None = None  # of its tokens [T K] (numpy); padding has none
+    teacher: "Teacher | None" = None  # of its tokens [T K] (numpy); padding has none
     # Multiplies the cost of its tokens, and not their number, by which a row's sum is divided.
     weight: float = 1.0
 

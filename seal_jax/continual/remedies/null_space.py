@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from seal_jax.continual.decompositions import of_each
 from seal_jax.continual.edit_gradients import text_batches
 from seal_jax.continual.edits import fresh_adapters
 from seal_jax.continual.given import Maps, check_maps, map_a, transformation, zero_maps
@@ -57,7 +58,7 @@ def projectors_of(covariances: Maps, energy: float = 1e-3) -> Maps:
         raise ValueError(f"null_space: energy = {energy}, expected a share between 0 and 1")
 
     def one(covariance: Array) -> jax.Array:
-        values, vectors = jnp.linalg.eigh(covariance)  # from the weakest on
+        values, vectors = of_each(jnp.linalg.eigh, covariance)  # from the weakest on
         below = jnp.cumsum(jnp.maximum(values, 0.0), axis=-1)
         weak = vectors * (below <= energy * below[..., -1:])[..., None, :]
         return jnp.matmul(weak, weak.swapaxes(-1, -2), precision=jax.lax.Precision.HIGHEST)

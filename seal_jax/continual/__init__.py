@@ -8,6 +8,7 @@ memory.py            texts of earlier edits, under a budget
 retrieval.py         which earlier edit a question is about
 keeping.py           arithmetic on what an edit changes: scale, trim, average, gate
 memory_gradients.py  gradients and inputs of texts, for remedies that store them
+decompositions.py    of stacks of matrices, so that CPUs end with them
 given.py             how a transformation is given what it needs
 matrix.py            from scores after each edit to transfer and forgetting
 report.py            the same as JSON, tables and a heat map

@@ -10,9 +10,6 @@ hardware  2 CPU cores
 
 from seal_jax.config import default_config
 
-# `bash tests/run.sh -m aot` compiles the run's programs for it; the run needs none.
-SLICES = {"v5e:2x2": ()}
-
 
 def get_config():
     config = default_config()

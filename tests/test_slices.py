@@ -44,9 +44,9 @@ def test_a_config_fits_the_slices_that_it_names(path, name, overrides):
 
 def test_the_slices_are_those_that_we_promise():
     named = {case.id for case in slices()}
-    assert {name.partition(" ")[0] for name in named} == {
-        path.stem for path in CONFIGS.glob("*.py")
-    }
+    # What is planned is `train`: edits one after another have other programs.
+    trained = {path.stem for path in CONFIGS.glob("*.py") if "continual" not in path.stem}
+    assert {name.partition(" ")[0] for name in named} == trained
     assert {"squad_qwen2p5_7b on v5e:4x4", "squad_qwen2p5_7b on v5p:2x2x1"} <= named
     assert {"squad_qwen2p5_7b on v6e:2x4", "arc_llama3p2_1b on v5e:2x4"} <= named
     assert "squad_qwen2p5_32b on v5p:2x2x4" in named

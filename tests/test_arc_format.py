@@ -41,10 +41,10 @@ def test_a_turn_as_text():
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_loss_is_on_all_tokens_or_on_output_grids(chat):
     tokenizer, turn = ByteTokenizer(), make_turn(EXAMPLES[:2], EXAMPLES[2])
-    ids, mask, _ = encode_text(tokenizer, turn, chat=chat)
+    ids, mask = encode_text(tokenizer, turn, chat=chat)[:2]
     assert tokenizer.decode(ids) == turn.message + turn.answer
     assert mask == (False, *[True] * (len(ids) - 1))
-    same_ids, mask, _ = encode_text(tokenizer, turn, True, chat=chat)
+    same_ids, mask = encode_text(tokenizer, turn, True, chat=chat)[:2]
     assert same_ids == ids
     chosen = [i for i, counts in zip(ids, mask, strict=True) if counts]
     assert tokenizer.decode(chosen) == "[[1], [2]]#[[1], [3]]#[[1], [4]]#"

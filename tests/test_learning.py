@@ -24,6 +24,7 @@ def bench_quick(folder, model):
     return json.loads(out.read_text()), ended
 
 
+@pytest.mark.long
 def test_a_short_run_rises(facts_model, tmp_path):
     figures, ended = bench_quick(tmp_path, facts_model)
     row = figures["rest_em"]

@@ -33,7 +33,7 @@ from seal_jax.outer.policy_step import init_train_state, state_shapes, update_se
 from seal_jax.outer.policy_update import PolicyUpdate, make_policy_update
 from seal_jax.outer.problems import Batch
 from seal_jax.outer.stages import Constrain, Stages
-from seal_jax.sharding import make_mesh, param_shardings, shaped, tree_bytes
+from seal_jax.sharding import make_mesh, num_parts, param_shardings, shaped, tree_bytes
 from seal_jax.sources import load_model, load_policy
 from seal_jax.tasks import TASKS, field_names, make_task
 from seal_jax.tasks.task import Task, constrain_of, max_tokens_of
@@ -117,6 +117,12 @@ def make_work(settings: Settings, sequences: Sequence[Batch]) -> Work:
                 f"continual.remedy_kwargs: {name}: top = {one.top:,}: expected at most the"
                 f" {known:,} tokens of the model"
             )
+    parts = num_parts(stages.mesh, "adapter", stages.model.config.rules)
+    if len(sequences) % parts:
+        raise ValueError(
+            f"continual.num_sequences = {len(sequences)}: expected a multiple of {parts}, over"
+            " which the mesh divides them (mesh.data, sharding.adapter)"
+        )
     setup = inner_setup(stages.model.config, optimizer, settings.inner, stages.mesh)
     return Work(stages, make_memory_gradients(setup), remedies, sequences)
 

@@ -7,7 +7,7 @@ from seal_jax.continual.edits import fresh_adapters
 from seal_jax.continual.remedies.remedy import Edit, Learner, Work
 from seal_jax.inner import packing
 from seal_jax.inner.texts import Job
-from seal_jax.sharding import batch_sharding, leading, to_device
+from seal_jax.sharding import batch_sharding, leading, num_shards, to_device
 from seal_jax.types import InnerBatch, Params
 
 
@@ -20,6 +20,7 @@ def text_batches(work: Work, edit: Edit) -> list[InnerBatch]:
         tokens_per_step=inner.tokens_per_step,
         steps_per_call=inner.steps_per_call,
         pad_id=stages.model.tokenizer.pad_id,
+        num_shards=num_shards(stages.mesh, stages.model.config.rules),
         side_by_side=True,
     )
     where = batch_sharding(stages.mesh, stages.model.config.rules)

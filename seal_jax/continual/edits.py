@@ -14,7 +14,7 @@ from seal_jax.inner.texts import PADDED, Job, Text, make_job
 from seal_jax.models.own_kernels import merge_each
 from seal_jax.outer.stages import parse, write
 from seal_jax.outer.waves import chosen_by
-from seal_jax.sharding import batch_sharding, leading, to_device, to_host
+from seal_jax.sharding import batch_sharding, leading, num_shards, to_device, to_host
 from seal_jax.tasks.task import Rejected
 from seal_jax.types import Adapters
 
@@ -67,6 +67,7 @@ def train(work: Work, learner: Learner, edit: Edit) -> tuple[Edit, Trained]:
         tokens_per_step=inner.tokens_per_step,
         steps_per_call=inner.steps_per_call,
         pad_id=stages.model.tokenizer.pad_id,
+        num_shards=num_shards(stages.mesh, stages.model.config.rules),
         side_by_side=True,
     )
     adapters, context = fresh_adapters(work, learner, edit.number), {}
@@ -174,7 +175,7 @@ def learn(work: Work, learner: Learner, edit: Edit) -> Learner:
     stores = dict(learner.stores)
     for name, remedy in work.remedies.items():
         if remedy.learn is not None:
-            stores[name] = remedy.learn(work, learner, edit, stores.get(name))
+            stores[name] = work.placed(remedy.learn(work, learner, edit, stores.get(name)))
     learner = learner._replace(stores=stores)
     if not any(remedy.memory for remedy in work.remedies.values()):
         return learner

@@ -88,7 +88,7 @@ def begin(work: Work) -> Learner:
         learner = learner._replace(answers=params)
     adapters = fresh_adapters(work._replace(remedies={}), learner, 0)
     stores = {
-        name: remedy.begin(work, params, adapters)
+        name: work.placed(remedy.begin(work, params, adapters))
         for name, remedy in work.remedies.items()
         if remedy.begin is not None
     }

@@ -161,7 +161,8 @@ def _learn(per_edit: int, work: Work, learner: Learner, edit: Edit, store: Store
         return store
     step = keys.CONTINUAL_STEP + edit.number
     path = work.stages.settings.seed, keys.REFERENCE, step
-    return _add_each(store, found[0], keys.fold([(*path, s, 4) for s in range(work.num)]))
+    drawn = work.placed(keys.fold([(*path, s, 4) for s in range(work.num)]))
+    return _add_each(store, found[0], drawn)
 
 
 @jax.jit

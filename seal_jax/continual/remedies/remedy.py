@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 
 from seal_jax.continual.memory import Memory
@@ -24,8 +23,8 @@ from seal_jax.continual.memory_gradients import MemoryGradients
 from seal_jax.inner.texts import Text
 from seal_jax.outer.problems import Batch
 from seal_jax.outer.stages import Stages
-from seal_jax.sharding import leading, to_device
-from seal_jax.types import Adapters, ContinualSettings, InnerSettings, Params
+from seal_jax.sharding import leading, replicated, to_device
+from seal_jax.types import Adapters, Array, ContinualSettings, InnerSettings, Params
 
 Store = Any  # what a remedy keeps between edits: a pytree of arrays [S ...], of constant size
 Texts = Sequence[Sequence[Text]]  # of each sequence
@@ -62,10 +61,15 @@ class Work(NamedTuple):
         """S, how many sequences there are."""
         return len(self.sequences)
 
-    def placed(self, values: np.ndarray) -> jax.Array:
-        """Return a number for each sequence [S] on the devices."""
-        rules = self.stages.model.config.rules
-        return to_device(values, leading(self.stages.mesh, "adapter", self.num, rules))
+    def placed(self, tree: Any) -> Any:
+        """Return arrays where they belong: [S ...] divided as the sequences are, others whole."""
+        mesh, rules = self.stages.mesh, self.stages.model.config.rules
+        divided, whole = leading(mesh, "adapter", self.num, rules), replicated(mesh)
+
+        def place(x: Array) -> jax.Array:
+            return to_device(x, divided if x.shape[:1] == (self.num,) else whole)
+
+        return jax.tree.map(place, tree)
 
 
 class Edit(NamedTuple):

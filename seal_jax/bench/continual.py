@@ -31,7 +31,8 @@ from seal_jax.outer.problems import read_problems
 from seal_jax.tasks import make_task
 from seal_jax.types import Settings
 
-REMEDIES = ("replay",)  # see configs/README.md
+REMEDIES = ("replay",)  # what forgets least, see continual/README.md
+KEYWORDS = {"replay": {"share": 0.75, "kind": "per_problem"}}
 
 
 def make_settings(model: str, quick: bool) -> Settings:
@@ -44,7 +45,9 @@ def make_settings(model: str, quick: bool) -> Settings:
             *(f"model.source={model}", "model.chat=False", "task.name=facts", "task.num_eval=600"),
             *("sample.top_p=1.0", "sample.max_tokens=72", "sample.max_rows=64"),
             *("answer.max_tokens=8", "answer.max_rows=512", "inner.rank=8", "inner.alpha=16.0"),
-            *("inner.batch_size=8", "inner.num_seeds=1", "inner.learning_rate=3e-3"),
+            *("inner.batch_size=4", "inner.num_seeds=1", "inner.learning_rate=1e-3"),
+            f"inner.num_epochs={2 if quick else 40}",
+            "continual.memory_tokens=8192",
             f"inner.targets={','.join(LINEARS)}",
             *(f"continual.{name}={size}" for name, size in zip(names, sizes, strict=True)),
         ],
@@ -78,7 +81,7 @@ def run(
         seed=settings.seed,
     )
     plain = make_work(settings, drawn.problems)
-    other = settings._replace(continual=asked._replace(remedies=REMEDIES))
+    other = settings._replace(continual=asked._replace(remedies=REMEDIES, remedy_kwargs=KEYWORDS))
     remedied = make_work(other, drawn.problems)
     alone = [plain._replace(sequences=[one]) for one in drawn.problems]
     seconds, edits = {}, {}

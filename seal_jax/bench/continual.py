@@ -31,7 +31,7 @@ from seal_jax.outer.problems import read_problems
 from seal_jax.tasks import make_task
 from seal_jax.types import Settings
 
-REMEDIES = ("replay",)  # what forgets least, see continual/README.md
+REMEDIES = ("replay", "scale")  # what forgets least, see continual/README.md
 KEYWORDS = {"replay": {"share": 0.75, "kind": "per_problem"}}
 
 

@@ -5,7 +5,7 @@ command   seal-jax continual --config configs/continual_smollm2.py --workdir run
 data      SQuAD's eval split from the Hugging Face hub; offline, --set task.source=json:PATH
 size      8 sequences of 8 self-edits side by side; each model is asked about all 8 passages and 16
           others before, after every second edit and in the end
-hardware  2 CPU cores, 10 GB of memory; never run to its end
+hardware  2 CPU cores; never run
 """
 
 from seal_jax.config import default_config

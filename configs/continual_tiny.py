@@ -6,6 +6,9 @@ command   seal-jax continual --config configs/continual_tiny.py --workdir runs/c
 size      16 sequences of 32 self-edits on synthetic facts, side by side, each asked about all 32
           things and 16 others after every edit
 hardware  2 CPU cores
+time      some 6 minutes, and once 1 to 3 for the model (2026-11-29)
+expect    plain merging breaks down; replay with half merges keeps more than the unedited model
+          knows. seal_jax/continual/README.md has the table
 """
 
 from seal_jax.config import default_config

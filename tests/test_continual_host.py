@@ -268,7 +268,6 @@ def test_the_most_forgotten_come_first():
     now = {0: -1.1, 1: -3.0, 2: math.nan, 3: -0.5, 4: -2.0}
     memory = rescore(memory, [now[entry.edit] for entry in memory.entries])
     assert [entry.edit for entry in choose(memory, (1,), num_texts=7)] == [2, 1, 4, 0, 3, 2, 1]
-    assert [entry.edit for entry in choose(memory, (1,), budget=11)] == [2, 1]
     worst = choose(memory, (1,), num_texts=1)[0]
     assert worst.last == LOST and drop_of(worst) == pytest.approx(-1 - LOST)
     with pytest.raises(ValueError, match="4 scores for 5 texts"):
@@ -313,7 +312,6 @@ def test_replay_keeps_its_share_with_the_same_shapes_in_every_sequence(extra):
         (lambda: replayed_in(0, 4, 1.0), "share of 1.0"),
         (lambda: replayed_in(0, 4, math.nan), "share of nan"),
         (lambda: choose(make_memory("reservoir", 9), (0,), num_texts=0), "num_texts is 0"),
-        (lambda: choose(make_memory("reservoir", 9), (0,)), "either num_texts or budget"),
         (lambda: from_json({"kind": "reservoir"}, "state.json"), "state.json: no memory"),
         (
             lambda: remember(remembered("reservoir", 2, 1, 99), 1, texts_of(1, 1), (0,)),

@@ -191,11 +191,11 @@ def lessons(model):
 
 @pytest.fixture(scope="module")
 def taught(model, mesh, lessons):
-    return with_teachers(model, model.params, None, lessons, top=4, mesh=mesh)
+    return with_teachers(model, model.params, lessons, top=4, mesh=mesh)
 
 
 def test_a_teacher_reads_the_context_and_then_the_text(model, mesh, lessons, taught):
-    by_turns = with_teachers(model, model.params, None, lessons, top=4, mesh=mesh, max_rows=2)
+    by_turns = with_teachers(model, model.params, lessons, top=4, mesh=mesh, max_rows=2)
     logits_of = jax.jit(partial(forward, CONFIG))
     for group, texts, others in zip(lessons, taught, by_turns, strict=True):
         assert len(texts) == len(group)
@@ -215,7 +215,7 @@ def test_a_teacher_reads_the_context_and_then_the_text(model, mesh, lessons, tau
                 values, ids = jax.lax.top_k(expected, 4)
                 np.testing.assert_array_equal(found.teacher.ids[t], ids)
                 np.testing.assert_allclose(found.teacher.logp[t, :4], values, atol=1e-4)
-    assert with_teachers(model, model.params, None, [[], []], top=4, mesh=mesh) == [[], []]
+    assert with_teachers(model, model.params, [[], []], top=4, mesh=mesh) == [[], []]
 
 
 def test_each_group_is_taught_by_the_model_of_its_sequence(model, mesh, lessons, taught):
@@ -223,23 +223,23 @@ def test_each_group_is_taught_by_the_model_of_its_sequence(model, mesh, lessons,
     own = jax.tree.map(
         lambda x: x * jnp.array([1.0, 0.5])[:, None, None] if x.ndim == 3 else x, own
     )
-    found = with_teachers(model, own, None, lessons, top=4, mesh=mesh)
+    found = with_teachers(model, own, lessons, top=4, mesh=mesh)
     other = model_at(own, 1)
-    alone = with_teachers(model, other, None, [lessons[1]], top=4, mesh=mesh)
+    alone = with_teachers(model, other, [lessons[1]], top=4, mesh=mesh)
     for text, expected in zip((*found[0], *found[1]), (*taught[0], *alone[0]), strict=True):
         np.testing.assert_array_equal(text.teacher.ids, expected.teacher.ids)
         np.testing.assert_allclose(text.teacher.logp, expected.teacher.logp, atol=1e-4)
     assert np.abs(found[1][0].teacher.logp - taught[1][0].teacher.logp).max() > 1e-2
     with pytest.raises(ValueError, match="rows in 1 groups"):
-        with_teachers(model, own, None, lessons[:1], top=4, mesh=mesh)
+        with_teachers(model, own, lessons[:1], top=4, mesh=mesh)
 
 
 def test_what_no_teacher_can_read_is_refused(model, mesh):
     long = Lesson(text_of(range(1, 60)), tuple(range(1, 20)))
     with pytest.raises(ValueError, match="has 78 tokens: expected at most 64"):
-        with_teachers(model, model.params, None, [[long]], top=4, mesh=mesh)
+        with_teachers(model, model.params, [[long]], top=4, mesh=mesh)
     with pytest.raises(ValueError, match="top = 300: expected from 1 to the model's 260"):
-        with_teachers(model, model.params, None, [[long]], top=300, mesh=mesh)
+        with_teachers(model, model.params, [[long]], top=300, mesh=mesh)
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +346,7 @@ def test_a_waves_texts_are_taught_by_the_model_with_the_passage(stages):
         Lesson(text_of(encode("another")), (*context, *encode("a line\n", start=False))),
     ]
     given = {"top": 4, "mesh": stages.mesh}
-    (alone,) = with_teachers(stages.model, stages.model.params, None, [lessons], **given)
+    (alone,) = with_teachers(stages.model, stages.model.params, [lessons], **given)
     for text in alone:
         expected = taught[problem.id, text.tokens].teacher
         np.testing.assert_allclose(text.teacher.logp, expected.logp, atol=1e-5)

@@ -37,8 +37,9 @@ def ask(work: Work, learner: Learner, posed: Sequence[Batch]) -> Known:
     stages = work.stages
     prompts = [[exam_prompts(stages, *pair) for pair in batch] for batch in posed]
     golds = [[gold_texts(stages, *pair) for pair in batch] for batch in posed]
-    asked = who_answers(work, learner, posed)
-    given = _by_group(asked, _flat(prompts), lambda groups: _answer(stages, asked, groups))
+    asked_of = _flat(prompts)
+    asked = who_answers(work, learner, posed, list(map(len, asked_of)))
+    given = _by_group(asked, asked_of, lambda groups: _answer(stages, asked, groups))
     logps = _by_group(asked, _flat(golds), lambda groups: _score(stages, asked, groups))
     accuracy, likelihood = [], []
     for s, batch in enumerate(posed):
@@ -52,12 +53,17 @@ def ask(work: Work, learner: Learner, posed: Sequence[Batch]) -> Known:
     return Known(np.array(accuracy), np.array(likelihood))
 
 
-def who_answers(work: Work, learner: Learner, posed: Sequence[Batch]) -> Asked:
-    """Return which model answers each question: its sequence's, or an adapter of a bank."""
+def who_answers(
+    work: Work, learner: Learner, posed: Sequence[Batch], counts: Sequence[int]
+) -> Asked:
+    """Return which model answers each question: its sequence's, or an adapter of a bank.
+
+    Args:
+      counts: questions of each sequence.
+    """
     for name, remedy in work.remedies.items():
         if remedy.route is not None:
             return remedy.route(work, learner, learner.stores[name], posed)
-    counts = [sum(len(exam_prompts(work.stages, *pair)) for pair in batch) for batch in posed]
     groups = [[s] * count for s, count in enumerate(counts)]
     return Asked(learner.answering, None, groups, len(groups))
 

@@ -13,10 +13,10 @@ from seal_jax.inner import packing
 from seal_jax.inner.texts import PADDED, Job, Text, make_job
 from seal_jax.models.own_kernels import merge_each
 from seal_jax.outer.stages import parse, write
-from seal_jax.outer.waves import chosen_by
-from seal_jax.sharding import batch_sharding, leading, num_shards, to_device, to_host
+from seal_jax.outer.waves import chosen_by, on_devices
+from seal_jax.sharding import num_shards, to_host
 from seal_jax.tasks.task import Rejected
-from seal_jax.types import Adapters
+from seal_jax.types import Adapters, InnerBatch
 
 
 class Trained(NamedTuple):
@@ -57,12 +57,27 @@ def write_edits(work: Work, learner: Learner, number: int) -> tuple[Edit, list[A
 
 def train(work: Work, learner: Learner, edit: Edit) -> tuple[Edit, Trained]:
     """Train an adapter for each sequence's edit, with what the remedies add."""
-    stages, inner = work.stages, work.stages.settings.inner
-    texts = edit.texts
+    stages, texts = work.stages, edit.texts
     for teach in _each(work, "teach"):
         texts = teach(work, learner, edit)
     jobs, replayed = make_jobs(work, learner, edit._replace(texts=texts))
-    batches = packing.pack(
+    batches = pack(work, jobs)
+    adapters, context = fresh_adapters(work, learner, edit.number), {}
+    for name, remedy in work.remedies.items():
+        if remedy.context is not None:
+            context |= remedy.context(learner.stores.get(name), adapters)
+    adapters, losses = stages.inner_update(
+        learner.params, adapters, on_devices(stages, batches), context=context or None
+    )
+    found = packing.job_losses(batches, to_host(losses), work.num)
+    useful, _ = packing.useful_tokens(batches)
+    return edit._replace(adapters=adapters), Trained(found, useful, replayed)
+
+
+def pack(work: Work, jobs: Sequence[Job]) -> list[InnerBatch]:
+    """Return the batches (numpy) of jobs, one of each sequence, side by side."""
+    stages, inner = work.stages, work.stages.settings.inner
+    return packing.pack(
         jobs,
         tokens_per_step=inner.tokens_per_step,
         steps_per_call=inner.steps_per_call,
@@ -70,18 +85,6 @@ def train(work: Work, learner: Learner, edit: Edit) -> tuple[Edit, Trained]:
         num_shards=num_shards(stages.mesh, stages.model.config.rules),
         side_by_side=True,
     )
-    adapters, context = fresh_adapters(work, learner, edit.number), {}
-    for name, remedy in work.remedies.items():
-        if remedy.context is not None:
-            context |= remedy.context(learner.stores.get(name), adapters)
-    where = batch_sharding(stages.mesh, stages.model.config.rules)
-    placed = [to_device(batch, where) for batch in batches]
-    adapters, losses = stages.inner_update(
-        learner.params, adapters, placed, context=context or None
-    )
-    found = packing.job_losses(batches, to_host(losses), work.num)
-    useful, _ = packing.useful_tokens(batches)
-    return edit._replace(adapters=adapters), Trained(found, useful, replayed)
 
 
 def fresh_adapters(work: Work, learner: Learner, number: int) -> Adapters:
@@ -89,9 +92,8 @@ def fresh_adapters(work: Work, learner: Learner, number: int) -> Adapters:
     stages = work.stages
     fixed = any(remedy.frame == "fixed" for remedy in work.remedies.values())
     step = _path(work, keys.ADAPTER, 0 if fixed else number)
-    where = leading(stages.mesh, "adapter", work.num, stages.model.config.rules)
     paths = keys.fold([(*step, s) for s in range(work.num)])
-    adapters = to_device(stages.init_adapters(paths), where)
+    adapters = work.placed(stages.init_adapters(paths))
     for name, remedy in work.remedies.items():
         if remedy.start is not None:
             adapters = remedy.start(learner.stores.get(name), adapters)

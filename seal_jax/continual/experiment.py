@@ -12,7 +12,6 @@ After every edit the models and all that remedies keep are saved: the same call 
 """
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,8 +29,10 @@ from seal_jax.hosts import manifest
 from seal_jax.hosts.console import progress
 from seal_jax.hosts.files import append_json, read_jsonl, truncate_after
 from seal_jax.hosts.preemption import stop_if_told
-from seal_jax.models.own_kernels import own_kernels
+from seal_jax.models.own_kernels import own_kernels, own_leaves, with_leaves
 from seal_jax.outer.problems import Batch
+from seal_jax.outer.stages import Edit
+from seal_jax.outer.step_log import Clock, number
 from seal_jax.runs import checkpoint as checkpoints
 from seal_jax.sharding import tree_bytes
 from seal_jax.tasks.task import Rejected
@@ -59,14 +60,14 @@ def run_sequences(work: Work, control: Batch, folder: str) -> list[dict[str, Any
         bar.update(first)
         if first == 0 and not _lines(ledger):
             append_json(ledger, {"step": 0} | _ask_all(work, learner, control, 0))
-        for number in range(first, total):
+        for step in range(first, total):
             stop_if_told()
-            learner, line = one_edit(work, learner, number, folder)
-            clock = time.perf_counter()
-            line |= _ask_all(work, learner, control, number + 1)
-            line["seconds/ask"] = time.perf_counter() - clock
-            append_json(ledger, {"step": number + 1} | line)
-            _save(manager, learner, number + 1)
+            learner, line = one_edit(work, learner, step, folder)
+            clock = Clock()
+            line |= _ask_all(work, learner, control, step + 1)
+            clock.lap("ask")
+            append_json(ledger, {"step": step + 1} | line | clock.laps)
+            _save(manager, learner, step + 1)
             manifest.update(folder)
             bar.update(1)
         checkpoints.wait(manager)
@@ -95,26 +96,18 @@ def begin(work: Work) -> Learner:
     return learner._replace(stores=stores)
 
 
-def one_edit(work: Work, learner: Learner, number: int, folder: str) -> tuple[Learner, dict]:
+def one_edit(work: Work, learner: Learner, step: int, folder: str) -> tuple[Learner, dict]:
     """Make one edit of all sequences; return the models after it, and its line of the ledger."""
-    clock, seconds = time.perf_counter(), {}
-
-    def lap(name: str) -> None:
-        nonlocal clock
-        jax.block_until_ready(jax.tree.leaves(learner.params))
-        seconds[f"seconds/{name}"] = time.perf_counter() - clock
-        clock = time.perf_counter()
-
-    edit, parsed = write_edits(work, learner, number)
-    lap("write")
+    clock = Clock()
+    edit, parsed = write_edits(work, learner, step)
+    clock.lap("write")
     edit, trained = train(work, learner, edit)
-    jax.block_until_ready(edit.adapters)
-    lap("train")
-    learner = keep(work, learner, edit)
-    lap("keep")
-    learner = learn(work, learner, edit)
-    lap("learn")
-    _log_edits(folder, number, work, parsed)
+    clock.lap("train")
+    learner = jax.block_until_ready(keep(work, learner, edit))
+    clock.lap("keep")
+    learner = jax.block_until_ready(learn(work, learner, edit))
+    clock.lap("learn")
+    _log_edits(folder, step, parsed)
     line = {
         "problems": [problem.id for problem, _ in edit.problems],
         "rejected": [isinstance(one, Rejected) for one in parsed],
@@ -124,20 +117,15 @@ def one_edit(work: Work, learner: Learner, number: int, folder: str) -> tuple[Le
         "replayed": trained.replayed,
         "memory_tokens": [memory.num_tokens(one) for one in learner.memories],
         "too_long": sum(one.num_too_long for one in learner.memories),
-        "bytes/models": tree_bytes(_own(learner.params)),
+        "bytes/models": tree_bytes(own_leaves(learner.params)),
         "bytes/stores": tree_bytes(learner.stores),
         "refused": learner.refused,
     }
-    return learner, line | seconds
+    return learner, line | clock.laps
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return number(float(np.mean(values))) if len(values) else None
-
-
-def number(value: float) -> float | None:
-    """Return a number as JSON has it: None where it is not finite."""
-    return value if np.isfinite(value) else None
 
 
 def _ask_all(work: Work, learner: Learner, control: Batch, edits: int) -> dict[str, Any]:
@@ -172,11 +160,11 @@ def _plain(values: np.ndarray) -> Any:
     return jax.tree.map(number, values.tolist())
 
 
-def _log_edits(folder: str, number: int, work: Work, parsed: Sequence) -> None:
+def _log_edits(folder: str, step: int, parsed: Sequence[Edit]) -> None:
     """Write down what was written: a line for each self-edit."""
     for s, one in enumerate(parsed):
         reason = {"rejected": one.reason} if isinstance(one, Rejected) else {}
-        line = {"step": number + 1, "problem": one.problem_id, "edit": s, "text": one.text}
+        line = {"step": step + 1, "problem": one.problem_id, "edit": s, "text": one.text}
         append_json(os.path.join(folder, "edits.jsonl"), line | reason)
 
 
@@ -184,27 +172,10 @@ def _lines(ledger: str) -> list[dict[str, Any]]:
     return read_jsonl(ledger, ["step"]) if os.path.exists(ledger) else []
 
 
-def _own(params: Any) -> dict[str, Any]:
-    """Return the kernels that each sequence has of its own, by their place."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if _is_own(path, leaf)}
-
-
-def _is_own(path: tuple, leaf: jax.Array) -> bool:
-    return getattr(path[-1], "key", None) == "kernel" and leaf.ndim == 3
-
-
-def _with_own(params: Any, own: dict[str, Any]) -> Any:
-    def one(path: tuple, leaf: jax.Array) -> jax.Array:
-        return own.get(jax.tree_util.keystr(path), leaf)
-
-    return jax.tree_util.tree_map_with_path(one, params)
-
-
 def _trees(learner: Learner) -> dict[str, Any]:
-    trees = {"models": _own(learner.params), "stores": learner.stores}
+    trees = {"models": own_leaves(learner.params), "stores": learner.stores}
     if learner.answers is not None:
-        trees["answers"] = _own(learner.answers)
+        trees["answers"] = own_leaves(learner.answers)
     return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
 
@@ -230,7 +201,7 @@ def restore(
         return learner, 0
     _, trees, position = restored
     learner = learner._replace(
-        params=_with_own(learner.params, trees.get("models", {})),
+        params=with_leaves(learner.params, trees.get("models", {})),
         memories=tuple(
             memory.from_json(one, f"{folder}: sequence {s}")
             for s, one in enumerate(position["memories"])
@@ -239,7 +210,7 @@ def restore(
         refused=position["refused"],
     )
     if learner.answers is not None:
-        learner = learner._replace(answers=_with_own(learner.answers, trees["answers"]))
+        learner = learner._replace(answers=with_leaves(learner.answers, trees["answers"]))
     return learner, step
 
 

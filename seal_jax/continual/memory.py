@@ -159,42 +159,25 @@ def drop_of(entry: Entry) -> float:
     return entry.learned - entry.last
 
 
-def choose(
-    memory: Memory, key: Sequence[int], *, num_texts: int | None = None, budget: int | None = None
-) -> tuple[Entry, ...]:
-    """Return texts to train on again: so many, or as many as fit into a budget of tokens.
+def choose(memory: Memory, key: Sequence[int], num_texts: int) -> tuple[Entry, ...]:
+    """Return so many texts to train on again; none of an empty memory.
 
     'most_forgotten' takes them by their drop, the other kinds at random. If more texts are asked
     for than there are, they come again in the same order: each as often as another, or once more.
-    A budget takes each at most once, up to the first that does not fit. An empty memory has none.
 
     Args:
       key: nonnegative integers that alone decide; of equal drops, too.
 
     Raises:
-      ValueError: neither or both of num_texts and budget are given, or they are not positive.
+      ValueError: num_texts is not positive.
     """
-    if (num_texts is None) == (budget is None):
-        raise ValueError("expected either num_texts or budget")
-    given = num_texts if budget is None else budget
-    if given is not None and given < 1:
-        name = "num_texts" if budget is None else "budget"
-        raise ValueError(f"{name} is {given}, expected 1 or more")
+    if num_texts < 1:
+        raise ValueError(f"num_texts is {num_texts}, expected 1 or more")
     order = np.random.default_rng([*key]).permutation(len(memory.entries))
     entries = [memory.entries[i] for i in order]
     if memory.kind == "most_forgotten":
         entries.sort(key=drop_of, reverse=True)  # stable: equal drops stay at random
-    if not entries:
-        return ()
-    if num_texts is not None:
-        return tuple(entries[i % len(entries)] for i in range(num_texts))
-    kept, room = [], budget or 0
-    for entry in entries:
-        room -= len(entry.tokens)
-        if room < 0:
-            break
-        kept.append(entry)
-    return tuple(kept)
+    return tuple(entries[i % len(entries)] for i in range(num_texts)) if entries else ()
 
 
 def replayed_in(step: int, batch_size: int, share: float, extra: bool = False) -> int:

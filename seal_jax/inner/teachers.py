@@ -29,7 +29,7 @@ from seal_jax.models.own_kernels import check_groups
 from seal_jax.models.padded_lengths import BUCKETS, bucket_of
 from seal_jax.models.transformer import hidden_states
 from seal_jax.sharding import leading, to_device, to_host
-from seal_jax.types import Adapters, Array, Params, Teacher
+from seal_jax.types import Array, Params, Teacher
 
 
 class Lesson(NamedTuple):
@@ -48,18 +48,16 @@ class Reading(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("config", "top"))
-def score_tokens(
-    config: ModelConfig, params: Params, adapters: Adapters | None, rows: Reading, top: int
-) -> Teacher:
+def score_tokens(config: ModelConfig, params: Params, rows: Reading, top: int) -> Teacher:
     """Return the distribution of each token in [B T] that is wanted; the others' mean nothing.
 
     Args:
-      adapters: rows are grouped by them, and by the kernels of params that are of one group alone.
+      params: rows are grouped by the kernels that are of one group alone.
       top: K, how many tokens of each distribution are told apart.
     """
     B, T = rows.tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    hidden, _ = hidden_states(config, params, rows.tokens, positions, rows.segments, adapters)
+    hidden, _ = hidden_states(config, params, rows.tokens, positions, rows.segments)
     before = hidden[:, :-1].reshape(B * (T - 1), -1)
     found = likeliest(config, params, before, rows.wanted[:, 1:].reshape(-1), top)
     in_rows = jax.tree.map(lambda x: x.reshape(B, T - 1, -1), found)
@@ -69,7 +67,6 @@ def score_tokens(
 def with_teachers(
     model: Model,
     params: Params,
-    adapters: Adapters | None,
     groups: Sequence[Sequence[Lesson]],
     *,
     top: int,
@@ -79,15 +76,15 @@ def with_teachers(
     """Return the texts of each group's lessons with their teachers.
 
     Args:
-      params, adapters: the teacher of group i is the model with adapter i, and with the i-th of
-        what params have for each group; one teaches all, where there is one group.
+      params: the teacher of group i is the model with the i-th of what they have for each group;
+        one teaches all, where there is one group.
       top: K.
       max_rows: read at once, but one of every group in any case; all by default.
 
     Raises:
       ValueError: a text behind its context is too long for the model, or K beyond the vocabulary.
     """
-    check_groups(params, None if adapters is None else adapters.scale.shape[0], len(groups))
+    check_groups(params, None, len(groups))
     if not 1 <= top <= (most := model.config.vocab_size):
         raise ValueError(f"top = {top}: expected from 1 to the model's {most} tokens")
     lessons = groups
@@ -109,7 +106,7 @@ def with_teachers(
         rows = _rows(model, parts, (len(groups) * count, T))
         rows = to_device(rows, leading(mesh, "rows", len(groups) * count, model.config.rules))
         with jax.set_mesh(mesh):
-            scored = to_host(score_tokens(model.config, params, adapters, rows, top))
+            scored = to_host(score_tokens(model.config, params, rows, top))
         for i, part in enumerate(parts):
             for row, lesson in enumerate(part, start=i * count):
                 first = _first(model, lesson)

@@ -73,6 +73,21 @@ def num_own(params: Any) -> int | None:
     return found.pop() if found else None
 
 
+def own_leaves(params: Params) -> dict[str, jax.Array]:
+    """Return the kernels that each sequence has of its own, by their place: as they are saved."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if leaf.ndim == 3}
+
+
+def with_leaves(params: Params, leaves: dict[str, jax.Array]) -> Params:
+    """Return params with the kernels that `own_leaves` made of others."""
+
+    def one(path: tuple, leaf: jax.Array) -> jax.Array:
+        return leaves.get(jax.tree_util.keystr(path), leaf)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
 def check_groups(params: Params, num_adapters: int | None, num_groups: int) -> None:
     """Raise ValueError where rows in so many groups would take another's adapter or kernel."""
     if num_adapters not in (None, num_groups):

@@ -31,7 +31,6 @@ def teach(stages: Stages, params: Params, wave: Wave) -> Wave:
     (texts,) = with_teachers(
         stages.model,
         params,
-        None,
         [list(lessons)],
         top=inner.distill_top,
         mesh=stages.mesh,

@@ -151,7 +151,7 @@ def _teaching(
     shape = B, bucket_of(min(longest, longest_row(model.config)))
     tokens = _rows(model, mesh, *shape)
     rows = Reading._make([tokens, tokens, _rows(model, mesh, *shape, dtype=jnp.bool_)])
-    score = partial(score_tokens.trace, model.config, base, None, rows, settings.inner.num_taught)
+    score = partial(score_tokens.trace, model.config, base, rows, settings.inner.num_taught)
     return Program("teaching", score, size=B, key="answer.max_rows")
 
 

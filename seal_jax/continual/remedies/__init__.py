@@ -115,7 +115,6 @@ def _contradiction(one: str, first: "Remedy", other: str, second: "Remedy") -> s
         return "one needs adapters that begin alike in every edit, the other those that do not"
     if first.top and second.top and first.top != second.top:
         return f"teachers tell apart {first.top} tokens for the one, {second.top} for the other"
-    for name, excluded in ((one, second.excludes), (other, first.excludes)):
-        if name in excluded or "*" in excluded:
-            return "nothing that the one changes is there for the other"
-    return ""
+    return (
+        "nothing that the one changes is there for the other" if first.alone or second.alone else ""
+    )

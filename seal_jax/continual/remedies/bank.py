@@ -23,7 +23,7 @@ from seal_jax.types import Adapters, Params
 
 def remedy() -> Remedy:
     """Return the bank."""
-    return Remedy(begin=_begin, keep=_keep, learn=_learn, route=_route, excludes=("*",))
+    return Remedy(begin=_begin, keep=_keep, learn=_learn, route=_route, alone=True)
 
 
 def _begin(work: Work, params: Params, adapters: Adapters) -> Store:

@@ -42,7 +42,7 @@ def _teach(teacher: str, top: int, work: Work, learner: Learner, edit: Edit) -> 
     params = learner.params if teacher == "current" else stages.model.params
     groups = lessons if teacher == "current" else [[one for row in lessons for one in row]]
     given = {"top": top, "mesh": stages.mesh, "max_rows": stages.settings.answer.max_rows}
-    found = with_teachers(stages.model, params, None, groups, **given)
+    found = with_teachers(stages.model, params, groups, **given)
     if teacher == "current":
         return found
     taught = iter(found[0])

@@ -12,9 +12,8 @@ References:
 from collections.abc import Sequence
 from functools import partial
 
-from seal_jax.continual.memory import make_memory
 from seal_jax.continual.remedies.remedy import Learner, Remedy, Texts, Work
-from seal_jax.continual.remedies.replay import check_share, drawn_texts
+from seal_jax.continual.remedies.replay import check_replay, drawn_texts
 from seal_jax.inner.teachers import Lesson, with_teachers
 
 
@@ -27,8 +26,7 @@ def remedy(
       share, kind, extra: as of replay.
       top: how many tokens of each distribution are told apart.
     """
-    check_share(share)
-    make_memory(kind, 1)
+    check_replay(share, kind)
     if top < 1:
         raise ValueError(f"top is {top}: expected 1 or more")
     return Remedy(share=share, extra=extra, memory=kind, old=partial(_held, top), top=top)
@@ -39,7 +37,6 @@ def _held(top: int, work: Work, learner: Learner, number: int, counts: Sequence[
     return with_teachers(
         stages.model,
         learner.params,
-        None,
         [[Lesson(text) for text in row] for row in texts],
         top=top,
         mesh=stages.mesh,

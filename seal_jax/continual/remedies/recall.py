@@ -9,10 +9,10 @@ References:
 """
 
 import re
+from functools import partial
 
-from seal_jax.continual.memory import make_memory
 from seal_jax.continual.remedies.remedy import Edit, Learner, Remedy, Work
-from seal_jax.continual.remedies.replay import check_share, drawn_texts
+from seal_jax.continual.remedies.replay import check_replay, drawn_texts
 from seal_jax.inner.texts import Text
 from seal_jax.outer import answers
 from seal_jax.outer.stages import thoughts_of
@@ -27,18 +27,14 @@ def remedy(
       share, kind, extra: as of replay.
       agrees: the share of the other half's words that an answer must have to be kept.
     """
-    check_share(share)
-    make_memory(kind, 1)
+    check_replay(share, kind)
     if not 0 <= agrees <= 1:
         raise ValueError(f"agrees is {agrees}: expected 0 to 1")
-
-    def recalled(work: Work, learner: Learner, edit: Edit) -> list[list[tuple[str, Text]]]:
-        return recall(work, learner, edit, agrees)
-
-    return Remedy(share=share, extra=extra, memory=kind, old=drawn_texts, remember=recalled)
+    remember = partial(recall, agrees)
+    return Remedy(share=share, extra=extra, memory=kind, old=drawn_texts, remember=remember)
 
 
-def recall(work: Work, learner: Learner, edit: Edit, agrees: float) -> list[list[tuple[str, Text]]]:
+def recall(agrees: float, work: Work, learner: Learner, edit: Edit) -> list[list[tuple[str, Text]]]:
     """Return what each model says to the first halves of its new texts, where it agrees."""
     stages, tokenizer = work.stages, work.stages.model.tokenizer
     halves = [[_halves(text) for text in texts] for texts in edit.texts]

@@ -106,4 +106,4 @@ class Remedy(NamedTuple):
     # Which adapters it needs to begin with: 'fixed', of a sequence always the same first `a`;
     # 'fresh'; or 'own', where it makes them begin otherwise.
     frame: str = ""
-    excludes: tuple[str, ...] = ()  # names, or places, of remedies that contradict it
+    alone: bool = False  # no other remedy can do anything beside it

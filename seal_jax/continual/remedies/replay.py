@@ -7,7 +7,7 @@ place of new texts, so that an edit costs as much as without.
 
 References:
   Chaudhry et al., On Tiny Episodic Memories in Continual Learning, arXiv 1902.10486.
-  Shi et al. in arXiv 2511.22367: a replay of 10 % is strong, most surprising texts first.
+  arXiv 2511.22367: replay of a tenth is strong, the most surprising texts first a little better.
 """
 
 from collections.abc import Sequence
@@ -26,15 +26,15 @@ def remedy(share: float = 0.25, kind: str = "reservoir", extra: bool = False) ->
       kind: 'reservoir', 'per_problem' or 'most_forgotten'.
       extra: beside the new texts, not in their place: an edit then costs more.
     """
-    check_share(share)
-    make_memory(kind, 1)
+    check_replay(share, kind)
     return Remedy(share=share, extra=extra, memory=kind, old=drawn_texts)
 
 
-def check_share(share: float) -> None:
-    """Raise ValueError where a share of replay is none."""
+def check_replay(share: float, kind: str) -> None:
+    """Raise ValueError where there is no such share or memory."""
     if not 0 < share < 1:
         raise ValueError(f"share is {share}: expected more than 0 and less than 1")
+    make_memory(kind, 1)
 
 
 def drawn_texts(work: Work, learner: Learner, number: int, counts: Sequence[int]) -> Texts:
